@@ -1,0 +1,5 @@
+import sys
+
+from dpojax.cli import main
+
+sys.exit(main())

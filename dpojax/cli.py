@@ -1,0 +1,196 @@
+"""The command line: options to configs, configs to functions. Heavy imports wait until a command runs."""
+
+import errno
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from dpojax.configs import (
+    CheckDataConfig,
+    DPOConfig,
+    EvalConfig,
+    ExportConfig,
+    LogpsConfig,
+    SampleConfig,
+    SFTConfig,
+    TrainOptions,
+)
+from dpojax.errors import UserError
+
+if TYPE_CHECKING:
+    from dpojax.data import Encoder
+
+Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | ExportConfig | CheckDataConfig
+
+
+def run_train(config: TrainOptions) -> int:
+    from dpojax.train.loop import train
+
+    result = train(config)
+    return 0 if result.finished else 130  # as a shell reports an interrupted command
+
+
+def run_logps(config: LogpsConfig) -> int:
+    from dpojax.evaluate.scoring import FileScores
+    from dpojax.progress import console
+
+    scores = FileScores(config)
+    sums = scores.of(config.model)
+    names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
+    rows = (dict(zip(names, [*s, *n], strict=True)) for s, n in zip(sums.tolist(), scores.lengths.tolist(), strict=True))
+    write_whole(Path(config.output), "".join(json.dumps(row) + "\n" for row in rows))
+    console.print(f"{len(sums)} rows written to {config.output}")
+    return 0
+
+
+def run_eval(config: EvalConfig) -> int:
+    from dpojax.evaluate import preference_estimates
+    from dpojax.evaluate.scoring import FileScores
+    from dpojax.progress import console
+    from dpojax.train.checkpoint import reference_of_run
+
+    scores = FileScores(config)
+    ref_name = config.ref_model or reference_of_run(config.model)
+    policy = scores.of(config.model)
+    ref = scores.of(ref_name) if ref_name else None
+    figures = preference_estimates(policy, ref, scores.lengths, beta=config.beta, groups=scores.prompts)
+    for name, figure in sorted(figures.items()):
+        console.print(f"{name:30} {figure}")
+    console.print(f"{len(policy)} pairs of {len(set(scores.prompts))} prompts; ± is the standard error over prompts")
+    if config.output:
+        plain = {name: {"mean": f.mean, "standard_error": f.error, "prompts": f.n} for name, f in figures.items()}
+        write_whole(Path(config.output), json.dumps(plain, indent=2) + "\n")
+    return 0
+
+
+def run_sample(config: SampleConfig) -> int:
+    import jax
+
+    from dpojax.data import Encoder
+    from dpojax.generate import make_sampler, sample_all
+    from dpojax.progress import console, track
+    from dpojax.train.checkpoint import load_policy, load_policy_tokenizer
+
+    tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
+    encoder = Encoder(tokenizer)
+    prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
+    model = load_policy(config.model)
+    sampler = make_sampler(
+        model.config,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=(encoder.eos,),
+        temperature=config.temperature,
+        top_p=config.top_p,
+        dtype=config.dtype,
+    )
+    drawn = sample_all(
+        sampler,
+        jax.device_put(model.params),
+        [prompt for prompt in prompts for _ in range(config.num_samples)],
+        batch_size=min(config.batch_size, len(prompts) * config.num_samples),
+        seed=config.seed,
+        track=lambda batches: track(batches, "Sampling"),
+    )
+    for i, tokens in enumerate(drawn):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        console.print(f"[bold]{i // config.num_samples + 1}.[/bold] ", end="")
+        console.print(f"{config.prompt[i // config.num_samples]}|{text}", markup=False)
+    return 0
+
+
+def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
+    try:
+        if chat:
+            # A reply stands in for the one to come: a template is rendered for prompt and reply together.
+            text = encoder.render(([{"role": "user", "content": text}], ()))[0]
+        return encoder.finish_prompt(encoder.tokenize([text])[0])
+    except ValueError as error:
+        raise UserError(f"--prompt {text!r}: {error}") from None
+
+
+def run_export(config: ExportConfig) -> int:
+    from dpojax.models import load_tokenizer, save_directory
+    from dpojax.progress import console
+    from dpojax.train.checkpoint import load_run
+
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a directory")
+    model, step = load_run(config.run, config.checkpoint)
+    save_directory(model.params, model.config, model.hf_config, output, dtype=config.dtype)
+    load_tokenizer(str(Path(config.run) / "model")).save_pretrained(output)
+    console.print(f"the policy of step {step} written to {output}")
+    return 0
+
+
+def run_check_data(config: CheckDataConfig) -> int:
+    from dpojax.data.check import check_files
+    from dpojax.progress import console
+    from dpojax.train.checkpoint import load_policy_tokenizer
+
+    name = config.tokenizer or config.model
+    lines, wrong = check_files(
+        config.data, load_policy_tokenizer(name) if name else None, config.kind, config.max_length
+    )
+    for line in lines:
+        console.print(line, markup=False)
+    return 1 if wrong else 0
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either complete or not there."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {path}: is a directory or its folder does not exist; name a file in a folder that does")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+COMMANDS = {
+    "dpo": (DPOConfig, run_train),
+    "sft": (SFTConfig, run_train),
+    "logps": (LogpsConfig, run_logps),
+    "eval": (EvalConfig, run_eval),
+    "sample": (SampleConfig, run_sample),
+    "export": (ExportConfig, run_export),
+    "check-data": (CheckDataConfig, run_check_data),
+}
+
+
+def run(config: Config) -> int:
+    """Carry out one command; bad input is one sentence and status 2."""
+    # Tokenizers are all that is used of transformers, and it need not say that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    from dpojax.train.options import check_options
+
+    try:
+        check_options(config)
+        return next(function for kind, function in COMMANDS.values() if kind is type(config))(config)  # type: ignore[operator]
+    except UserError as error:
+        print(f"dpojax: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise
+        print(f"dpojax: {error.filename or 'output'}: {error.strerror}; free some space or name another", file=sys.stderr)
+    return 2
+
+
+def main(args: list[str] | None = None) -> int:
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: kind for name, (kind, _) in COMMANDS.items()},
+        prog="dpojax",
+        description="Direct preference optimization in JAX.",
+        args=args,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Every option of every command, as frozen dataclasses; the command line is made from them.
+
+Nothing heavy is imported here, so that ``--help`` is quick. A field's docstring is its help text.
+"""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices."""
+
+    data: int = -1
+    """Copies of the model that split the batch (-1: all devices that the other axes leave)."""
+    fsdp: int = 1
+    """Devices that split the batch and share out parameters and optimizer state between them."""
+    tensor: int = 1
+    """Devices that split heads, MLP and vocabulary within a layer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it computes."""
+
+    model: str
+    """Hugging Face directory, hub id (owner/name), .gguf file, or the --output directory of a run."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, as for --model (default: the model's own)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, log-probabilities and losses stay float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which rows, and how they become batches."""
+
+    data: tuple[str, ...]
+    """JSONL or Parquet files with the fields prompt, chosen and rejected (text or chat messages)."""
+    max_length: int = 1024
+    """Tokens of prompt + completion; longer rows lose the prompt's start first, then the completion's end."""
+    batch_size: int = 8
+    """Pairs per step, over all devices (the paper: 64)."""
+    max_shapes: int = 4
+    """Batch shapes (prompt x completion tokens) compiled at most."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and report them, instead of refusing the file."""
+    logprob_chunk_tokens: int = 128
+    """Completion tokens whose logits exist at one time; less takes less memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(ModelOptions, DataOptions):
+    """What `dpo` and `sft` share."""
+
+    output: str
+    """Directory of the run: checkpoints, metrics, config. The same command on it continues the run."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out files, evaluated before the first step, every --eval-steps and after the last."""
+    epochs: int = 1
+    """Passes over the data."""
+    steps: int | None = None
+    """Optimizer steps; overrides --epochs."""
+    optim: Literal["rmsprop", "adamw"] = "rmsprop"
+    """Optimizer; RMSprop (decay 0.99, as in torch) is the paper's."""
+    learning_rate: float = 1e-6
+    """Peak learning rate (the paper: 1e-6)."""
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Schedule after the linear warmup; linear and cosine end at 0."""
+    warmup_steps: int = 150
+    """Steps of linear warmup (the paper: 150)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay per unit of learning rate; AdamW only."""
+    max_grad_norm: float = 10.0
+    """Gradients are scaled down to this global norm (the original repository: 10)."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches that a batch is computed in, one after another; results agree, memory falls."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or whole layers."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are arranged."""
+    seed: int = 0
+    """Seed of the data order."""
+    logging_steps: int = 1
+    """Steps between two lines of metrics."""
+    eval_steps: int = 100
+    """Steps between two evaluations."""
+    save_steps: int = 100
+    """Steps between two checkpoints; the last step is always saved."""
+    save_total_limit: int = 2
+    """Latest checkpoints kept, beside the best by eval_loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainOptions):
+    """Align a model to preference pairs."""
+
+    loss: str = "sigmoid"
+    """Objective: sigmoid (DPO), hinge, ipo or sft."""
+    beta: float = 0.1
+    """Strength of the KL penalty (the paper: 0.1; 0.5 for summarization)."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped, from 0 to below 0.5 (conservative DPO; sigmoid only)."""
+    ref_model: str | None = None
+    """Reference model, as for --model (default: --model itself as it is before training)."""
+    reference: Literal["cached", "live"] = "cached"
+    """Reference log-probabilities: computed once before training, or again in every step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainOptions):
+    """Fine-tune a model on completions: fields prompt and completion, or the chosen side of pairs."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringOptions(ModelOptions, DataOptions):
+    """What `logps` and `eval` share."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogpsConfig(ScoringOptions):
+    """Write every row's log-probabilities, in the file's order."""
+
+    output: str
+    """JSONL file: chosen_logps and rejected_logps (nats, summed), chosen_len and rejected_len (tokens)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig(ScoringOptions):
+    """Measure a model on preference pairs: accuracy, reward margin, log-probabilities."""
+
+    ref_model: str | None = None
+    """Reference model (default: a run's own reference; without one, log-probabilities alone are compared)."""
+    beta: float = 0.1
+    """Strength of the KL penalty, which scales the rewards."""
+    output: str | None = None
+    """JSON file for the figures, beside the table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelOptions):
+    """Draw completions."""
+
+    prompt: tuple[str, ...]
+    """Prompts, each in quotes."""
+    chat: bool = False
+    """Put each prompt through the model's chat template as a user's message."""
+    max_new_tokens: int = 64
+    """Tokens drawn at most."""
+    num_samples: int = 1
+    """Completions per prompt."""
+    temperature: float = 1.0
+    """Softmax temperature; 0 takes the most probable token each time."""
+    top_p: float = 1.0
+    """Probability mass of the nucleus sampled from."""
+    batch_size: int = 16
+    """Completions drawn side by side."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's policy as a Hugging Face directory: safetensors, config and tokenizer."""
+
+    run: str
+    """The --output directory of a run."""
+    output: str
+    """Directory to write."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best, or a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the written weights."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckDataConfig:
+    """Read data files whole and say what would be kept, truncated and dropped, and why; exit status 1 if anything is
+    wrong."""
+
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """JSONL or Parquet files."""
+    model: str | None = None
+    """Tokenize as this model would, to find rows that are too long (default: check the fields alone)."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from --model."""
+    max_length: int = 1024
+    """Tokens of prompt + completion."""
+    kind: Literal["pairs", "completions"] = "pairs"
+    """What the rows are for: `dpo` (pairs) or `sft` (completions)."""

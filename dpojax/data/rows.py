@@ -1,0 +1,180 @@
+"""Rows of JSONL and Parquet files, each with its place, and what they must hold."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpojax.errors import UserError
+
+Message = dict[str, str]
+Text = str | list[Message]  # plain text, or chat messages
+Part = tuple[Text, tuple[Text, ...]]  # a prompt and its completions, both of one kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    file: str
+    number: int  # line of a JSONL file, row of a Parquet file; from 1
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    file: str
+    number: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.number}: {self.why}"
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                yield BadRow(str(path), number, f"broken JSON ({error}); each line must be one JSON object")
+                continue
+            if isinstance(fields, dict):
+                yield Row(str(path), number, fields)
+            else:
+                yield BadRow(str(path), number, f"a JSON {_name(fields)}, not an object with named fields")
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        rows = (fields for batch in file.iter_batches() for fields in batch.to_pylist())
+        for number, fields in enumerate(rows, start=1):
+            yield Row(str(path), number, fields)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+
+
+def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
+    """The rows of all files, in order; blank lines are no rows.
+
+    Raises:
+      UserError: a file is missing, is unreadable or has no rows.
+    """
+    for name in files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"{name}: no such file; give a JSONL or Parquet file")
+        empty = True
+        try:
+            for row in _read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_jsonl(path):
+                empty = False
+                yield row
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        if empty:
+            raise UserError(f"{name}: the file is empty; it needs at least one row")
+
+
+def _name(value: object) -> str:
+    kinds = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
+    """The field, checked to be text or chat messages."""
+    if name not in fields:
+        raise ValueError(f"no field {name!r}; {needs}")
+    value = fields[name]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"field {name!r} is a {_name(value)}; it must be text or a list of chat messages")
+    if not value:
+        raise ValueError(f"field {name!r} is an empty list; give it at least one chat message")
+    for message in value:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise ValueError(f"field {name!r} has an item that is not a chat message with role and content")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"field {name!r} has a message whose content is not text")
+    return value
+
+
+def _is_empty(text: Text) -> bool:
+    if isinstance(text, str):
+        return not text.strip()
+    return all(not message["content"].strip() for message in text)
+
+
+def _shared(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many messages two conversations begin with alike."""
+    alike = [a == b for a, b in zip(chosen, rejected, strict=False)]
+    return alike.index(False) if False in alike else len(alike)
+
+
+def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Part:
+    """Completions as chat messages: after a prompt given as messages, or after the beginning they share."""
+    if isinstance(prompt, list):
+        if all(side[: len(prompt)] == prompt for side in sides):
+            sides = [side[len(prompt) :] for side in sides]
+    else:
+        shared = _shared(sides[0], sides[-1]) if len(sides) > 1 else len(sides[0]) - 1
+        if shared == 0:
+            raise ValueError("chosen and rejected share no beginning; give the prompt or begin both with it")
+        if prompt is not None and all(message["content"] != prompt for message in sides[0][:shared]):
+            raise ValueError("prompt is text but chosen and rejected are chats that do not begin with it")
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+    if any(not side for side in sides):
+        raise ValueError("an empty completion: one conversation ends where the other goes on; add the reply")
+    return prompt, tuple(sides)
+
+
+def _part(fields: dict[str, Any], names: tuple[str, ...], needs: str) -> Part:
+    sides = [_text(fields, name, needs) for name in names]
+    for name, side in zip(names, sides, strict=True):
+        if _is_empty(side):
+            raise ValueError(f"field {name!r} is an empty completion; give it text or leave the row out")
+    prompt = _text(fields, "prompt", needs) if fields.get("prompt") is not None else None
+    if all(isinstance(side, str) for side in sides):
+        if prompt is None:
+            raise ValueError(f"no field 'prompt'; {needs}")
+        if isinstance(prompt, list):
+            return prompt, tuple([{"role": "assistant", "content": str(side)}] for side in sides)
+        return prompt, tuple(sides)
+    if any(isinstance(side, str) for side in sides):
+        raise ValueError(f"fields {' and '.join(names)} must both be text or both be chat messages")
+    return _conversations(prompt, sides)  # type: ignore[arg-type]
+
+
+def pair_of(row: Row) -> Part:
+    """A preference row's prompt and its (chosen, rejected).
+
+    Raises:
+      ValueError: the row is no usable pair; the message says why.
+    """
+    needs = "a pair has prompt, chosen and rejected"
+    for name in ("chosen", "rejected"):
+        _text(row.fields, name, needs)
+    if row.fields["chosen"] == row.fields["rejected"]:
+        raise ValueError("chosen and rejected are equal; a pair needs two different completions")
+    return _part(row.fields, ("chosen", "rejected"), needs)
+
+
+def completion_of(row: Row) -> Part:
+    """An SFT row's prompt and its one completion: ``completion``, or a pair's ``chosen`` side.
+
+    Raises:
+      ValueError: the row has neither; the message says why.
+    """
+    if "completion" not in row.fields and "chosen" in row.fields:
+        # A pair's sides also say where its prompt ends, if they are whole conversations.
+        if "rejected" in row.fields:
+            prompt, (chosen, _) = pair_of(row)
+            return prompt, (chosen,)
+        return _part(row.fields, ("chosen",), "a row has prompt and completion, or is a pair")
+    return _part(row.fields, ("completion",), "a row has prompt and completion, or is a pair")

@@ -1,0 +1,205 @@
+"""From rows to tokens: chat template, separate tokenization of prompt and completion, EOS, truncation, and a report."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpojax.data.rows import BadRow, Part, Row, Text, completion_of, pair_of, read_rows
+from dpojax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZE_AT_ONCE = 1024  # rows; a fast tokenizer spreads a list of texts over the cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A row in tokens: its prompt and its completions, EOS included."""
+
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows."""
+
+    rows: int = 0
+    dropped: list[BadRow] = dataclasses.field(default_factory=list)
+    prompts_cut: list[Row] = dataclasses.field(default_factory=list)
+    completions_cut: list[Row] = dataclasses.field(default_factory=list)
+
+    def sentence(self) -> str:
+        kept = self.rows - len(self.dropped)
+        cut = f"{len(self.prompts_cut)} prompts and {len(self.completions_cut)} completions cut to fit"
+        return f"{self.rows} rows: {kept} kept, {len(self.dropped)} dropped, {cut}"
+
+
+class Encoder:
+    """Text and chats to tokens, with one tokenizer."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token; set eos_token in its config")
+        self.eos: int = tokenizer.eos_token_id
+        bare, full = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+        adds_bos = tokenizer.bos_token_id is not None and full[0] == tokenizer.bos_token_id != bare[0]
+        self.bos: list[int] = [tokenizer.bos_token_id] if adds_bos else []
+
+    def _chat(self, messages: Text, generate: bool) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the row is a chat but the tokenizer has no chat template; give text, or set a template")
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except Exception as error:  # whatever the template itself raises
+            raise ValueError(f"the chat template refuses the messages ({error})") from None
+
+    def render(self, part: Part) -> list[str]:
+        """Prompt and completions as text; a chat's template is applied once, to prompt and completion together.
+
+        Raises:
+          ValueError: the template does not render a completion as a continuation of its prompt.
+        """
+        prompt, completions = part
+        if isinstance(prompt, str):
+            return [prompt, *completions]  # type: ignore[list-item]
+        start = self._chat(prompt, generate=True)
+        texts = [start]
+        for completion in completions:
+            whole = self._chat([*prompt, *completion], generate=False)  # type: ignore[misc]
+            if not whole.startswith(start):
+                raise ValueError("the chat template does not render the reply as a continuation of the prompt")
+            texts.append(whole[len(start) :])
+        return texts
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def finish_prompt(self, ids: list[int]) -> list[int]:
+        """One BOS where the tokenizer adds one; an empty prompt becomes the BOS alone.
+
+        Raises:
+          ValueError: the prompt is empty and there is no BOS to predict the first token from.
+        """
+        if self.bos and ids[:1] != self.bos:
+            ids = self.bos + ids
+        if not ids and self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id]
+        if not ids:
+            raise ValueError("the prompt is empty and the tokenizer has no BOS token; give the prompt some text")
+        return ids
+
+    def finish_completion(self, ids: list[int]) -> list[int]:
+        """One EOS at the end: added where it is missing; white space that a chat template puts behind it is cut."""
+        if self.eos in ids:
+            end = len(ids) - ids[::-1].index(self.eos)
+            if not self.tokenizer.decode(ids[end:]).strip():
+                return ids[:end]
+        return [*ids, self.eos]
+
+
+def truncate(prompt: list[int], completions: list[list[int]], max_length: int) -> tuple[Example, bool, bool]:
+    """Cut to ``max_length`` tokens: the prompt from its start, then the completions from their end, never to nothing.
+
+    Returns:
+      The example, whether its prompt was cut, and whether a completion was.
+    """
+    longest = max(map(len, completions))
+    keep_prompt = min(len(prompt), max(1, max_length - longest))
+    keep = max_length - keep_prompt
+    example = Example(
+        np.array(prompt[len(prompt) - keep_prompt :], np.int32),
+        tuple(np.array(completion[:keep], np.int32) for completion in completions),
+    )
+    return example, keep_prompt < len(prompt), longest > keep
+
+
+def render_rows(
+    rows: Iterable[Row | BadRow], kind: str, encoder: Encoder | None, report: Report
+) -> list[tuple[Row, list[str]]]:
+    """The usable rows with their prompt and completions as text; the others go into the report."""
+    usable = []
+    for row in rows:
+        report.rows += 1
+        if isinstance(row, BadRow):
+            report.dropped.append(row)
+            continue
+        try:
+            part = pair_of(row) if kind == "pairs" else completion_of(row)
+            usable.append((row, encoder.render(part) if encoder else []))
+        except ValueError as error:
+            report.dropped.append(BadRow(row.file, row.number, str(error)))
+    return usable
+
+
+def encode_rows(
+    usable: Sequence[tuple[Row, list[str]]],
+    encoder: Encoder,
+    max_length: int,
+    report: Report,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[Example]:
+    """Rendered rows in tokens, cut to ``max_length``; what is cut and what cannot be used go into the report."""
+    examples = []
+    for start in range(0, len(usable), TOKENIZE_AT_ONCE):
+        group = usable[start : start + TOKENIZE_AT_ONCE]
+        ids = iter(encoder.tokenize([text for _, texts in group for text in texts]))
+        for row, texts in group:
+            prompt, *completions = [next(ids) for _ in texts]
+            try:
+                prompt = encoder.finish_prompt(prompt)
+            except ValueError as error:
+                report.dropped.append(BadRow(row.file, row.number, str(error)))
+                continue
+            completions = [encoder.finish_completion(completion) for completion in completions]
+            example, prompt_cut, completion_cut = truncate(prompt, completions, max_length)
+            examples.append(example)
+            if prompt_cut:
+                report.prompts_cut.append(row)
+            if completion_cut:
+                report.completions_cut.append(row)
+        progress((start + len(group)) / len(usable))
+    return examples
+
+
+def load_examples(
+    files: Sequence[str],
+    encoder: Encoder,
+    *,
+    kind: str = "pairs",
+    max_length: int = 1024,
+    skip_bad_rows: bool = False,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[list[Example], Report]:
+    """Read, check, render, tokenize and truncate all rows of all files, in order.
+
+    Args:
+      files: JSONL or Parquet files.
+      encoder: the tokenizer's.
+      kind: "pairs" (chosen and rejected) or "completions" (one completion).
+      max_length: tokens of prompt + completion.
+      skip_bad_rows: leave out unusable rows, which the report lists.
+      progress: called with the share that is done, from 0 to 1.
+
+    Raises:
+      UserError: a file is missing or empty; a row is unusable and ``skip_bad_rows`` is off; no row is left.
+    """
+    report = Report()
+
+    def refuse_bad_rows() -> None:
+        if report.dropped and not skip_bad_rows:
+            others = len(report.dropped) - 1
+            more = f" ({others} more bad row{'s' * (others > 1)})" if others else ""
+            raise UserError(f"{report.dropped[0]}{more}; mend it, or pass --skip-bad-rows")
+
+    usable = render_rows(read_rows(files), kind, encoder, report)
+    refuse_bad_rows()
+    examples = encode_rows(usable, encoder, max_length, report, progress)
+    refuse_bad_rows()
+    if not examples:
+        raise UserError(f"{', '.join(files)}: no row is usable (the first: {report.dropped[0].why}); see check-data")
+    return examples, report

@@ -1,0 +1,140 @@
+"""Sampling from the decoder: one prefill of the prompts, then one token at a time against a key/value cache."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dpojax.models.attention import segment_mask
+from dpojax.models.config import DecoderConfig
+from dpojax.models.decoder import split
+from dpojax.types import PyTree
+
+Sampler = Callable[
+    [PyTree, Int[Array, "B P"], Int[Array, " B"], PRNGKeyArray], tuple[Int[Array, "B C"], Int[Array, " B"]]
+]
+
+
+def next_token(
+    logits_BV: Float[Array, "B V"], key: PRNGKeyArray, *, temperature: float, top_p: float
+) -> Int[Array, " B"]:
+    """Draw a token from ``softmax(logits / temperature)``, cut to the nucleus that holds ``top_p`` of the probability.
+
+    ``temperature = 0`` takes the most probable token. The nucleus is that of Holtzman et al. 2019 (arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1)
+    logits_BV = logits_BV / temperature
+    if top_p < 1:
+        ordered = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        inside = jnp.cumsum(probs, axis=-1) - probs < top_p  # the token that crosses top_p is still inside
+        smallest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= smallest, logits_BV, -jnp.inf)
+    return jax.random.categorical(key, logits_BV, axis=-1)
+
+
+def make_sampler(
+    config: DecoderConfig,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    dtype: str = "float32",
+) -> Sampler:
+    """A jitted ``sample(params, prompt, prompt_len, key) -> (tokens, lengths)``.
+
+    Args:
+      config: the decoder's shape.
+      max_new_tokens: C, tokens drawn at most.
+      eos_ids: tokens that end a completion; the one drawn is its last token and counts.
+      temperature: 0 for the most probable token each time.
+      top_p: probability mass of the nucleus sampled from; 1 for all of it.
+      dtype: compute dtype.
+
+    The prompts are ``[B, P]``, padded on the left, real lengths in ``prompt_len``. Tokens are ``[B, C]``, zero after
+    a completion's end.
+    """
+    graph, _ = split(config)
+    C, compute = max_new_tokens, jnp.dtype(dtype)
+
+    def sample(
+        params: PyTree, prompt: Int[Array, "B P"], prompt_len: Int[Array, " B"], key: PRNGKeyArray
+    ) -> tuple[Int[Array, "B C"], Int[Array, " B"]]:
+        B, P = prompt.shape
+        model = nnx.merge(graph, params)
+        slots = jnp.arange(P + C)
+        positions = slots[None, :] - (P - prompt_len[:, None])
+
+        def logits_of(h_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
+            last = h_BTD[:, -1]
+            return jnp.einsum("bd,vd->bv", last, head_VD.astype(last.dtype), preferred_element_type=jnp.float32)
+
+        empty = jnp.zeros((config.layers, B, P + C, config.kv_heads, config.head_dim), compute)
+        mask = segment_mask(jnp.where(positions[:, :P] >= 0, 0, -1))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, C)))
+        start = jnp.int32(0)
+        h, head, caches = model(
+            prompt, jnp.maximum(positions[:, :P], 0), mask, dtype=compute, caches=(empty, empty), start=start
+        )
+
+        def unfinished(carry: tuple) -> Array:
+            i, done = carry[0], carry[1]
+            return (i < C) & ~jnp.all(done)
+
+        def step(carry: tuple) -> tuple:
+            i, done, lengths, tokens, logits, caches, key = carry
+            key, draw = jax.random.split(key)
+            token = jnp.where(done, 0, next_token(logits, draw, temperature=temperature, top_p=top_p))
+            tokens = tokens.at[:, i].set(token)
+            lengths = lengths + ~done
+            done = done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
+            at = jax.lax.dynamic_slice_in_dim(positions, P + i, 1, axis=1)
+            sees = ((positions >= 0) & (slots[None, :] <= P + i))[:, None, :]
+            h, head, caches = model(token[:, None], at, sees, dtype=compute, caches=caches, start=P + i)
+            return i + 1, done, lengths, tokens, logits_of(h, head), caches, key
+
+        nothing = jnp.zeros((B,), jnp.int32)
+        first = (jnp.int32(0), nothing > 0, nothing, jnp.zeros((B, C), jnp.int32), logits_of(h, head), caches, key)
+        _, _, lengths, tokens, *_ = jax.lax.while_loop(unfinished, step, first)
+        return tokens, lengths
+
+    return jax.jit(sample)
+
+
+def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as ``([B, width], lengths [B])``, padded on the left."""
+    out = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        out[i, width - len(row) :] = row
+    return out, np.array([len(row) for row in rows], np.int32)
+
+
+def sample_all(
+    sampler: Sampler,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    seed: int,
+    track: Callable[[Sequence[int]], Iterable[int]] = lambda batches: batches,
+) -> list[list[int]]:
+    """One completion for every prompt, in order, as token lists (an EOS that was drawn included).
+
+    Every batch has one shape, the longest prompt's, so there is one compilation. ``track`` may wrap the range over
+    batches with a progress bar.
+    """
+    width = -(-max(len(prompt) for prompt in prompts) // 8) * 8
+    completions: list[list[int]] = []
+    keys = jax.random.split(jax.random.key(seed), -(-len(prompts) // batch_size))
+    for i in track(range(len(keys))):
+        rows = list(prompts[i * batch_size : (i + 1) * batch_size])
+        padded = rows + [rows[-1]] * (batch_size - len(rows))
+        tokens, lengths = sampler(params, *map(jnp.asarray, pad_left(padded, width)), keys[i])
+        kept = zip(np.asarray(tokens).tolist(), np.asarray(lengths).tolist(), strict=True)
+        completions += [row[:n] for row, n in list(kept)[: len(rows)]]
+    return completions

@@ -1,0 +1,17 @@
+"""The decoder, its configuration, and its weights in and out."""
+
+from dpojax.models.config import DecoderConfig
+from dpojax.models.decoder import init_params, make_apply, param_axes
+from dpojax.models.load import Model, load_model, load_tokenizer
+from dpojax.models.safetensors import save_directory
+
+__all__ = [
+    "DecoderConfig",
+    "Model",
+    "init_params",
+    "load_model",
+    "load_tokenizer",
+    "make_apply",
+    "param_axes",
+    "save_directory",
+]

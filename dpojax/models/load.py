@@ -1,0 +1,74 @@
+"""A model by name: a Hugging Face directory, a hub id, or a GGUF file."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpojax.errors import UserError
+from dpojax.models.config import DecoderConfig
+from dpojax.models.gguf import GGUFFile, gguf_tokenizer, load_gguf
+from dpojax.models.safetensors import load_directory, read_json
+from dpojax.types import PyTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as it lies on disk: shape, parameters (float32 NumPy arrays) and the ``config.json`` to export with."""
+
+    config: DecoderConfig
+    params: PyTree
+    hf_config: dict[str, Any]
+
+
+def resolve(name: str) -> Path:
+    """The local path of a model: itself, or a hub id's files, downloaded by huggingface_hub."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.endswith(".gguf") or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such model; give a Hugging Face directory, a hub id (owner/name) or a .gguf file")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; each means the same to the user
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line})") from None
+
+
+def load_model(name: str, progress: Callable[[float], None] = lambda share: None) -> Model:
+    """Read a model's weights.
+
+    Args:
+      name: a Hugging Face directory, a hub id or a ``.gguf`` file.
+      progress: called with the share that is read, from 0 to 1.
+
+    Raises:
+      UserError: no such model, no weights, or damaged ones.
+    """
+    path = resolve(name)
+    if path.is_dir():
+        config, params = load_directory(path, progress)
+        return Model(config, params, read_json(path / "config.json"))
+    file = GGUFFile(path)
+    config, params = load_gguf(file, progress)
+    return Model(config, params, file.hf_config())
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """A model's tokenizer, chat template included; a GGUF's is built from its metadata."""
+    path = resolve(name)
+    if path.is_file():
+        return gguf_tokenizer(GGUFFile(path))
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{name}: no usable tokenizer ({reason}); name one with --tokenizer") from None

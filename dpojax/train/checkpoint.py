@@ -1,0 +1,200 @@
+"""A run's directory: its config, its model's config and tokenizer, and Orbax checkpoints.
+
+    run.json          the command's options, the reference's content hash, the model's shape
+    model/            config.json and tokenizer, for export
+    reference.npz     reference log-probabilities, when cached
+    metrics.jsonl, tensorboard/
+    checkpoints/N/    params | train (step, optimizer state, RNG) | position (of the data)
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from dpojax.configs import TrainOptions
+from dpojax.errors import UserError
+from dpojax.models import DecoderConfig, Model, load_model, load_tokenizer
+from dpojax.models.config import config_from_hf
+from dpojax.models.decoder import split
+from dpojax.models.safetensors import read_json
+from dpojax.train.step import TrainState
+from dpojax.types import PyTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "run.json").is_file()
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}" if name else key).items()}
+    return {name: list(value) if isinstance(value, tuple) else value}
+
+
+def claim_directory(config: TrainOptions, facts: dict[str, str]) -> None:
+    """Take ``--output`` for this run, or find that it holds the same run already.
+
+    Args:
+      config: every option; all but ``output`` must agree with what the directory holds.
+      facts: content hashes (model, reference, data) that must agree too.
+
+    Raises:
+      UserError: the directory holds another run's config, or files that are no run.
+    """
+    directory = Path(config.output)
+    mine = {"command": type(config).__name__, **_flat(dataclasses.asdict(config)), **facts}
+    del mine["output"]
+    if is_run(directory):
+        theirs = read_json(directory / "run.json")
+        differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        if differing:
+            named = ", ".join(f"{n} ({theirs.get(n)!r} there, {mine.get(n)!r} here)" for n in differing)
+            raise UserError(f"--output {directory}: holds a run with another {named}; name another directory")
+        return
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--output {directory}: exists and is no run of dpojax; name a new or empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / "run.json.partial"
+    partial.write_text(json.dumps(mine, indent=2))
+    partial.replace(directory / "run.json")
+
+
+def save_model_files(model: Model, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """What export needs beside the weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(model.hf_config, indent=2))
+    tokenizer.save_pretrained(directory)
+
+
+class Checkpoints:
+    """Orbax checkpoints of a run: asynchronous, atomic, the latest few and the best by eval_loss kept."""
+
+    def __init__(self, run: Path, keep_latest: int):
+        self.directory = (run / "checkpoints").absolute()
+        best = managers.BestN(get_metric_fn=lambda m: -m["eval_loss"], n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep_latest), best]),
+            cleanup_tmp_directories=True,
+        )
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def latest(self) -> int:
+        """The last complete checkpoint's step; 0 if there is none."""
+        return self.manager.latest_step() or 0
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Errors of writing, said in a sentence; the last complete checkpoint is never touched by them."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            text = str(error)
+            full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "File too large" in text
+            reason = "the disk is full" if full else text.strip().splitlines()[0] if text.strip() else repr(error)
+            complete = [int(path.name) for path in self.directory.glob("*") if path.name.isdigit()]
+            last = f"from step {max(complete)}" if complete else "from the start"
+            raise UserError(
+                f"{self.directory}: a checkpoint could not be written ({reason}); free some space and give the same "
+                f"command again, which continues {last}"
+            ) from error
+
+    def save(self, state: TrainState, position: dict[str, Any], eval_loss: float | None) -> None:
+        """Start writing; training goes on meanwhile. An error of the previous write is raised here."""
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        train = {"step": state.step, "opt_state": state.opt_state, "rng": jax.random.key_data(state.rng)}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            train=ocp.args.StandardSave(train),
+            position=ocp.args.JsonSave(position),
+        )
+        with self._disk():
+            self.manager.save(int(state.step), args=items, metrics=metrics)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of a step, laid out as the abstract state ``like`` is, and the data position."""
+        train = {"step": like.step, "opt_state": like.opt_state, "rng": jax.eval_shape(jax.random.key_data, like.rng)}
+        items = self.manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                train=ocp.args.StandardRestore(train),
+                position=ocp.args.JsonRestore(),
+            ),
+        )
+        rng = jax.random.wrap_key_data(items.train["rng"])
+        return TrainState(items.train["step"], items.params, items.train["opt_state"], rng), items.position
+
+    def finish(self) -> None:
+        """Wait until everything is on disk."""
+        with self._disk():
+            self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def load_run(path: str | Path, which: str = "latest") -> tuple[Model, int]:
+    """The policy of a run, as float32 NumPy arrays, and its step.
+
+    Args:
+      path: the run's ``--output`` directory.
+      which: "latest", "best" (by eval_loss) or a step.
+
+    Raises:
+      UserError: no such run or checkpoint.
+    """
+    run = Path(path)
+    if not is_run(run):
+        raise UserError(f"{run}: no run.json; give the --output directory of a dpo or sft run")
+    checkpoints = Checkpoints(run, keep_latest=1)  # reads only: nothing is deleted without a save
+    steps = sorted(checkpoints.manager.all_steps())
+    if not steps:
+        raise UserError(f"{run}: no checkpoint yet; let the run reach its first --save-steps")
+    step = {"latest": steps[-1], "best": checkpoints.manager.best_step()}.get(which, which)
+    if str(step) not in map(str, steps):
+        raise UserError(f"{run}: no checkpoint {which!r}; it has latest, best with eval data, and {steps}")
+    hf_config = read_json(run / "model" / "config.json")
+    config = config_from_hf(hf_config, str(run / "model" / "config.json"))
+    params = _restore_params(checkpoints.directory / str(step) / "params", config)
+    return Model(config, params, hf_config), int(step)
+
+
+def _restore_params(directory: Path, config: DecoderConfig) -> PyTree:
+    _, shapes = split(config)
+    to_numpy = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=np.ndarray), shapes)
+    with ocp.PyTreeCheckpointer() as reader:
+        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy))
+
+
+def load_policy(name: str) -> Model:
+    """A model by name, where the name may also be a run's directory (its latest checkpoint)."""
+    from dpojax.progress import Stage
+
+    if is_run(name):
+        return load_run(name)[0]
+    with Stage(f"Loading {Path(name).name}", 1.0) as stage:
+        return load_model(name, stage.reach)
+
+
+def load_policy_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    return load_tokenizer(str(Path(name) / "model") if is_run(name) else name)
+
+
+
+
+def reference_of_run(name: str) -> str | None:
+    """The model that a run's policy is measured against; None where ``name`` is no run."""
+    if not is_run(name):
+        return None
+    options = read_json(Path(name) / "run.json")
+    return options.get("ref_model") or options["model"]

@@ -1,0 +1,140 @@
+"""The train loop: one function, top to bottom, for DPO and for SFT."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from dpojax.configs import DPOConfig, TrainOptions
+from dpojax.models import Model
+from dpojax.progress import Stage, console
+from dpojax.sharding import batch_sharding, put_global
+from dpojax.train.checkpoint import Checkpoints, claim_directory, load_policy, save_model_files
+from dpojax.train.metrics import MetricsLog
+from dpojax.train.optimizer import make_optimizer, make_schedule
+from dpojax.train.options import check_options
+from dpojax.train.reference import Reference, collect_logps, content_hash
+from dpojax.train.setup import Data, check_vocabulary, load_data, make_program
+from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    steps: int
+    finished: bool  # False: stopped by a signal, to be continued
+
+
+def open_run(config: TrainOptions) -> tuple[Data, Model, Model, dict[str, str]]:
+    """Read data, policy and reference, and claim the output directory for what they are."""
+    check_options(config)
+    data = load_data(config)
+    model = load_policy(config.model)
+    check_vocabulary(model, data.batches, config.tokenizer or config.model)
+    facts = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
+    ref_model = model
+    if isinstance(config, DPOConfig):
+        if config.ref_model is not None:
+            ref_model = load_policy(config.ref_model)
+        facts["reference_hash"] = facts["model_hash"] if ref_model is model else content_hash(ref_model.params)
+    claim_directory(config, facts)
+    save_model_files(model, data.tokenizer, Path(config.output) / "model")
+    return data, model, ref_model, facts
+
+
+def train(config: TrainOptions) -> Result:
+    """Run, or continue, what the options say; everything is written below ``config.output``.
+
+    Raises:
+      UserError: bad options, data, model or output directory, or a disk that is full.
+    """
+    data, model, ref_model, facts = open_run(config)
+    run, batches, total_steps = Path(config.output), data.batches, data.total_steps
+    checkpoints = Checkpoints(run, config.save_total_limit)
+    done = checkpoints.latest
+    if done >= total_steps:
+        console.print(f"{run}: this run is complete, at step {done}; nothing to do")
+        return Result(done, finished=True)
+
+    # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
+    program = make_program(config, model)
+    reference = Reference(config, program.logps_step, program.mesh, ref_model, facts)
+    reference.prepare(batches, data.eval_batches, total_steps, run / "reference.npz")
+
+    # ---- state and step -------------------------------------------------------------------------------------------
+    schedule = make_schedule(config, total_steps)
+    optimizer = make_optimizer(config, schedule)
+    shardings = state_shardings(program.mesh, model.config, optimizer)
+    step_fn = make_train_step(program.loss_fn, optimizer, schedule, config.gradient_accumulation_steps)
+    step_fn = jit_train_step(step_fn, program.mesh, shardings)
+    iterator = batches.iterator()
+    if done:
+        state, position = checkpoints.restore(done, abstract_state(model.config, optimizer, shardings))
+        iterator.set_state(position)
+        console.print(f"{run}: continuing from step {done}")
+    else:
+        state = initial_state(model.params, optimizer, config.seed, shardings)
+    del model, ref_model
+
+    # ---- steps ----------------------------------------------------------------------------------------------------
+    log = MetricsLog(run, done, total_steps, len(batches.examples))
+    rows = batch_sharding(program.mesh)
+
+    def evaluate(step: int) -> float | None:
+        if data.eval_batches is None:
+            return None
+        sums = collect_logps(program.logps_step, state.params, data.eval_batches, program.mesh, "Evaluating")
+        figures = program.evaluate(sums, data.eval_batches.examples, reference.eval_sums)
+        log.write(step, figures)
+        log.show(step, figures)
+        return figures["eval_loss"]
+
+    if done == 0:
+        evaluate(0)
+    step = done
+    with stop_signals() as stop, Stage("Training", total_steps, done) as stage:
+        while step < total_steps and not stop.is_set():
+            item = next(iterator)
+            state, metrics = step_fn(state, put_global(item.batch, rows), reference.of(item))
+            step += 1
+            log.add(step, item, metrics)
+            last = step == total_steps or stop.is_set()
+            shows, evaluates = step % config.logging_steps == 0 or last, step % config.eval_steps == 0 or last
+            saves = step % config.save_steps == 0 or last
+            if shows or evaluates or saves:
+                log.flush()
+            if shows:
+                log.show_steps(step)
+            eval_loss = evaluate(step) if evaluates else None
+            if saves:
+                checkpoints.save(state, iterator.get_state(), eval_loss)
+            stage.advance()
+    checkpoints.finish()
+    log.close()
+    if step < total_steps:
+        console.print(f"{run}: stopped at step {step}; the same command continues it")
+    return Result(step, finished=step == total_steps)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Ctrl-C, and the SIGTERM by which a pod announces that it takes its machines back, ask to stop after the step."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may handle signals
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        console.print("stopping after this step, to save")
+        asked.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,70 @@
+"""Options that make no sense, each refused in one sentence before anything is read; objectives from their names."""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+from dpojax.configs import DPOConfig
+from dpojax.errors import UserError
+from dpojax.losses import LOSSES, Objective
+
+# field -> (what it must be, whether a value is)
+RANGES: dict[str, tuple[str, Any]] = {
+    "beta": ("above 0", lambda v: v > 0),
+    "label_smoothing": ("from 0 to below 0.5", lambda v: 0 <= v < 0.5),
+    "learning_rate": ("above 0", lambda v: v > 0),
+    "max_grad_norm": ("above 0", lambda v: v > 0),
+    "weight_decay": ("at least 0", lambda v: v >= 0),
+    "warmup_steps": ("at least 0", lambda v: v >= 0),
+    "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
+    "temperature": ("at least 0", lambda v: v >= 0),
+    "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
+} | {
+    name: ("at least 1", lambda v: v >= 1)
+    for name in (
+        *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
+        *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
+    )
+}
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def check_options(config: Any) -> None:
+    """Refuse values outside their range, and options that another option makes dead.
+
+    Raises:
+      UserError: naming the flag, its value and what it must be.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in RANGES and value is not None:
+            must, holds = RANGES[field.name]
+            if not holds(value):
+                raise UserError(f"{flag(field.name)} {value}: must be {must}")
+    if getattr(config, "weight_decay", 0) and config.optim != "adamw":
+        raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
+    if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
+        n = config.gradient_accumulation_steps
+        raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
+    if isinstance(config, DPOConfig):
+        make_objective(config)
+
+
+def make_objective(config: DPOConfig) -> Objective:
+    """The objective that ``--loss`` names, with the options that it has.
+
+    Raises:
+      UserError: no such loss, or an option is given that it does not have.
+    """
+    if config.loss not in LOSSES:
+        raise UserError(f"--loss {config.loss}: no such objective; use one of {', '.join(LOSSES)}")
+    takes = inspect.signature(LOSSES[config.loss]).parameters
+    if config.label_smoothing and "label_smoothing" not in takes:
+        raise UserError(f"--label-smoothing {config.label_smoothing}: {config.loss} has none; use --loss sigmoid")
+    options = {name: getattr(config, name) for name in ("beta", "label_smoothing") if name in takes}
+    return functools.partial(LOSSES[config.loss], **options)

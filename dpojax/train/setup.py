@@ -1,0 +1,134 @@
+"""Everything a run needs before its first step, made from its options."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpojax.configs import DataOptions, DPOConfig, TrainOptions
+from dpojax.data import Batches, Encoder, Example, load_examples
+from dpojax.errors import UserError
+from dpojax.models import Model, make_apply
+from dpojax.progress import Stage, console
+from dpojax.sharding import constrainer, make_mesh
+from dpojax.train.checkpoint import load_policy_tokenizer
+from dpojax.train.objectives import LossFn, imitation_loss, preference_loss, preference_rows
+from dpojax.train.options import make_objective
+from dpojax.train.reference import LogpsStep, completion_lengths, make_logps_step, pair_of_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Tokenized data and how it is batched."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    batches: Batches
+    eval_batches: Batches | None
+    total_steps: int
+
+    @property
+    def content_hash(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for example in [*self.batches.examples, *(self.eval_batches.examples if self.eval_batches else [])]:
+            for tokens in (example.prompt, *example.completions):
+                digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
+        return digest.hexdigest()
+
+
+def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: DataOptions) -> list[Example]:
+    """Examples of the files, what became of their rows said on the console."""
+    with Stage(f"Tokenizing {', '.join(Path(f).name for f in files)}", 1.0) as stage:
+        examples, report = load_examples(
+            files,
+            encoder,
+            kind=kind,
+            max_length=config.max_length,
+            skip_bad_rows=config.skip_bad_rows,
+            progress=stage.reach,
+        )
+    console.print(f"  {report.sentence()}")
+    for bad in report.dropped:
+        console.print(f"  dropped {bad}")
+    return examples
+
+
+def load_data(config: TrainOptions) -> Data:
+    kind = "pairs" if isinstance(config, DPOConfig) else "completions"
+    tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
+    encoder = Encoder(tokenizer)
+    examples = read_examples(config.data, encoder, kind, config)
+    epochs = config.epochs
+    if config.steps is not None:
+        epochs = -(-config.steps * config.batch_size // len(examples))
+    batches = Batches(examples, config.batch_size, max_shapes=config.max_shapes, seed=config.seed, epochs=epochs)
+    total_steps = len(batches) if config.steps is None else config.steps
+    left_over = total_steps * config.batch_size - epochs * len(examples)
+    if config.steps is None and left_over > 0:
+        console.print(f"  the last batch is {left_over} short of {config.batch_size}; it weighs what it holds")
+    if config.warmup_steps >= total_steps:
+        console.print(f"  the warmup of {config.warmup_steps} steps is longer than the run of {total_steps}")
+    eval_batches = None
+    if config.eval_data:
+        held_out = read_examples(config.eval_data, encoder, kind, config)
+        eval_batches = Batches(held_out, config.batch_size, max_shapes=config.max_shapes)
+    return Data(tokenizer, batches, eval_batches, total_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions a run consists of, and the mesh they run on."""
+
+    mesh: Mesh
+    loss_fn: LossFn
+    logps_step: LogpsStep
+    evaluate: Callable[[np.ndarray, list[Example], np.ndarray | None], dict[str, float]]
+    """(policy sums, examples, reference sums) -> figures, by name"""
+
+
+def check_vocabulary(model: Model, batches: Batches, name: str) -> None:
+    """Tokens that the model has no embedding for would be read as its last one, without a word."""
+    top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in batches.examples)
+    if top >= model.config.vocab_size:
+        raise UserError(f"{name}: the tokenizer gives id {top}, the model has {model.config.vocab_size}; see --tokenizer")
+    longest = int(batches.lengths.sum(axis=1).max())
+    if longest > model.config.max_positions:
+        console.print(f"  rows of {longest} tokens exceed the {model.config.max_positions} the model was made for")
+
+
+def make_program(config: TrainOptions, model: Model) -> Program:
+    rows = config.batch_size // config.gradient_accumulation_steps
+    mesh = make_mesh(config.mesh, model.config, rows)
+    place = constrainer(mesh)
+    chunk = config.logprob_chunk_tokens
+    apply_fn = make_apply(model.config, dtype=config.dtype, remat=config.remat, constrain=place)
+    forward = make_apply(model.config, dtype=config.dtype, constrain=place)
+    micro = config.gradient_accumulation_steps
+    logps_step = make_logps_step(forward, mesh, model.config, chunk_tokens=chunk, micro_batches=micro)
+
+    if isinstance(config, DPOConfig):
+        objective, beta = make_objective(config), config.beta
+        loss_fn = preference_loss(apply_fn, objective, beta=beta, chunk_tokens=chunk)
+
+        def evaluate(sums: np.ndarray, examples: list[Example], ref: np.ndarray | None) -> dict[str, float]:
+            assert ref is not None
+            lengths = completion_lengths(examples)
+            pairs = [pair_of_sums(jax.numpy.asarray(x), jax.numpy.asarray(lengths)) for x in (sums, ref)]
+            by_name = preference_rows(*pairs, objective, beta)
+            return {f"eval_{name}": float(np.mean(x, dtype=np.float64)) for name, x in by_name.items()}
+
+    else:
+        loss_fn = imitation_loss(apply_fn, chunk_tokens=chunk)
+
+        def evaluate(sums: np.ndarray, examples: list[Example], ref: np.ndarray | None) -> dict[str, float]:
+            tokens = completion_lengths(examples).sum()
+            return {"eval_loss": float(-sums.sum() / tokens), "eval_logps/chosen": float(sums.mean())}
+
+    return Program(mesh, loss_fn, logps_step, evaluate)

@@ -1,0 +1,114 @@
+"""The train state and the train step: pure, jitted with shardings, state donated."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from dpojax.models.config import DecoderConfig
+from dpojax.models.decoder import split
+from dpojax.sharding import batch_sharding, param_shardings, put_global, replicated
+from dpojax.train.objectives import LossFn, Metrics
+from dpojax.types import Metric, PairBatch, PairLogps, PyTree
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes. The reference is not part of it."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    rng: PRNGKeyArray
+    """For objectives that draw; today's draw nothing, and the data order has a state of its own."""
+
+
+StepFn = Callable[[TrainState, PairBatch, PairLogps | None], tuple[TrainState, Metrics]]
+
+
+def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))  # type: ignore[arg-type]
+
+
+def initial_state(
+    params: PyTree, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
+) -> TrainState:
+    """The state before the first step, laid out over the mesh; ``params`` are host arrays and are not kept."""
+    init = jax.jit(lambda p: init_state(p, optimizer, seed), out_shardings=shardings)
+    return init(put_global(params, shardings.params))
+
+
+def abstract_state(
+    config: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Shapes, dtypes and placement of the state, to restore into."""
+    _, params = split(config)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def state_shardings(mesh: Mesh, config: DecoderConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """A sharding for every leaf of the state: optimizer moments lie where their parameters lie."""
+    params = param_shardings(mesh, config)
+    _, shapes = split(config)
+    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, s: s, opt_shapes, params, transform_non_params=lambda _: replicated(mesh)
+    )
+    return TrainState(replicated(mesh), params, moments, replicated(mesh))  # type: ignore[arg-type]
+
+
+def split_micro(tree: PyTree, n: int) -> PyTree:
+    """``[B, ...]`` -> ``[n, B / n, ...]``; every n-th row, so that rows stay on the device they are on."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), tree)
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, micro_batches: int = 1
+) -> StepFn:
+    """``train_step(state, batch, ref) -> (state, metrics)``, pure.
+
+    Gradients of the undivided loss are summed over micro-batches and divided once by the batch's whole weight, so a
+    batch gives the same update in one piece or in many. Metrics come back undivided.
+    """
+
+    def train_step(state: TrainState, batch: PairBatch, ref: PairLogps | None) -> tuple[TrainState, Metrics]:
+        mean_chosen_len = jnp.sum(batch.completion_len[:, 0] * batch.real) / jnp.maximum(jnp.sum(batch.real), 1.0)
+
+        def undivided(params: PyTree, micro: tuple[PairBatch, PairLogps | None]) -> tuple[Array, Metrics]:
+            loss, metrics = loss_fn(params, *micro, mean_chosen_len)
+            return loss.sum, {"loss": loss, **metrics}
+
+        grad_fn = jax.grad(undivided, has_aux=True)
+        if micro_batches == 1:
+            grads, metrics = grad_fn(state.params, (batch, ref))
+        else:
+
+            def add(total: PyTree, micro: tuple[PairBatch, PairLogps | None]) -> tuple[PyTree, None]:
+                return jax.tree.map(jnp.add, total, grad_fn(state.params, micro)), None
+
+            micros = split_micro((batch, ref), micro_batches)
+            shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], micros))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
+
+        grads = jax.tree.map(lambda g: g / jnp.maximum(metrics["loss"].weight, 1e-30), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
+        one = jnp.float32(1)
+        metrics["grad_norm"] = Metric(optax.tree.norm(grads), one)
+        metrics["learning_rate"] = Metric(jnp.asarray(schedule(state.step), jnp.float32), one)
+        params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def jit_train_step(step: StepFn, mesh: Mesh, shardings: TrainState) -> StepFn:
+    rows = batch_sharding(mesh)
+    return jax.jit(
+        step, in_shardings=(shardings, rows, rows), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
+    )
