@@ -29,6 +29,7 @@ Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | Expor
 
 
 def run_train(config: TrainOptions) -> int:
+    """``dpojax dpo`` and ``dpojax sft``."""
     from dpojax.train.loop import train
 
     result = train(config)
@@ -36,19 +37,22 @@ def run_train(config: TrainOptions) -> int:
 
 
 def run_logps(config: LogpsConfig) -> int:
+    """``dpojax logps``."""
     from dpojax.evaluate.scoring import FileScores
     from dpojax.progress import console
 
     scores = FileScores(config)
     sums = scores.of(config.model)
     names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
-    rows = (dict(zip(names, [*s, *n], strict=True)) for s, n in zip(sums.tolist(), scores.lengths.tolist(), strict=True))
+    columns = zip(*sums.T.tolist(), *scores.lengths.T.tolist(), strict=True)
+    rows = (dict(zip(names, row, strict=True)) for row in columns)
     write_whole(Path(config.output), "".join(json.dumps(row) + "\n" for row in rows))
     console.print(f"{len(sums)} rows written to {config.output}")
     return 0
 
 
 def run_eval(config: EvalConfig) -> int:
+    """``dpojax eval``."""
     from dpojax.evaluate import preference_estimates
     from dpojax.evaluate.scoring import FileScores
     from dpojax.progress import console
@@ -69,6 +73,7 @@ def run_eval(config: EvalConfig) -> int:
 
 
 def run_sample(config: SampleConfig) -> int:
+    """``dpojax sample``."""
     import jax
 
     from dpojax.data import Encoder
@@ -104,6 +109,7 @@ def run_sample(config: SampleConfig) -> int:
 
 
 def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
+    """A prompt in tokens, as a row of data would have it."""
     try:
         if chat:
             # A reply stands in for the one to come: a template is rendered for prompt and reply together.
@@ -114,6 +120,7 @@ def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
 
 
 def run_export(config: ExportConfig) -> int:
+    """``dpojax export``."""
     from dpojax.models import load_tokenizer, save_directory
     from dpojax.progress import console
     from dpojax.train.checkpoint import load_run
@@ -129,6 +136,7 @@ def run_export(config: ExportConfig) -> int:
 
 
 def run_check_data(config: CheckDataConfig) -> int:
+    """``dpojax check-data``."""
     from dpojax.data.check import check_files
     from dpojax.progress import console
     from dpojax.train.checkpoint import load_policy_tokenizer
@@ -145,7 +153,7 @@ def run_check_data(config: CheckDataConfig) -> int:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is either complete or not there."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: is a directory or its folder does not exist; name a file in a folder that does")
+        raise UserError(f"--output {path}: is a directory or in none that exists; name a file")
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
@@ -177,11 +185,14 @@ def run(config: Config) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
-        print(f"dpojax: {error.filename or 'output'}: {error.strerror}; free some space or name another", file=sys.stderr)
+        print(
+            f"dpojax: {error.filename or 'output'}: {error.strerror}; free some space or name another", file=sys.stderr
+        )
     return 2
 
 
 def main(args: list[str] | None = None) -> int:
+    """Parse the arguments, run the command, return its exit status."""
     config = tyro.extras.subcommand_cli_from_dict(
         {name: kind for name, (kind, _) in COMMANDS.items()},
         prog="dpojax",

@@ -77,10 +77,7 @@ def make_sampler(
         empty = jnp.zeros((config.layers, B, P + C, config.kv_heads, config.head_dim), compute)
         mask = segment_mask(jnp.where(positions[:, :P] >= 0, 0, -1))
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, C)))
-        start = jnp.int32(0)
-        h, head, caches = model(
-            prompt, jnp.maximum(positions[:, :P], 0), mask, dtype=compute, caches=(empty, empty), start=start
-        )
+        h, head, caches = model(prompt, jnp.maximum(positions[:, :P], 0), mask, dtype=compute, caches=(empty, empty))
 
         def unfinished(carry: tuple) -> Array:
             i, done = carry[0], carry[1]
@@ -134,7 +131,8 @@ def sample_all(
     for i in track(range(len(keys))):
         rows = list(prompts[i * batch_size : (i + 1) * batch_size])
         padded = rows + [rows[-1]] * (batch_size - len(rows))
-        tokens, lengths = sampler(params, *map(jnp.asarray, pad_left(padded, width)), keys[i])
+        prompt, prompt_len = pad_left(padded, width)
+        tokens, lengths = sampler(params, jnp.asarray(prompt), jnp.asarray(prompt_len), keys[i])
         kept = zip(np.asarray(tokens).tolist(), np.asarray(lengths).tolist(), strict=True)
         completions += [row[:n] for row, n in list(kept)[: len(rows)]]
     return completions

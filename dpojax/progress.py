@@ -32,7 +32,7 @@ class Stage:
                 TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task(self.label, total=self.total, completed=self.done, note="")
+            self.task = self.bar.add_task(self.label, total=self.total, completed=int(self.done), note="")
         return self
 
     def advance(self, n: float = 1, note: str = "") -> None:

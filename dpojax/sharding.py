@@ -54,7 +54,7 @@ def make_mesh(config: MeshConfig, model: DecoderConfig | None = None, rows: int 
     known = int(np.prod([n for n in sizes.values() if n != -1]))
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
-        raise UserError(f"--mesh: sizes {tuple(sizes.values())} make no mesh; one axis may be -1, the others are above 0")
+        raise UserError(f"--mesh: {tuple(sizes.values())} is no mesh; one axis may be -1, the others are above 0")
     if free:
         sizes[free[0]] = len(devices) // known
     if int(np.prod(list(sizes.values()))) != len(devices):
@@ -75,6 +75,7 @@ def make_mesh(config: MeshConfig, model: DecoderConfig | None = None, rows: int 
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -6,13 +6,13 @@ V vocabulary                    D model width        F MLP width         h head 
 H query heads                   K key/value heads    L layers
 """
 
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-PyTree = object  # parameters: a nested dict of arrays
+PyTree: TypeAlias = Any  # parameters: a nested dict of arrays
 
 
 @struct.dataclass

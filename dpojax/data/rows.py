@@ -15,8 +15,10 @@ Part = tuple[Text, tuple[Text, ...]]  # a prompt and its completions, both of on
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """A row and its place: the line of a JSONL file, or the row of a Parquet file, from 1."""
+
     file: str
-    number: int  # line of a JSONL file, row of a Parquet file; from 1
+    number: int
     fields: dict[str, Any]
 
 

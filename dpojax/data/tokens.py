@@ -70,7 +70,7 @@ class Encoder:
         start = self._chat(prompt, generate=True)
         texts = [start]
         for completion in completions:
-            whole = self._chat([*prompt, *completion], generate=False)  # type: ignore[misc]
+            whole = self._chat([*prompt, *completion], generate=False)
             if not whole.startswith(start):
                 raise ValueError("the chat template does not render the reply as a continuation of the prompt")
             texts.append(whole[len(start) :])

@@ -62,4 +62,3 @@ class FileScores:
             chunk_tokens=config.logprob_chunk_tokens,
         )
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}")
-

@@ -1,7 +1,6 @@
 """The DPO loss and its hinge sibling: classification losses on the difference of log-ratios."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpojax.types import PairLogps

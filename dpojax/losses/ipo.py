@@ -7,9 +7,7 @@ from dpojax.losses.dpo import log_ratios
 from dpojax.types import PairLogps
 
 
-def ipo(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, length_normalize: bool = True
-) -> Float[Array, " B"]:
+def ipo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, length_normalize: bool = True) -> Float[Array, " B"]:
     r"""IPO: regress the margin of log-ratios onto ``1 / (2 beta)``.
 
     .. math:: \left(h - \frac{1}{2\beta}\right)^2, \qquad

@@ -8,7 +8,7 @@ from dpojax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the rotary frequencies (Llama 3.1 model card; ``rope_type: llama3``) or linear scaling."""
+    """Llama 3's stretching of the rotary frequencies (``rope_type: llama3``), or linear scaling."""
 
     kind: str  # "linear" or "llama3"
     factor: float

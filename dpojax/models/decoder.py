@@ -46,6 +46,7 @@ REMAT = {
 
 
 def rms_norm(x: Float[Array, "*_ D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*_ D"]:
+    """``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich 2019, arXiv 1910.07467), the mean in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * scale.astype(x.dtype)
@@ -72,9 +73,9 @@ class Blocks(nnx.Module):
         rope: tuple[Array, Array],
         mask_BTS: Bool[Array, "B T S"],
         cache: Cache | None = None,
-        start: Int[Array, ""] | None = None,
+        start: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """One layer. With a cache, new keys and values are written into it at ``start`` and all of it is attended to."""
+        """One layer. With a cache, new keys and values are written into it at ``start``; all of it is attended to."""
         dtype, eps = x_BTD.dtype, self.config.norm_eps
         w = {name: getattr(self, name)[...].astype(dtype) for name in ("q", "k", "v", "o", "gate", "up", "down")}
         y = rms_norm(x_BTD, self.attn_norm[...], eps)
@@ -112,7 +113,7 @@ class Decoder(nnx.Module):
         remat: str = "none",
         constrain: Constrain = lambda x, axes: x,
         caches: PyTree = None,
-        start: Int[Array, ""] | None = None,
+        start: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], PyTree]:
         """Returns hidden states, the unembedding matrix and, where ``caches`` (stacked over layers) came in, them."""
         graph, weights = nnx.split(self.blocks)

@@ -138,14 +138,17 @@ def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerFast":
 
     kind = file.get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise UserError(f"{file.path}: tokenizer model {kind!r} is not built from GGUF; name a directory with --tokenizer")
+        raise UserError(
+            f"{file.path}: tokenizer model {kind!r} is not built from GGUF; name a directory with --tokenizer"
+        )
     tokens = file.get("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = _pre_tokenizer(file.get("tokenizer.ggml.pre", "default"), file.path)
     tokenizer.decoder = decoders.ByteLevel()
-    control = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, _types(file), strict=True) if kind == 3]
-    tokenizer.add_special_tokens(control)
+    kinds = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)  # llama.cpp's: 1 normal, 3 control
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
 
     special = {}
     for role in ("bos", "eos", "unknown", "padding"):
@@ -165,8 +168,3 @@ def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerFast":
         clean_up_tokenization_spaces=False,
         **special,
     )
-
-
-def _types(file: GGUFFile) -> list[int]:
-    # 1 normal, 3 control (llama.cpp's token types)
-    return file.get("tokenizer.ggml.token_type") or [1] * len(file.get("tokenizer.ggml.tokens"))

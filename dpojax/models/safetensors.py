@@ -61,6 +61,7 @@ def assemble(
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model; errors name the file and the mend."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,8 +127,8 @@ def save_directory(
     from safetensors.numpy import save_file
 
     np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    blocks = params["blocks"]  # type: ignore[index]
-    top = {name: params[key] for key, name in TOP_NAMES.items() if key in params}  # type: ignore[operator, index]
+    blocks = params["blocks"]
+    top = {name: params[key] for key, name in TOP_NAMES.items() if key in params}
     names = [(name.format(layer), key, layer) for layer in range(config.layers) for key, name in BLOCK_NAMES.items()]
 
     def tensor(key: str, layer: int) -> np.ndarray:
@@ -164,8 +165,8 @@ def save_directory(
     raw.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(raw, indent=2))
     directory.mkdir(parents=True, exist_ok=True)
-    for file in directory.glob("model*.safetensors*"):
-        file.unlink()
+    for old in directory.glob("model*.safetensors*"):
+        old.unlink()
     for path in partial.iterdir():
         path.replace(directory / path.name)
     partial.rmdir()

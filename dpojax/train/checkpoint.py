@@ -1,10 +1,10 @@
 """A run's directory: its config, its model's config and tokenizer, and Orbax checkpoints.
 
-    run.json          the command's options, the reference's content hash, the model's shape
-    model/            config.json and tokenizer, for export
-    reference.npz     reference log-probabilities, when cached
-    metrics.jsonl, tensorboard/
-    checkpoints/N/    params | train (step, optimizer state, RNG) | position (of the data)
+run.json          the command's options, the reference's content hash, the model's shape
+model/            config.json and tokenizer, for export
+reference.npz     reference log-probabilities, when cached
+metrics.jsonl, tensorboard/
+checkpoints/N/    params | train (step, optimizer state, RNG) | position (of the data)
 """
 
 import contextlib
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 def is_run(path: str | Path) -> bool:
+    """Whether a path is the ``--output`` directory of a run."""
     return (Path(path) / "run.json").is_file()
 
 
@@ -187,9 +188,8 @@ def load_policy(name: str) -> Model:
 
 
 def load_policy_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model by name, or of a run."""
     return load_tokenizer(str(Path(name) / "model") if is_run(name) else name)
-
-
 
 
 def reference_of_run(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """What a step differentiates: a batch to an undivided loss and undivided metrics."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chu
     ) -> tuple[Metric, Metrics]:
         assert ref is not None
         policy = pair_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
-        rows = preference_rows(policy.replace(mean_chosen_len=mean_chosen_len), ref, objective, beta)
+        rows = preference_rows(dataclasses.replace(policy, mean_chosen_len=mean_chosen_len), ref, objective, beta)
         real = batch.real
         terms = {name: Metric(jnp.sum(jnp.where(real > 0, x, 0.0)), jnp.sum(real)) for name, x in rows.items()}
         return terms.pop("loss"), terms

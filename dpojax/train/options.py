@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[str, Any]] = {
 
 
 def flag(field: str) -> str:
+    """How the command line spells a field."""
     return "--" + field.replace("_", "-")
 
 

@@ -1,7 +1,7 @@
 """The reference's log-probabilities: the forward pass alone, over all rows once or for one batch."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -53,10 +53,11 @@ def make_logps_step(
 
 def pair_of_sums(sums: Float[Array | np.ndarray, "B 2"], lengths: Array | np.ndarray) -> PairLogps:
     """``[B, 2]`` sums and lengths as :class:`~dpojax.types.PairLogps`."""
-    return PairLogps(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])  # type: ignore[arg-type]
+    chosen, rejected = sums[:, 0], sums[:, 1]
+    return PairLogps(chosen, rejected, lengths[:, 0], lengths[:, 1])  # type: ignore[arg-type]  # NumPy too
 
 
-def completion_lengths(examples: list[Example]) -> np.ndarray:
+def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
     """``[n, N]`` completion tokens."""
     return np.array([[len(completion) for completion in example.completions] for example in examples], np.int32)
 
@@ -94,9 +95,7 @@ class Reference:
     Live, the parameters stay and every batch costs one more forward pass.
     """
 
-    def __init__(
-        self, config: TrainOptions, logps_step: LogpsStep, mesh: Mesh, model: Model, facts: dict[str, str]
-    ):
+    def __init__(self, config: TrainOptions, logps_step: LogpsStep, mesh: Mesh, model: Model, facts: dict[str, str]):
         self.needed = isinstance(config, DPOConfig)
         self.live = isinstance(config, DPOConfig) and config.reference == "live"
         self.logps_step, self.mesh = logps_step, mesh
@@ -111,10 +110,10 @@ class Reference:
         if not self.needed:
             return
         assert self.model is not None
-        stored = np.load(path) if path.exists() else {"key": ""}
-        if not self.live and str(stored["key"]) == self.key:
-            self.sums, eval_sums = stored["train"], stored["eval"]
-            self.eval_sums = eval_sums if eval_sums.size else None
+        stored = dict(np.load(path)) if path.exists() else {}
+        if not self.live and str(stored.get("key")) == self.key:
+            self.sums = stored["train"]
+            self.eval_sums = stored["eval"] if stored["eval"].size else None
         else:
             shardings = param_shardings(self.mesh, self.model.config)
             # A copy of its own: the policy's buffers, which may be the same host memory, are donated.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,7 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: D
 
 
 def load_data(config: TrainOptions) -> Data:
+    """Read, tokenize and batch training and held-out data, and say what became of them."""
     kind = "pairs" if isinstance(config, DPOConfig) else "completions"
     tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
     encoder = Encoder(tokenizer)
@@ -89,7 +90,7 @@ class Program:
     mesh: Mesh
     loss_fn: LossFn
     logps_step: LogpsStep
-    evaluate: Callable[[np.ndarray, list[Example], np.ndarray | None], dict[str, float]]
+    evaluate: Callable[[np.ndarray, Sequence[Example], np.ndarray | None], dict[str, float]]
     """(policy sums, examples, reference sums) -> figures, by name"""
 
 
@@ -97,13 +98,16 @@ def check_vocabulary(model: Model, batches: Batches, name: str) -> None:
     """Tokens that the model has no embedding for would be read as its last one, without a word."""
     top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in batches.examples)
     if top >= model.config.vocab_size:
-        raise UserError(f"{name}: the tokenizer gives id {top}, the model has {model.config.vocab_size}; see --tokenizer")
+        raise UserError(
+            f"{name}: the tokenizer gives id {top}, the model has {model.config.vocab_size}; see --tokenizer"
+        )
     longest = int(batches.lengths.sum(axis=1).max())
     if longest > model.config.max_positions:
         console.print(f"  rows of {longest} tokens exceed the {model.config.max_positions} the model was made for")
 
 
 def make_program(config: TrainOptions, model: Model) -> Program:
+    """Mesh, model, objective and forward pass, put together as the options say."""
     rows = config.batch_size // config.gradient_accumulation_steps
     mesh = make_mesh(config.mesh, model.config, rows)
     place = constrainer(mesh)
@@ -117,17 +121,17 @@ def make_program(config: TrainOptions, model: Model) -> Program:
         objective, beta = make_objective(config), config.beta
         loss_fn = preference_loss(apply_fn, objective, beta=beta, chunk_tokens=chunk)
 
-        def evaluate(sums: np.ndarray, examples: list[Example], ref: np.ndarray | None) -> dict[str, float]:
+        def evaluate(sums: np.ndarray, examples: Sequence[Example], ref: np.ndarray | None) -> dict[str, float]:
             assert ref is not None
             lengths = completion_lengths(examples)
-            pairs = [pair_of_sums(jax.numpy.asarray(x), jax.numpy.asarray(lengths)) for x in (sums, ref)]
-            by_name = preference_rows(*pairs, objective, beta)
+            policy, reference = (pair_of_sums(jax.numpy.asarray(x), jax.numpy.asarray(lengths)) for x in (sums, ref))
+            by_name = preference_rows(policy, reference, objective, beta)
             return {f"eval_{name}": float(np.mean(x, dtype=np.float64)) for name, x in by_name.items()}
 
     else:
         loss_fn = imitation_loss(apply_fn, chunk_tokens=chunk)
 
-        def evaluate(sums: np.ndarray, examples: list[Example], ref: np.ndarray | None) -> dict[str, float]:
+        def evaluate(sums: np.ndarray, examples: Sequence[Example], ref: np.ndarray | None) -> dict[str, float]:
             tokens = completion_lengths(examples).sum()
             return {"eval_loss": float(-sums.sum() / tokens), "eval_logps/chosen": float(sums.mean())}
 

@@ -1,5 +1,6 @@
 """The train state and the train step: pure, jitted with shardings, state donated."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -31,7 +32,8 @@ StepFn = Callable[[TrainState, PairBatch, PairLogps | None], tuple[TrainState, M
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))  # type: ignore[arg-type]
+    """The state before the first step; ``seed`` seeds its random key."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
 
 
 def initial_state(
@@ -42,9 +44,7 @@ def initial_state(
     return init(put_global(params, shardings.params))
 
 
-def abstract_state(
-    config: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState
-) -> TrainState:
+def abstract_state(config: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and placement of the state, to restore into."""
     _, params = split(config)
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
@@ -97,17 +97,18 @@ def make_train_step(
             (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
 
         grads = jax.tree.map(lambda g: g / jnp.maximum(metrics["loss"].weight, 1e-30), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)  # type: ignore[arg-type]
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         one = jnp.float32(1)
         metrics["grad_norm"] = Metric(optax.tree.norm(grads), one)
         metrics["learning_rate"] = Metric(jnp.asarray(schedule(state.step), jnp.float32), one)
-        params = optax.apply_updates(state.params, updates)  # type: ignore[arg-type]
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 
 
 def jit_train_step(step: StepFn, mesh: Mesh, shardings: TrainState) -> StepFn:
+    """The step compiled for a mesh: state and batch laid out over it, the old state's memory reused for the new."""
     rows = batch_sharding(mesh)
     return jax.jit(
         step, in_shardings=(shardings, rows, rows), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
