@@ -23,7 +23,7 @@ def pack_rows(batch: PairBatch) -> tuple[Int[Array, "B T"], Int[Array, "B T"], I
     _, N, C = batch.completions.shape
     prompt_positions = jnp.arange(P)[None, :] - (P - batch.prompt_len[:, None])
     prompt_segments = jnp.where(prompt_positions >= 0, 0, -1)
-    completion_positions = jnp.broadcast_to(batch.prompt_len[:, None, None] + jnp.arange(C), (B, N, C))
+    completion_positions = jnp.broadcast_to(batch.prompt_len[:, None, None] + jnp.arange(C)[None, None], (B, N, C))
     completion_segments = jnp.where(completion_mask(batch), jnp.arange(1, N + 1)[None, :, None], -1)
 
     def row(prompt: Int[Array, "B P"], completions: Int[Array, "B N C"]) -> Int[Array, "B T"]:

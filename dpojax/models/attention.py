@@ -14,8 +14,8 @@ def segment_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """
     T = segments.shape[1]
     q, k = segments[:, :, None], segments[:, None, :]
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    return (causal & (k >= 0) & ((k == 0) | (k == q))) | jnp.eye(T, dtype=bool)
+    causal = jnp.tril(jnp.ones((1, T, T), bool))
+    return (causal & (k >= 0) & ((k == 0) | (k == q))) | jnp.eye(T, dtype=bool)[None]
 
 
 def rope_table(
@@ -33,7 +33,7 @@ def rope_table(
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         freqs = freqs * (keep + (1 - keep) / scaling.factor)
-    angles = positions[..., None].astype(jnp.float32) * freqs
+    angles = positions[:, :, None].astype(jnp.float32) * freqs[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -49,7 +49,7 @@ def rms_norm(x: Float[Array, "*_ D"], scale: Float[Array, " D"], eps: float) -> 
     """``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich 2019, arXiv 1910.07467), the mean in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
 class Blocks(nnx.Module):

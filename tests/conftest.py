@@ -1,0 +1,113 @@
+"""Eight fake devices, strict ranks, and a tiny model of the Llama family that needs no files."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpojax.models import DecoderConfig, init_params, save_directory
+from dpojax.types import PairBatch
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+# 384 embeddings hold ByT5's 256 bytes and its special tokens.
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "max_position_embeddings": 512,
+    "vocab_size": 384,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def decoder_config(raw: dict) -> DecoderConfig:
+    from dpojax.models.config import config_from_hf
+
+    return config_from_hf(raw, "test")
+
+
+@pytest.fixture(scope="session")
+def config() -> DecoderConfig:
+    return decoder_config(HF_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def params(config):
+    # Ten times the usual spread, so that attention and logits are far from uniform.
+    return jax.tree.map(lambda x: x if (x == 1).all() else 10 * x, init_params(config, seed=0))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(config, params, tmp_path_factory) -> str:
+    """A Hugging Face directory with a byte-level tokenizer and a chat template."""
+    from transformers import ByT5Tokenizer
+
+    directory = tmp_path_factory.mktemp("tiny")
+    save_directory(params, config, HF_CONFIG, directory)
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+WORDS = "the film was a slow but lovely story of two friends and their long way home".split()
+
+
+def sentence(rng: np.random.Generator, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS, int(rng.integers(low, high))))
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> str:
+    """24 preference rows of unequal lengths."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "prompt": sentence(rng, 1, 6),
+            "chosen": " " + sentence(rng, 1, 5) + " good",
+            "rejected": " " + sentence(rng, 1, 5),
+        }
+        for _ in range(24)
+    ]
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def random_batch(rng: np.random.Generator, B: int, P: int, C: int, N: int = 2, vocab: int = 384) -> PairBatch:
+    prompt_len = rng.integers(1, P + 1, B).astype(np.int32)
+    completion_len = rng.integers(1, C + 1, (B, N)).astype(np.int32)
+    return PairBatch(
+        prompt=jax.numpy.asarray(rng.integers(0, vocab, (B, P)).astype(np.int32)),
+        prompt_len=jax.numpy.asarray(prompt_len),
+        completions=jax.numpy.asarray(rng.integers(0, vocab, (B, N, C)).astype(np.int32)),
+        completion_len=jax.numpy.asarray(completion_len),
+        real=jax.numpy.ones(B),
+    )

@@ -1,0 +1,45 @@
+"""check-data: what it says of every row."""
+
+import json
+
+import pytest
+
+from dpojax.data.check import check_files
+from dpojax.models import load_tokenizer
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [
+        json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        "{broken",
+        json.dumps({"prompt": "a" * 30, "chosen": "b" * 30, "rejected": "c"}),
+        json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}),
+        json.dumps({"prompt": "", "chosen": "b", "rejected": "c"}),
+    ]
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n".join(rows))
+    return str(path)
+
+
+def test_fields_alone(file):
+    lines, wrong = check_files([file], None, "pairs", 20)
+    assert wrong
+    assert [line.split(": ")[1] for line in lines[:-1]] == [f"{file}, row 2", f"{file}, row 4"]
+    assert lines[-1] == "5 rows: 3 kept, lengths not looked at (give --model), 2 dropped"
+
+
+def test_with_a_tokenizer(file, tiny_dir):
+    lines, wrong = check_files([file], load_tokenizer(tiny_dir), "pairs", 20)
+    assert wrong
+    assert [line.split(": ")[0] + line.split(", ")[1][:5] for line in lines[:-1]] == [
+        *("droppedrow 2", "droppedrow 4", "droppedrow 5"),
+        *("truncatedrow 3", "truncatedrow 3"),
+    ]
+    assert lines[-1] == "5 rows: 2 kept, 1 of them truncated to 20 tokens, 3 dropped"
+
+
+def test_a_clean_file_is_clean(pairs_file, tiny_dir):
+    lines, wrong = check_files([pairs_file], load_tokenizer(tiny_dir), "pairs", 512)
+    assert not wrong
+    assert lines == ["24 rows: 24 kept, 0 of them truncated to 512 tokens, 0 dropped"]

@@ -1,0 +1,152 @@
+"""Tokens: templates applied once, one BOS, one EOS, a boundary that never moves, and truncation."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpojax.data import Encoder, load_examples, truncate
+from dpojax.errors import UserError
+from dpojax.models import load_tokenizer
+
+USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+OTHER = {"role": "assistant", "content": "Go away"}
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_dir):
+    return Encoder(load_tokenizer(tiny_dir))
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "f.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(path)]
+
+
+def byte_ids(text: str) -> list[int]:
+    return [byte + 3 for byte in text.encode()]
+
+
+def test_text_is_tokenized_in_two_parts_with_one_eos(encoder, tmp_path):
+    files = write(tmp_path, {"prompt": "ab", "chosen": " c", "rejected": " d</s>"})
+    (example,), report = load_examples(files, encoder)
+    assert example.prompt.tolist() == byte_ids("ab")
+    assert [c.tolist() for c in example.completions] == [[*byte_ids(" c"), 1], [*byte_ids(" d"), 1]]
+    assert report.sentence() == "1 rows: 1 kept, 0 dropped, 0 prompts and 0 completions cut to fit"
+
+
+def test_chat_template_is_applied_once_and_ends_in_one_eos(encoder, tmp_path):
+    files = write(tmp_path, {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]})
+    (example,), _ = load_examples(files, encoder)
+    assert example.prompt.tolist() == byte_ids("[user] Hi\n[assistant] ")
+    # The template ends a reply with </s> and a newline: the EOS is counted once, the newline behind it is not.
+    assert example.completions[0].tolist() == [*byte_ids("Hello"), 1]
+
+
+class Bos:
+    """A tokenizer that puts BOS (257 + 3) before every text, as Llama's do."""
+
+    def __init__(self, inner):
+        self.inner, self.bos_token_id, self.eos_token_id = inner, 260, inner.eos_token_id
+        self.chat_template = "{{ bos_token }}"
+        self.name_or_path = "bos"
+
+    def __call__(self, text, add_special_tokens=True):
+        texts = [text] if isinstance(text, str) else text
+        # "<B>" spells the BOS, as a chat template does
+        ids = [[260, *byte_ids(t[3:])] if t.startswith("<B>") else byte_ids(t) for t in texts]
+        ids = [[260, *row] if add_special_tokens else row for row in ids]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
+
+    def decode(self, ids):
+        return self.inner.decode(ids)
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return "<B>" + "".join(f"{m['role']}:{m['content']};" for m in messages) + "assistant:" * add_generation_prompt
+
+
+def test_one_bos_whether_the_tokenizer_or_the_template_writes_it(encoder, tmp_path):
+    bos = Encoder(Bos(encoder.tokenizer))
+    files = write(tmp_path, {"prompt": "ab", "chosen": "c", "rejected": "d"}, {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]})
+    examples, _ = load_examples(files, bos)
+    assert examples[0].prompt.tolist() == [260, *byte_ids("ab")]
+    assert examples[1].prompt.tolist() == [260, *byte_ids("user:Hi;assistant:")]
+    for example in examples:
+        for completion in example.completions:
+            assert 260 not in completion and (completion == 1).sum() == 1
+
+
+def test_empty_prompt_needs_a_bos(encoder, tmp_path):
+    files = write(tmp_path, {"prompt": "", "chosen": "c", "rejected": "d"})
+    (example,), _ = load_examples(files, Encoder(Bos(encoder.tokenizer)))
+    assert example.prompt.tolist() == [260]
+    with pytest.raises(UserError, match="row 1: the prompt is empty"):
+        load_examples(files, encoder)
+
+
+def test_template_that_rewrites_the_prompt_is_refused(encoder, tmp_path):
+    class Rewrites(Bos):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return f"<B>{len(messages)}"
+
+    files = write(tmp_path, {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]})
+    with pytest.raises(UserError, match="does not render the reply as a continuation"):
+        load_examples(files, Encoder(Rewrites(encoder.tokenizer)))
+
+
+def test_bad_rows_refuse_the_file_or_are_left_out_and_counted(encoder, tmp_path):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    files = write(tmp_path, good, {"prompt": "a"}, good, good | {"chosen": "c"})
+    with pytest.raises(UserError, match=r"row 2: no field 'chosen'.*\(1 more bad row\); mend it"):
+        load_examples(files, encoder)
+    examples, report = load_examples(files, encoder, skip_bad_rows=True)
+    assert len(examples) == 2
+    assert [bad.number for bad in report.dropped] == [2, 4]
+    assert "4 rows: 2 kept, 2 dropped" in report.sentence()
+    with pytest.raises(UserError, match="no row is usable"):
+        load_examples(write(tmp_path, {"prompt": "a"}), encoder, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sides", "limit", "expected"),
+    [
+        ("abcd", ("xy", "z"), 6, ("abcd", ("xy", "z"))),
+        ("abcd", ("xy", "z"), 5, ("bcd", ("xy", "z"))),
+        ("abcd", ("xy", "z"), 3, ("d", ("xy", "z"))),
+        ("abcd", ("xyz", "z"), 3, ("d", ("xy", "z"))),
+        ("abcd", ("xyz", "pqr"), 2, ("d", ("x", "p"))),
+    ],
+)
+def test_prompt_goes_first_from_its_start_then_completions_from_their_end(prompt, sides, limit, expected):
+    example, prompt_cut, completion_cut = truncate(byte_ids(prompt), [byte_ids(s) for s in sides], limit)
+    assert example.prompt.tolist() == byte_ids(expected[0])
+    assert [c.tolist() for c in example.completions] == [byte_ids(s) for s in expected[1]]
+    assert prompt_cut == (len(expected[0]) < len(prompt))
+    assert completion_cut == (expected[1] != sides)
+
+
+@given(
+    st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(2, 40)
+)
+def test_truncation_never_leaves_nothing_and_wastes_nothing(prompt, sides, limit):
+    example, *_ = truncate(list(range(prompt)), [list(range(n)) for n in sides], limit)
+    longest = max(map(len, example.completions))
+    assert len(example.prompt) >= 1 and min(map(len, example.completions)) >= 1
+    assert len(example.prompt) + longest == min(limit, prompt + max(sides))
+    assert example.prompt[-1] == prompt - 1  # the end of the prompt stays
+    assert all((c == np.arange(len(c))).all() for c in example.completions)
+
+
+def test_truncated_rows_are_reported_with_their_numbers(encoder, tmp_path):
+    files = write(
+        tmp_path,
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a" * 50, "chosen": "b", "rejected": "c"},
+        {"prompt": "a" * 50, "chosen": "b" * 50, "rejected": "c"},
+    )
+    _, report = load_examples(files, encoder, max_length=20)
+    assert [row.number for row in report.prompts_cut] == [2, 3]
+    assert [row.number for row in report.completions_cut] == [3]

@@ -1,0 +1,38 @@
+"""Estimates against closed forms."""
+
+import numpy as np
+import pytest
+
+from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
+
+
+def test_error_over_groups():
+    values = [1.0, 3.0, 5.0, 5.0]
+    assert estimate(values).mean == 3.5
+    assert estimate(values).error == pytest.approx(np.std(values, ddof=1) / 2)
+    grouped = estimate(values, groups=["a", "a", "b", "b"])
+    assert (grouped.mean, grouped.error, grouped.n) == (3.5, pytest.approx(np.std([2, 5], ddof=1) / 2**0.5), 2)
+    assert np.isnan(estimate([1.0]).error)
+
+
+def test_preference_figures_by_hand():
+    policy = np.array([[-10.0, -12.0], [-5.0, -4.0], [-6.0, -6.0]])
+    ref = np.array([[-11.0, -11.0], [-5.0, -5.0], [-6.0, -6.0]])
+    lengths = np.array([[5, 6], [5, 2], [3, 2]])
+    got = {k: v.mean for k, v in preference_estimates(policy, ref, lengths, beta=0.5).items()}
+    assert got["rewards/accuracies"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert got["rewards/margins"] == pytest.approx((1.0 - 0.5 + 0) / 3)
+    assert got["rewards/chosen"] == pytest.approx(0.5 / 3)
+    assert got["logps/accuracies"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert got["logps/accuracies/per_token"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert "rewards/margins" not in preference_estimates(policy, None, lengths, beta=0.5)
+
+
+def test_win_rate_counts_ties_half():
+    assert win_rate([1, 0, 2], [0, 0, 3]).mean == 0.5
+
+
+def test_sampled_kl_of_two_gaussians_is_the_closed_form():
+    x = np.random.default_rng(0).normal(1.0, 1.0, 20000)
+    got = sampled_kl(-((x - 1) ** 2) / 2, -(x**2) / 2)
+    assert abs(got.mean - 0.5) < 4 * got.error

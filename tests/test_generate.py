@@ -1,0 +1,81 @@
+"""Sampling: the cache against no cache, the drawn distribution against the model's, and where completions end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.generate import make_sampler, next_token, pad_left, sample_all
+from dpojax.models import make_apply
+
+PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+def last_logits(config, params, row):
+    T = len(row)
+    h, head = make_apply(config)(params, jnp.array([row]), jnp.arange(T)[None], jnp.zeros((1, T), jnp.int32))
+    return h[0, -1] @ head.T
+
+
+def test_greedy_with_cache_is_greedy_without(config, params):
+    sampler = make_sampler(config, max_new_tokens=7, eos_ids=(), temperature=0.0)
+    got = sample_all(sampler, params, PROMPTS, batch_size=2, seed=0)
+    for prompt, completion in zip(PROMPTS, got, strict=True):
+        row = list(prompt)
+        for token in completion:
+            assert token == int(last_logits(config, params, row).argmax())
+            row.append(token)
+
+
+def test_samples_follow_the_models_distribution(config, params):
+    n = 4000
+    sampler = make_sampler(config, max_new_tokens=1, eos_ids=())
+    drawn = sample_all(sampler, params, [PROMPTS[0]] * n, batch_size=1000, seed=0)
+    counts = np.bincount([row[0] for row in drawn], minlength=config.vocab_size)
+    probs = np.asarray(jax.nn.softmax(last_logits(config, params, PROMPTS[0])))
+    error = np.sqrt(probs * (1 - probs) / n)
+    assert (np.abs(counts / n - probs) < 5 * error + 1e-3).all()
+
+
+def test_an_eos_ends_a_completion_and_counts(config, params):
+    greedy = make_sampler(config, max_new_tokens=7, eos_ids=(), temperature=0.0)
+    free = sample_all(greedy, params, PROMPTS, batch_size=3, seed=0)
+    eos = free[0][2]
+    ended = make_sampler(config, max_new_tokens=7, eos_ids=(eos,), temperature=0.0)
+    got = sample_all(ended, params, PROMPTS, batch_size=3, seed=0)
+    for a, b in zip(got, free, strict=True):
+        assert a == (b[: b.index(eos) + 1] if eos in b else b)
+
+
+def test_seeds_and_order(config, params):
+    sampler = make_sampler(config, max_new_tokens=5, eos_ids=(1,))
+    a, b, c = (sample_all(sampler, params, PROMPTS, batch_size=2, seed=s) for s in (0, 0, 1))
+    assert a == b != c and len(a) == 3
+
+
+def test_temperature_and_nucleus():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 2000)
+
+    def drawn(**options):
+        return np.bincount(
+            np.asarray(jax.vmap(lambda k: next_token(logits, k, **options)[0])(keys)), minlength=4
+        ) / len(keys)
+
+    np.testing.assert_allclose(drawn(temperature=1.0, top_p=0.8), [0.625, 0.375, 0, 0], atol=0.04)
+    np.testing.assert_allclose(drawn(temperature=1.0, top_p=0.81), [0.526, 0.316, 0.158, 0], atol=0.04)
+    squared = np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365
+    np.testing.assert_allclose(drawn(temperature=0.5, top_p=1.0), squared, atol=0.04)
+    assert (drawn(temperature=0.0, top_p=1.0) == [1, 0, 0, 0]).all()
+
+
+def test_pad_left():
+    rows, lengths = pad_left([[1, 2], [3]], 3)
+    assert rows.tolist() == [[0, 1, 2], [0, 0, 3]] and lengths.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_compute_dtype_reaches_the_cache(config, params, dtype):
+    sampler = make_sampler(config, max_new_tokens=2, eos_ids=(), temperature=0.0, dtype=dtype)
+    text = sampler.lower(params, jnp.ones((1, 3), jnp.int32), jnp.array([3]), jax.random.key(0)).as_text()
+    assert "2x1x5x2x8xbf16" in text

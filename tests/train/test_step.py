@@ -1,0 +1,145 @@
+"""The step: reference equality, micro-batches, devices, precision; one update against a hand-made one."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from dpojax.configs import DPOConfig, MeshConfig
+from dpojax.losses import LOSSES
+from dpojax.models import make_apply
+from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
+from dpojax.train.objectives import imitation_loss, preference_loss
+from dpojax.train.optimizer import make_optimizer, make_schedule
+from dpojax.train.reference import make_logps_step, pair_of_sums
+from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
+from tests.conftest import random_batch
+
+
+@pytest.fixture(scope="module")
+def batch():
+    batch = random_batch(np.random.default_rng(0), B=16, P=6, C=5)
+    return dataclasses.replace(batch, real=batch.real.at[-3:].set(0.0))  # as the last batch of a run may be
+
+
+def one_device() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
+
+
+def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, shift=0.5):
+    """A few steps; the reference is the starting policy, shifted so that its log-ratios are not zero."""
+    mesh = mesh or one_device()
+    apply_fn = make_apply(config, constrain=constrainer(mesh))
+    # An optimizer without a root or a quotient, which would blow rounding up where gradients are near 0.
+    optimizer, schedule = optax.sgd(1e-2), optax.constant_schedule(1e-2)
+    shardings = state_shardings(mesh, config, optimizer)
+    rows = batch_sharding(mesh)
+    logps_step = make_logps_step(apply_fn, mesh, config, chunk_tokens=32, micro_batches=micro)
+    host_params = jax.tree.map(np.asarray, params)
+    sums = np.asarray(logps_step(put_global(host_params, shardings.params), put_global(batch, rows)))
+    ref = pair_of_sums(sums + np.array([[shift, 0.0]], np.float32), np.asarray(batch.completion_len))
+    if loss == "imitation":
+        loss_fn = imitation_loss(apply_fn, chunk_tokens=32)
+    else:
+        objective = LOSSES[loss] if loss == "sft" else functools.partial(LOSSES[loss], beta=0.1)
+        loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=32)
+    step = jit_train_step(make_train_step(loss_fn, optimizer, schedule, micro), mesh, shardings)
+    state = initial_state(host_params, optimizer, 0, shardings)
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, put_global(batch, rows), put_global(ref, rows))
+        history.append({name: metric.mean for name, metric in metrics.items()})
+    return state, history
+
+
+def assert_same_run(a, b, rtol):
+    for x, y in zip(a[1], b[1], strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_allclose(x[name], y[name], rtol=rtol, atol=rtol, err_msg=name)
+    for x, y in zip(jax.tree.leaves(a[0].params), jax.tree.leaves(b[0].params), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=rtol, atol=rtol * float(np.abs(x).max()))
+
+
+def test_policy_that_is_its_reference(config, params, batch):
+    full = dataclasses.replace(batch, real=jnp.ones(16))
+    _, history = run(config, params, full, shift=0.0, steps=1)
+    assert history[0]["loss"] == float(jnp.float32(math.log(2)))
+    assert history[0]["rewards/accuracies"] == 0.5
+    assert history[0]["rewards/margins"] == 0.0
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, "imitation"])
+def test_micro_batches_are_one_batch(config, params, batch, loss):
+    whole = run(config, params, batch, loss=loss)
+    for micro in (2, 16):
+        assert_same_run(whole, run(config, params, batch, loss=loss, micro=micro), rtol=1e-6 if micro == 2 else 2e-6)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "imitation"])
+@pytest.mark.parametrize(
+    ("sizes", "micro"), [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((4, 1, 2), 2)], ids=str
+)
+def test_eight_devices_are_one(config, params, batch, sizes, micro, loss):
+    mesh = make_mesh(MeshConfig(*sizes), config, 16 // micro)
+    assert_same_run(
+        run(config, params, batch, loss=loss), run(config, params, batch, loss=loss, mesh=mesh, micro=micro), rtol=1e-5
+    )
+
+
+def test_parameters_and_moments_are_split_over_the_mesh(config, params):
+    mesh = make_mesh(MeshConfig(1, 4, 2), config, 8)
+    optimizer = optax.rmsprop(1e-3)
+    shardings = state_shardings(mesh, config, optimizer)
+    state = initial_state(jax.tree.map(np.asarray, params), optimizer, 0, shardings)
+    for tree in (state.params, state.opt_state[0].nu):
+        gate = tree["blocks"]["gate"]
+        assert gate.addressable_shards[0].data.size == gate.size // 8
+
+
+def test_rows_that_only_fill_up_change_nothing(config, params, batch):
+    kept = jax.tree.map(lambda x: x[:13], batch)
+    mesh = one_device()
+    assert_same_run(run(config, params, batch, mesh=mesh), run(config, params, kept, mesh=mesh), rtol=1e-6)
+
+
+def test_rmsprop_is_torchs():
+    """Three steps by hand: v = 0.99 v + 0.01 g^2, x -= lr g / (sqrt(v) + 1e-8)."""
+    config = DPOConfig(model="", data=(), output="", learning_rate=0.1, warmup_steps=0, max_grad_norm=1e9)
+    optimizer = make_optimizer(config, make_schedule(config, 10))
+    x, v = np.array([1.0, -2.0]), np.zeros(2)
+    params = jnp.asarray(x, jnp.float32)
+    state = optimizer.init(params)
+    for g in (np.array([0.3, -4.0]), np.array([-0.1, 2.0]), np.array([0.0, 1.0])):
+        v = 0.99 * v + 0.01 * g**2
+        x = x - 0.1 * g / (np.sqrt(v) + 1e-8)
+        updates, state = optimizer.update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params, x, rtol=1e-5)
+
+
+def test_schedules():
+    def rates(kind):
+        config = DPOConfig(
+            model="", data=(), output="", learning_rate=1.0, warmup_steps=4, lr_scheduler_type=kind
+        )
+        schedule = make_schedule(config, 12)
+        return [float(schedule(i)) for i in range(13)]
+
+    warmup = [0.2, 0.4, 0.6, 0.8]
+    assert rates("constant_with_warmup") == pytest.approx([*warmup, *[1.0] * 9])
+    assert rates("linear") == pytest.approx([*warmup, *(1 - i / 8 for i in range(9))])
+    assert rates("cosine") == pytest.approx([*warmup, *((1 + math.cos(math.pi * i / 8)) / 2 for i in range(9))], abs=1e-6)
+
+
+def test_gradients_are_clipped_to_the_norm():
+    config = DPOConfig(model="", data=(), output="", max_grad_norm=1.0, warmup_steps=0, learning_rate=1.0)
+    clip = make_optimizer(config, make_schedule(config, 1))
+    a, b = (clip.update(jnp.array([scale, scale]), clip.init(jnp.zeros(2)), jnp.zeros(2)) for scale in (10.0, 1000.0))
+    np.testing.assert_allclose(a[1][1][0].nu, b[1][1][0].nu, rtol=1e-5)
