@@ -2,10 +2,11 @@
 
 import errno
 import json
-import logging
 import os
 import sys
+import threading
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import tyro
@@ -174,7 +175,6 @@ def run(config: Config) -> int:
     """Carry out one command; bad input is one sentence and status 2."""
     # Tokenizers are all that is used of transformers, and it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("absl").setLevel(logging.ERROR)
     from dpojax.train.options import check_options
 
     try:
@@ -191,8 +191,15 @@ def run(config: Config) -> int:
     return 2
 
 
+def from_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an uncaught error, but not those of TensorStore's threads: a write that failed is said once, by us."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
+
+
 def main(args: list[str] | None = None) -> int:
     """Parse the arguments, run the command, return its exit status."""
+    sys.excepthook = from_main_thread
     config = tyro.extras.subcommand_cli_from_dict(
         {name: kind for name, (kind, _) in COMMANDS.items()},
         prog="dpojax",

@@ -44,9 +44,9 @@ class SentimentConfig:
     """Objective."""
     beta: float = 0.1
     """Strength of the KL penalty."""
-    learning_rate: float = 5e-6
+    learning_rate: float = 1e-5
     """Peak learning rate of RMSprop."""
-    steps: int = 32
+    steps: int = 28
     """Optimizer steps of 8 pairs."""
     new_tokens: int = 24
     """Tokens per sample."""
@@ -79,45 +79,34 @@ def held_out_prompts(path: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """Samples of one policy and what VADER and the two models say of them."""
+    """Samples of one policy from the held-out openings, in tokens and in text, and VADER's scores of them."""
 
+    examples: list[Any]
     texts: list[str]
     scores: list[float]
-    logps: Any
-    """of every sample, [n], under the policy that drew it and ..."""
-    ref_logps: Any
-    """... under the reference, nats"""
 
 
-def make_draw(
-    config: SentimentConfig, model: Any, tokenizer: Any, prompts: list[str], ref_params: Any
-) -> Callable[[Any, int, str], Draws]:
+def make_draw(config: SentimentConfig, model: Any, tokenizer: Any, prompts: list[str]) -> Callable[..., Draws]:
     """A function ``draw(params, seed, label)`` that samples from the prompts, at temperature 1, and scores."""
     import jax
     import numpy as np
 
     from dpojax.data import Encoder, Example
-    from dpojax.evaluate.scoring import make_scorer
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
 
     encoder = Encoder(tokenizer)
     ids = [encoder.finish_prompt(row) for row in encoder.tokenize(prompts)]
     sampler = make_sampler(model.config, max_new_tokens=config.new_tokens, eos_ids=(encoder.eos,))
-    score = make_scorer(model.config, batch_size=32, max_shapes=1)
 
     def draw(params: Any, seed: int, label: str) -> Draws:
         def progress(batches: Sequence[int]) -> Iterable[int]:
             return track(batches, f"Sampling, {label}")
 
-        tokens = sample_all(sampler, jax.device_put(params), ids, batch_size=32, seed=seed, track=progress)
+        tokens = sample_all(sampler, jax.device_put(params), ids, batch_size=64, seed=seed, track=progress)
         examples = [Example(np.array(p, np.int32), (np.array(t, np.int32),)) for p, t in zip(ids, tokens, strict=True)]
-        ref_sums = score(ref_params, examples, f"Log-probabilities of samples, {label}, under the reference")
-        sums = ref_sums  # before training the policy is the reference
-        if params is not ref_params:
-            sums = score(params, examples, f"Log-probabilities of samples, {label}, under the policy")
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-        return Draws(texts, vader_scores(texts), sums[:, 0], ref_sums[:, 0])
+        return Draws(examples, texts, vader_scores(texts))
 
     return draw
 
@@ -133,21 +122,23 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
     policy, _ = load_run(run)
     tokenizer = load_policy_tokenizer(str(run))
     pairs, _ = load_examples([config.eval_data], Encoder(tokenizer))
-    score = make_scorer(base.config, max_shapes=2)
+    score = make_scorer(base.config, batch_size=16, max_shapes=1)
     ref_sums = score(base.params, pairs, "Held-out pairs, before")
     sums = {"before": ref_sums, "after": score(policy.params, pairs, "Held-out pairs, after")}
 
     distinct = held_out_prompts(config.eval_data)
     prompts = [prompt for prompt in distinct for _ in range(config.samples_per_prompt)]
-    draw = make_draw(config, base, tokenizer, prompts, base.params)
+    draw = make_draw(config, base, tokenizer, prompts)
     reference = draw(base.params, 3 * seed, "reference")
-    drawn = {
-        "before": draw(base.params, 3 * seed + 1, "policy before"),
-        "after": draw(policy.params, 3 * seed + 2, "policy after"),
-    }
+    params = {"before": base.params, "after": policy.params}
+    drawn = {when: draw(params[when], 3 * seed + i, f"policy {when}") for i, when in enumerate(params, start=1)}
     figures: dict[str, Any] = {}
     groups = [pair.prompt.tobytes() for pair in pairs]
     for when, draws in drawn.items():
+        logps, ref_logps = (
+            score(p, draws.examples, f"Their log-probabilities, {name}")[:, 0]
+            for p, name in ((params[when], f"policy {when}"), (base.params, "reference"))
+        )
         held_out = preference_estimates(
             sums[when], ref_sums, completion_lengths(pairs), beta=config.beta, groups=groups
         )
@@ -156,7 +147,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
             "reward margin": held_out["rewards/margins"],
             "mean sentiment": estimate(draws.scores, prompts),
             "win rate": win_rate(draws.scores, reference.scores, prompts),
-            "KL from reference": sampled_kl(draws.logps, draws.ref_logps, prompts),
+            "KL from reference": sampled_kl(logps, ref_logps, prompts),
         }
     shown = [i * config.samples_per_prompt for i in range(0, len(distinct), max(1, len(distinct) // 3))][:3]
     texts = [(prompts[i], drawn["before"].texts[i], drawn["after"].texts[i]) for i in shown]
@@ -245,7 +236,8 @@ def main(config: SentimentConfig) -> int:
         else:
             console.print(f"{done}: measured already; remove it to measure again")
             results.append(json.loads(done.read_text()))
-    run(ExportConfig(run=str(runs[0]), output=str(exported)))
+    if not (exported / "config.json").exists():
+        run(ExportConfig(run=str(runs[0]), output=str(exported)))
     plot(runs, output / "curves.png")
     show(results, output, exported)
     return 0

@@ -1,9 +1,14 @@
 """Eight fake devices, strict ranks, and a tiny model of the Llama family that needs no files."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time would be compiling the same small programs again.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("DPOJAX_TEST_CACHE") or tempfile.mkdtemp(prefix="dpojax-test-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import json
@@ -77,7 +82,7 @@ def tiny_dir(config, params, tmp_path_factory) -> str:
     return str(directory)
 
 
-WORDS = "the film was a slow but lovely story of two friends and their long way home".split()
+WORDS = ["the", "film", "was", "a", "slow", "but", "lovely", "story", "of", "two", "friends", "going", "home"]
 
 
 def sentence(rng: np.random.Generator, low: int, high: int) -> str:

@@ -167,6 +167,6 @@ def save_directory(
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("model*.safetensors*"):
         old.unlink()
-    for path in partial.iterdir():
+    for path in sorted(partial.iterdir(), reverse=True):  # config.json last: where it is, all is
         path.replace(directory / path.name)
     partial.rmdir()

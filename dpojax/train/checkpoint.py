@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -72,16 +73,22 @@ def claim_directory(config: TrainOptions, facts: dict[str, str]) -> None:
 
 
 def save_model_files(model: Model, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    """What export needs beside the weights."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(model.hf_config, indent=2))
-    tokenizer.save_pretrained(directory)
+    """What export needs beside the weights; written once, whole or not at all."""
+    if directory.exists():
+        return
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "config.json").write_text(json.dumps(model.hf_config, indent=2))
+    tokenizer.save_pretrained(partial)
+    partial.replace(directory)
 
 
 class Checkpoints:
     """Orbax checkpoints of a run: asynchronous, atomic, the latest few and the best by eval_loss kept."""
 
     def __init__(self, run: Path, keep_latest: int):
+        # Orbax logs an error's traceback from each of its threads; we raise it once, as a sentence.
+        absl.logging.set_verbosity(absl.logging.FATAL)
         self.directory = (run / "checkpoints").absolute()
         best = managers.BestN(get_metric_fn=lambda m: -m["eval_loss"], n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(

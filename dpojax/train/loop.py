@@ -17,7 +17,7 @@ from dpojax.train.metrics import MetricsLog
 from dpojax.train.optimizer import make_optimizer, make_schedule
 from dpojax.train.options import check_options
 from dpojax.train.reference import Reference, collect_logps, content_hash
-from dpojax.train.setup import Data, check_vocabulary, load_data, make_program
+from dpojax.train.setup import Data, Program, check_vocabulary, load_data, make_program
 from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
 
 
@@ -29,12 +29,13 @@ class Result:
     finished: bool  # False: stopped by a signal, to be continued
 
 
-def open_run(config: TrainOptions) -> tuple[Data, Model, Model, dict[str, str]]:
-    """Read data, policy and reference, and claim the output directory for what they are."""
+def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[str, str]]:
+    """Read data, policy and reference, check that all fits together, and only then claim the output directory."""
     check_options(config)
     data = load_data(config)
     model = load_policy(config.model)
     check_vocabulary(model, data.batches, config.tokenizer or config.model)
+    program = make_program(config, model)
     facts = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
     ref_model = model
     if isinstance(config, DPOConfig):
@@ -43,7 +44,7 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, dict[str, str]]:
         facts["reference_hash"] = facts["model_hash"] if ref_model is model else content_hash(ref_model.params)
     claim_directory(config, facts)
     save_model_files(model, data.tokenizer, Path(config.output) / "model")
-    return data, model, ref_model, facts
+    return data, model, ref_model, program, facts
 
 
 def train(config: TrainOptions) -> Result:
@@ -52,7 +53,7 @@ def train(config: TrainOptions) -> Result:
     Raises:
       UserError: bad options, data, model or output directory, or a disk that is full.
     """
-    data, model, ref_model, facts = open_run(config)
+    data, model, ref_model, program, facts = open_run(config)
     run, batches, total_steps = Path(config.output), data.batches, data.total_steps
     checkpoints = Checkpoints(run, config.save_total_limit)
     done = checkpoints.latest
@@ -61,7 +62,6 @@ def train(config: TrainOptions) -> Result:
         return Result(done, finished=True)
 
     # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
-    program = make_program(config, model)
     reference = Reference(config, program.logps_step, program.mesh, ref_model, facts)
     reference.prepare(batches, data.eval_batches, total_steps, run / "reference.npz")
 

@@ -98,9 +98,8 @@ def check_vocabulary(model: Model, batches: Batches, name: str) -> None:
     """Tokens that the model has no embedding for would be read as its last one, without a word."""
     top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in batches.examples)
     if top >= model.config.vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer gives id {top}, the model has {model.config.vocab_size}; see --tokenizer"
-        )
+        size = model.config.vocab_size
+        raise UserError(f"{name}: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
     longest = int(batches.lengths.sum(axis=1).max())
     if longest > model.config.max_positions:
         console.print(f"  rows of {longest} tokens exceed the {model.config.max_positions} the model was made for")
@@ -126,7 +125,7 @@ def make_program(config: TrainOptions, model: Model) -> Program:
             lengths = completion_lengths(examples)
             policy, reference = (pair_of_sums(jax.numpy.asarray(x), jax.numpy.asarray(lengths)) for x in (sums, ref))
             by_name = preference_rows(policy, reference, objective, beta)
-            return {f"eval_{name}": float(np.mean(x, dtype=np.float64)) for name, x in by_name.items()}
+            return {f"eval_{name}": float(np.mean(np.asarray(x), dtype=np.float64)) for name, x in by_name.items()}
 
     else:
         loss_fn = imitation_loss(apply_fn, chunk_tokens=chunk)

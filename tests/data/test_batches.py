@@ -61,7 +61,7 @@ def test_planned_shapes_cover_every_need():
     needs = [(int(p), int(c)) for p, c in rng.integers(1, 3000, (500, 2))]
     shapes = plan_shapes(needs, 4, 2)
     assert len(shapes) <= 4
-    assert all(any(P >= p and C >= c for P, C in shapes) for p, c in needs)
+    assert all(any(p <= P and c <= C for P, C in shapes) for p, c in needs)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 9])

@@ -84,7 +84,10 @@ def test_parquet_is_jsonl(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{"chosen": [USER, BOT], "rejected": [USER, OTHER]}, GOOD | {"chosen": [USER, OTHER], "rejected": [USER, BOT]}]
+    rows = [
+        {"chosen": [USER, BOT], "rejected": [USER, OTHER]},
+        GOOD | {"chosen": [USER, OTHER], "rejected": [USER, BOT]},
+    ]
     rows[1].pop("prompt")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "f.parquet")
     got = list(read_rows([str(tmp_path / "f.parquet")]))

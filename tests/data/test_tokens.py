@@ -70,7 +70,11 @@ class Bos:
 
 def test_one_bos_whether_the_tokenizer_or_the_template_writes_it(encoder, tmp_path):
     bos = Encoder(Bos(encoder.tokenizer))
-    files = write(tmp_path, {"prompt": "ab", "chosen": "c", "rejected": "d"}, {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]})
+    files = write(
+        tmp_path,
+        {"prompt": "ab", "chosen": "c", "rejected": "d"},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]},
+    )
     examples, _ = load_examples(files, bos)
     assert examples[0].prompt.tolist() == [260, *byte_ids("ab")]
     assert examples[1].prompt.tolist() == [260, *byte_ids("user:Hi;assistant:")]
@@ -128,9 +132,7 @@ def test_prompt_goes_first_from_its_start_then_completions_from_their_end(prompt
     assert completion_cut == (expected[1] != sides)
 
 
-@given(
-    st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(2, 40)
-)
+@given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.integers(2, 40))
 def test_truncation_never_leaves_nothing_and_wastes_nothing(prompt, sides, limit):
     example, *_ = truncate(list(range(prompt)), [list(range(n)) for n in sides], limit)
     longest = max(map(len, example.completions))

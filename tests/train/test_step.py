@@ -77,15 +77,12 @@ def test_policy_that_is_its_reference(config, params, batch):
 
 @pytest.mark.parametrize("loss", [*LOSSES, "imitation"])
 def test_micro_batches_are_one_batch(config, params, batch, loss):
-    whole = run(config, params, batch, loss=loss)
-    for micro in (2, 16):
-        assert_same_run(whole, run(config, params, batch, loss=loss, micro=micro), rtol=1e-6 if micro == 2 else 2e-6)
+    whole, parts = (run(config, params, batch, loss=loss, micro=micro) for micro in (1, 4))
+    assert_same_run(whole, parts, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "imitation"])
-@pytest.mark.parametrize(
-    ("sizes", "micro"), [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((4, 1, 2), 2)], ids=str
-)
+@pytest.mark.parametrize(("sizes", "micro"), [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((4, 1, 2), 2)], ids=str)
 def test_eight_devices_are_one(config, params, batch, sizes, micro, loss):
     mesh = make_mesh(MeshConfig(*sizes), config, 16 // micro)
     assert_same_run(
@@ -126,16 +123,16 @@ def test_rmsprop_is_torchs():
 
 def test_schedules():
     def rates(kind):
-        config = DPOConfig(
-            model="", data=(), output="", learning_rate=1.0, warmup_steps=4, lr_scheduler_type=kind
-        )
+        config = DPOConfig(model="", data=(), output="", learning_rate=1.0, warmup_steps=4, lr_scheduler_type=kind)
         schedule = make_schedule(config, 12)
         return [float(schedule(i)) for i in range(13)]
 
     warmup = [0.2, 0.4, 0.6, 0.8]
     assert rates("constant_with_warmup") == pytest.approx([*warmup, *[1.0] * 9])
     assert rates("linear") == pytest.approx([*warmup, *(1 - i / 8 for i in range(9))])
-    assert rates("cosine") == pytest.approx([*warmup, *((1 + math.cos(math.pi * i / 8)) / 2 for i in range(9))], abs=1e-6)
+    assert rates("cosine") == pytest.approx(
+        [*warmup, *((1 + math.cos(math.pi * i / 8)) / 2 for i in range(9))], abs=1e-6
+    )
 
 
 def test_gradients_are_clipped_to_the_norm():

@@ -1,0 +1,247 @@
+"""Every field of every config changes something: the data, the compiled step, or what comes out.
+
+A field that is added without a row below fails the first test; one that changes nothing fails the second.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dpojax import cli, configs
+from dpojax.configs import MeshConfig
+
+COMMANDS = {kind.__name__: kind for kind, _ in cli.COMMANDS.values()}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_dir, pairs_file, tmp_path_factory):
+    """Files that base and changed configs name."""
+    from transformers import AutoTokenizer
+
+    from dpojax.models import init_params, save_directory
+    from tests.conftest import HF_CONFIG, decoder_config
+
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    save_directory(
+        init_params(decoder_config(HF_CONFIG), seed=9), decoder_config(HF_CONFIG), HF_CONFIG, root / "model2"
+    )
+    tokenizer.save_pretrained(root / "model2")
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(root / "tokenizer2")
+    rows = Path(pairs_file).read_text().splitlines(keepends=True)
+    (root / "other.jsonl").write_text("".join(rows[:9]))
+    (root / "bad.jsonl").write_text("".join([*rows[:9], "{}\n"]))
+    completions = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    (root / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
+    run = root / "run"
+    flags = ("--batch-size", "8", "--save-steps", "1", "--warmup-steps", "0", "--learning-rate", "0.01")
+    base = ("--model", tiny_dir, "--data", pairs_file, "--output", str(run))
+    assert cli.main(["dpo", *base, *flags]) == 0
+    return {"model": tiny_dir, "pairs": pairs_file, "root": root}
+
+
+def train_base(w) -> dict:
+    return {
+        "model": w["model"],
+        "data": (w["pairs"],),
+        "output": "out",
+        "batch_size": 8,
+        "steps": 2,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "max_shapes": 2,
+    }
+
+
+def train_changes(w) -> dict:
+    """field -> what it becomes, with whatever else both sides need for it to be seen."""
+    root, held_out = w["root"], {"eval_data": (w["pairs"],)}
+    return {
+        "model": str(root / "model2"),
+        "tokenizer": str(root / "tokenizer2"),
+        "dtype": "bfloat16",
+        "data": (str(root / "other.jsonl"),),
+        "max_length": 20,
+        "batch_size": 16,
+        "max_shapes": (1, {"steps": 3}),
+        "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
+        "logprob_chunk_tokens": 16,
+        "output": "elsewhere",
+        "eval_data": (w["pairs"],),
+        "epochs": (2, {"steps": None}),
+        "steps": 3,
+        "optim": "adamw",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "weight_decay": (0.1, {"optim": "adamw"}),
+        "max_grad_norm": 1e-3,
+        "gradient_accumulation_steps": (2, {"batch_size": 16}),
+        "remat": "block",
+        "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
+        "seed": 5,
+        "logging_steps": 2,
+        "eval_steps": (1, held_out),
+        "save_steps": 1,
+        "save_total_limit": (1, {"save_steps": 1}),
+    }
+
+
+def base_and_changes(name: str, w) -> tuple[dict, dict]:
+    root = w["root"]
+    if name == "SFTConfig":
+        return train_base(w), train_changes(w)
+    if name == "DPOConfig":
+        own = {
+            "loss": "hinge",
+            "beta": 0.7,
+            "label_smoothing": 0.2,
+            "ref_model": str(root / "model2"),
+            "reference": "live",
+        }
+        return train_base(w), train_changes(w) | own
+    scoring = {"model": w["model"], "data": (w["pairs"],), "output": "out.json"}
+    scoring_changes = {
+        "model": str(root / "model2"),
+        "tokenizer": str(root / "tokenizer2"),
+        "dtype": "bfloat16",
+        "data": (str(root / "other.jsonl"),),
+        "max_length": 20,
+        "batch_size": 16,
+        "max_shapes": 1,
+        "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
+        "logprob_chunk_tokens": 16,
+        "output": "elsewhere.json",
+    }
+    return {
+        "LogpsConfig": (scoring, scoring_changes),
+        "EvalConfig": (
+            scoring,
+            scoring_changes | {"ref_model": str(root / "model2"), "beta": (0.7, {"ref_model": str(root / "model2")})},
+        ),
+        "SampleConfig": (
+            {"model": w["model"], "prompt": ("the film",), "max_new_tokens": 12, "num_samples": 3},
+            {
+                "model": str(root / "model2"),
+                "tokenizer": (str(root / "tokenizer2"), {"max_new_tokens": 400}),
+                "dtype": "bfloat16",
+                "prompt": ("a long way",),
+                "chat": True,
+                "max_new_tokens": 5,
+                "num_samples": 2,
+                "temperature": 0.2,
+                "top_p": 0.3,
+                "batch_size": 2,
+                "seed": 4,
+            },
+        ),
+        "ExportConfig": (
+            {"run": str(root / "run"), "output": "model"},
+            {
+                "run": str(root / "model2"),  # refused: it is no run
+                "output": "elsewhere",
+                "checkpoint": "2",
+                "dtype": "bfloat16",
+            },
+        ),
+        "CheckDataConfig": (
+            {"data": (w["pairs"],), "model": w["model"], "max_length": 30},
+            {
+                "data": (str(root / "bad.jsonl"),),
+                "model": None,
+                "tokenizer": (str(root / "other.jsonl"), {}),  # refused: it is no tokenizer
+                "max_length": 20,
+                "kind": ("completions", {"data": (str(root / "completions.jsonl"),)}),
+            },
+        ),
+    }[name]
+
+
+FIELDS = [(name, field.name) for name, kind in COMMANDS.items() for field in dataclasses.fields(kind)]
+TIMES = re.compile(r"[\d.]+ s\b|(pairs|tokens)/s [\d.e+]+|about \d+")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_has_a_row(name, world):
+    _, changes = base_and_changes(name, world)
+    assert set(changes) == {field.name for field in dataclasses.fields(COMMANDS[name])}
+
+
+def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) -> dict:
+    """All that a command leaves: its words, its files, and the programs it compiled; clocks taken out."""
+    from dpojax import generate
+    from dpojax.evaluate import scoring
+    from dpojax.train import loop, setup
+
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    programs = []
+
+    def recording(make):
+        def made(*args, **kwargs):
+            program = make(*args, **kwargs)
+
+            def call(*inputs):
+                programs.append(hashlib.sha256(program.lower(*inputs).as_text().encode()).hexdigest())
+                return program(*inputs)
+
+            return call
+
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "jit_train_step", recording(loop.jit_train_step))
+        for module in (setup, scoring):
+            patch.setattr(module, "make_logps_step", recording(module.make_logps_step))
+        patch.setattr(generate, "make_sampler", recording(generate.make_sampler))
+        status = cli.run(kind(**values))
+    words = capsys.readouterr()
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        # Orbax and TensorBoard put times into names and contents; run.json repeats the options themselves.
+        if path.is_dir() or "ocdbt" in name or "/d/" in name or "tfevents" in name or path.name == "run.json":
+            continue
+        files[name] = path.stat().st_size if "checkpoints" in name else path.read_bytes()
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            files[name] = [{k: v for k, v in line.items() if not k.endswith("_second")} for line in lines]
+    return {"status": status, "words": TIMES.sub("", words.out + words.err), "files": files, "programs": programs}
+
+
+@pytest.fixture(scope="module")
+def bases():
+    return {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_same_options_leave_the_same(name, world, tmp_path, monkeypatch, capsys):
+    """Else the next test could not fail."""
+    base, _ = base_and_changes(name, world)
+    first, second = (footprint(COMMANDS[name], base, tmp_path / d, monkeypatch, capsys) for d in ("1", "2"))
+    assert first == second
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS, ids=lambda x: str(x).removesuffix("Config"))
+def test_field_is_alive(name, field, world, bases, tmp_path, monkeypatch, capsys):
+    base, changes = base_and_changes(name, world)
+    change = changes[field]
+    changed, needed = change if isinstance(change, tuple) and isinstance(change[-1], dict) else (change, {})
+    key = (name, json.dumps(needed, default=str))
+    if key not in bases:
+        bases[key] = footprint(COMMANDS[name], base | needed, tmp_path / "base", monkeypatch, capsys)
+    values = base | needed | {field: changed}
+    after = footprint(COMMANDS[name], values, tmp_path / "changed", monkeypatch, capsys)
+    assert bases[key] != after, f"{name}.{field} = {changed} changes nothing"
+
+
+def test_defaults_are_the_documented_ones():
+    """What the paper has, by default (arXiv 2305.18290, appendix B)."""
+    config = configs.DPOConfig(model="", data=(), output="")
+    assert (config.optim, config.learning_rate, config.warmup_steps, config.beta) == ("rmsprop", 1e-6, 150, 0.1)
+    assert config.lr_scheduler_type == "constant_with_warmup"

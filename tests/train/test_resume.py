@@ -1,0 +1,152 @@
+"""Stopping and continuing: SIGKILL, SIGTERM, another run's directory, a full disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpojax.cli import main
+from dpojax.train.checkpoint import load_run
+
+RATES = ("pairs_per_second", "tokens_per_second")
+
+
+def options(tiny_dir, pairs_file, output, **changed) -> list[str]:
+    flags = {
+        "model": tiny_dir,
+        "data": pairs_file,
+        "eval-data": pairs_file,
+        "output": output,
+        "batch-size": 8,
+        "steps": 60,
+        "learning-rate": 1e-3,
+        "warmup-steps": 3,
+        "save-steps": 10,
+        "eval-steps": 40,
+        "logging-steps": 1,
+        "max-shapes": 2,
+    } | {name.replace("_", "-"): value for name, value in changed.items()}
+    return ["dpo", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+
+
+def start(args: list[str], before: str = "") -> subprocess.Popen:
+    """The command in a process of its own, on one device, behind other shell commands."""
+    shell = ["bash", "-c", f'{before} exec "$@"', "bash", sys.executable, "-m", "dpojax", *args]
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "checkpoints" / str(step)).exists() and len((run / "metrics.jsonl").read_text().splitlines()) > step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError("the run never got there")
+
+
+def curve(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in RATES} for line in lines]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_and_continued_is_never_stopped(tiny_dir, pairs_file, tmp_path, number):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(options(tiny_dir, pairs_file, whole)).wait(timeout=300) == 0
+
+    process = start(options(tiny_dir, pairs_file, broken))
+    wait_for_step(process, broken, 10)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130), errors
+    if number == signal.SIGTERM:
+        assert "the same command continues it" in output
+
+    process = start(options(tiny_dir, pairs_file, broken))
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "continuing from step" in output
+    assert curve(broken) == curve(whole)
+    assert (load_run(broken)[0].params["embed"] == load_run(whole)[0].params["embed"]).all()
+
+    # And once more: a complete run is left as it is.
+    before = (broken / "metrics.jsonl").read_text()
+    assert start(options(tiny_dir, pairs_file, broken)).wait(timeout=300) == 0
+    assert (broken / "metrics.jsonl").read_text() == before
+
+
+def test_another_runs_directory_is_refused(tiny_dir, pairs_file, tmp_path, capsys):
+    assert main(options(tiny_dir, pairs_file, tmp_path / "run", steps=2)) == 0
+    capsys.readouterr()
+    assert main(options(tiny_dir, pairs_file, tmp_path / "run", steps=2, beta=0.5, seed=3)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "beta (0.1 there, 0.5 here)" in said and "seed (0 there, 3 here)" in said and "steps" not in said
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    assert main(options(tiny_dir, pairs_file, tmp_path / "other")) == 2
+    assert "is no run of dpojax" in capsys.readouterr().err
+
+
+def test_changed_data_under_the_same_name_is_another_run(tiny_dir, pairs_file, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(Path(pairs_file).read_text())
+    assert main(options(tiny_dir, data, tmp_path / "run", steps=2)) == 0
+    data.write_text("\n".join(Path(pairs_file).read_text().splitlines()[1:]))
+    assert main(options(tiny_dir, data, tmp_path / "run", steps=2)) == 2
+    assert "data_hash" in capsys.readouterr().err
+
+
+def test_full_disk_leaves_the_last_checkpoint(tiny_dir, pairs_file, tmp_path):
+    run = tmp_path / "run"
+    process = start(options(tiny_dir, pairs_file, run))
+    wait_for_step(process, run, 10)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    good = load_run(run)[1]
+
+    # No file may grow beyond 45 KiB: to the writer of a checkpoint, that is a disk without room.
+    process = start(options(tiny_dir, pairs_file, run), before="ulimit -f 45;")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2, errors
+    said = errors.strip().splitlines()[-1]
+    assert "could not be written (the disk is full)" in said and f"continues from step {good}" in said
+    assert "Traceback" not in errors
+    assert load_run(run)[1] == good
+
+
+def test_latest_and_best_are_kept(tiny_dir, pairs_file, tmp_path):
+    run = tmp_path / "run"
+    changed = {"steps": 12, "save_steps": 2, "eval_steps": 2, "save_total_limit": 2, "learning_rate": 3e-2}
+    assert main(options(tiny_dir, pairs_file, run, warmup_steps=0, **changed)) == 0
+    lines = curve(run)
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    kept = {int(path.name) for path in (run / "checkpoints").iterdir()}
+    assert kept == {10, 12, best}
+    assert load_run(run, "best")[1] == best and load_run(run, str(best))[1] == best
+    assert load_run(run)[1] == 12
+
+
+def test_step_zero_reads_a_tie(tiny_dir, pairs_file, tmp_path):
+    run = tmp_path / "run"
+    assert main(options(tiny_dir, pairs_file, run, steps=2)) == 0
+    zero, one = curve(run)[:2]
+    assert (zero["step"], zero["eval_rewards/accuracies"], zero["eval_rewards/margins"]) == (0, 0.5, 0.0)
+    assert (one["step"], one["rewards/accuracies"], one["rewards/margins"]) == (1, 0.5, 0.0)
+    assert one["loss"] == zero["eval_loss"] == pytest.approx(0.69314718, abs=1e-8)
+
+
+def test_cached_reference_is_the_live_one(tiny_dir, pairs_file, tmp_path):
+    for kind in ("cached", "live"):
+        assert main(options(tiny_dir, pairs_file, tmp_path / kind, steps=9, reference=kind)) == 0
+    for cached, live in zip(curve(tmp_path / "cached"), curve(tmp_path / "live"), strict=True):
+        assert cached == pytest.approx(live, rel=1e-5, abs=1e-5)
