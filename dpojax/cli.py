@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -172,22 +173,29 @@ COMMANDS = {
 
 
 def run(config: Config) -> int:
-    """Carry out one command; bad input is one sentence and status 2."""
-    # Tokenizers are all that is used of transformers, and it need not say that torch is missing.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Carry out one command; returns its exit status."""
     from dpojax.train.options import check_options
 
-    try:
+    def command() -> int:
         check_options(config)
         return next(function for kind, function in COMMANDS.values() if kind is type(config))(config)  # type: ignore[operator]
+
+    return reporting(command)
+
+
+def reporting(command: Callable[[], int]) -> int:
+    """Call a command; bad input, and a disk that is full, are one sentence and status 2."""
+    # Tokenizers are all that is used of transformers, and it need not say that torch is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        return command()
     except UserError as error:
         print(f"dpojax: {error}", file=sys.stderr)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
-        print(
-            f"dpojax: {error.filename or 'output'}: {error.strerror}; free some space or name another", file=sys.stderr
-        )
+        where = error.filename or "output"
+        print(f"dpojax: {where}: {error.strerror}; free some space or name another place", file=sys.stderr)
     return 2
 
 

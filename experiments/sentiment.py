@@ -135,10 +135,9 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
     figures: dict[str, Any] = {}
     groups = [pair.prompt.tobytes() for pair in pairs]
     for when, draws in drawn.items():
-        logps, ref_logps = (
-            score(p, draws.examples, f"Their log-probabilities, {name}")[:, 0]
-            for p, name in ((params[when], f"policy {when}"), (base.params, "reference"))
-        )
+        ref_logps = logps = score(base.params, draws.examples, f"Samples of the policy {when}, under the reference")
+        if params[when] is not base.params:
+            logps = score(params[when], draws.examples, f"Samples of the policy {when}, under itself")
         held_out = preference_estimates(
             sums[when], ref_sums, completion_lengths(pairs), beta=config.beta, groups=groups
         )
@@ -147,7 +146,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
             "reward margin": held_out["rewards/margins"],
             "mean sentiment": estimate(draws.scores, prompts),
             "win rate": win_rate(draws.scores, reference.scores, prompts),
-            "KL from reference": sampled_kl(logps, ref_logps, prompts),
+            "KL from reference": sampled_kl(logps[:, 0], ref_logps[:, 0], prompts),
         }
     shown = [i * config.samples_per_prompt for i in range(0, len(distinct), max(1, len(distinct) // 3))][:3]
     texts = [(prompts[i], drawn["before"].texts[i], drawn["after"].texts[i]) for i in shown]
@@ -205,7 +204,7 @@ def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> Non
 
 
 def main(config: SentimentConfig) -> int:
-    from dpojax.cli import run
+    from dpojax.cli import run_export
     from dpojax.configs import ExportConfig
     from dpojax.progress import console
     from dpojax.train.checkpoint import load_policy
@@ -237,11 +236,14 @@ def main(config: SentimentConfig) -> int:
             console.print(f"{done}: measured already; remove it to measure again")
             results.append(json.loads(done.read_text()))
     if not (exported / "config.json").exists():
-        run(ExportConfig(run=str(runs[0]), output=str(exported)))
+        run_export(ExportConfig(run=str(runs[0]), output=str(exported)))
     plot(runs, output / "curves.png")
     show(results, output, exported)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(SentimentConfig)))
+    from dpojax.cli import reporting
+
+    config = tyro.cli(SentimentConfig)
+    sys.exit(reporting(lambda: main(config)))

@@ -114,20 +114,13 @@ def load_gguf(file: GGUFFile, progress: Callable[[float], None]) -> tuple[Decode
 
 
 def _pre_tokenizer(kind: str, path: Path) -> Any:
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if kind == "smollm":  # every digit a token of its own
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     if kind in ("gpt-2", "default"):
         return byte_level
-    if kind == "llama-bpe":  # Llama 3's pattern: words with one leading mark, digits by three
-        pattern = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise UserError(f"{path}: tokenizer kind {kind!r} is not built from GGUF; name a directory with --tokenizer")
 
 

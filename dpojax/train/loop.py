@@ -97,14 +97,15 @@ def train(config: TrainOptions) -> Result:
         evaluate(0)
     step = done
     with stop_signals() as stop, Stage("Training", total_steps, done) as stage:
-        while step < total_steps and not stop.is_set():
+        while step < total_steps:
             item = next(iterator)
             state, metrics = step_fn(state, put_global(item.batch, rows), reference.of(item))
             step += 1
             log.add(step, item, metrics)
-            last = step == total_steps or stop.is_set()
-            shows, evaluates = step % config.logging_steps == 0 or last, step % config.eval_steps == 0 or last
-            saves = step % config.save_steps == 0 or last
+            last, stopping = step == total_steps, stop.is_set()
+            shows = step % config.logging_steps == 0 or last or stopping
+            evaluates = step % config.eval_steps == 0 or last
+            saves = step % config.save_steps == 0 or last or stopping
             if shows or evaluates or saves:
                 log.flush()
             if shows:
@@ -113,6 +114,8 @@ def train(config: TrainOptions) -> Result:
             if saves:
                 checkpoints.save(state, iterator.get_state(), eval_loss)
             stage.advance()
+            if stopping:
+                break
     checkpoints.finish()
     log.close()
     if step < total_steps:

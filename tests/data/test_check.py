@@ -43,3 +43,11 @@ def test_a_clean_file_is_clean(pairs_file, tiny_dir):
     lines, wrong = check_files([pairs_file], load_tokenizer(tiny_dir), "pairs", 512)
     assert not wrong
     assert lines == ["24 rows: 24 kept, 0 of them truncated to 512 tokens, 0 dropped"]
+
+
+def test_exit_status(file, pairs_file, capsys):
+    from dpojax.cli import main
+
+    assert main(["check-data", pairs_file]) == 0
+    assert main(["check-data", file]) == 1
+    assert main(["check-data", pairs_file + "x"]) == 2

@@ -18,7 +18,7 @@ from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
 from dpojax.train.objectives import imitation_loss, preference_loss
 from dpojax.train.optimizer import make_optimizer, make_schedule
 from dpojax.train.reference import make_logps_step, pair_of_sums
-from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
+from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
 from tests.conftest import random_batch
 
 
@@ -98,6 +98,26 @@ def test_parameters_and_moments_are_split_over_the_mesh(config, params):
     for tree in (state.params, state.opt_state[0].nu):
         gate = tree["blocks"]["gate"]
         assert gate.addressable_shards[0].data.size == gate.size // 8
+
+
+def test_compiled_step_never_holds_all_logits(config):
+    """Temporary memory of the whole step, forward and backward, at chunk sizes that differ by 32."""
+    wide = dataclasses.replace(config, vocab_size=16384)
+    mesh, optimizer = one_device(), optax.sgd(1e-2)
+    batch = random_batch(np.random.default_rng(0), B=4, P=8, C=64)
+    all_logits = batch.completions.size * wide.vocab_size * 4
+
+    def temporary(chunk_tokens):
+        objective = functools.partial(LOSSES["sigmoid"], beta=0.1)
+        loss_fn = preference_loss(make_apply(wide), objective, beta=0.1, chunk_tokens=chunk_tokens)
+        shardings = state_shardings(mesh, wide, optimizer)
+        step = jit_train_step(make_train_step(loss_fn, optimizer, optax.constant_schedule(1e-2)), mesh, shardings)
+        ref = pair_of_sums(jnp.zeros((4, 2)), batch.completion_len)
+        lowered = step.lower(abstract_state(wide, optimizer, shardings), batch, ref)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    small, whole = temporary(16), temporary(512)
+    assert small < 0.4 * all_logits < all_logits < whole
 
 
 def test_rows_that_only_fill_up_change_nothing(config, params, batch):
