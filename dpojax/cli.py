@@ -35,7 +35,7 @@ def run_train(config: TrainOptions) -> int:
     from dpojax.train.loop import train
 
     result = train(config)
-    return 0 if result.finished else 130  # as a shell reports an interrupted command
+    return 0 if result.finished else 130
 
 
 def run_logps(config: LogpsConfig) -> int:
@@ -191,23 +191,30 @@ def reporting(command: Callable[[], int]) -> int:
         return command()
     except UserError as error:
         print(f"dpojax: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("dpojax: interrupted", file=sys.stderr)
+        return 130  # as a shell reports it
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
-        where = error.filename or "output"
-        print(f"dpojax: {where}: {error.strerror}; free some space or name another place", file=sys.stderr)
+        where = error.filename or "--output"
+        print(f"dpojax: {where}: {error.strerror}; free some space, or name another place", file=sys.stderr)
     return 2
 
 
-def from_main_thread(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an uncaught error, but not those of TensorStore's threads: a write that failed is said once, by us."""
-    if threading.current_thread() is threading.main_thread():
+def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an uncaught error, but not TensorStore's echoes of a write that failed, which we say once ourselves.
+
+    They come from its own threads, or from its callbacks in ours, to an event loop that has gone.
+    """
+    ours = threading.current_thread() is threading.main_thread() and str(error) != "Event loop is closed"
+    if ours:
         sys.__excepthook__(kind, error, trace)
 
 
 def main(args: list[str] | None = None) -> int:
     """Parse the arguments, run the command, return its exit status."""
-    sys.excepthook = from_main_thread
+    sys.excepthook = report_uncaught
     config = tyro.extras.subcommand_cli_from_dict(
         {name: kind for name, (kind, _) in COMMANDS.items()},
         prog="dpojax",

@@ -2,11 +2,11 @@
 
 B pairs (prompts) in a batch    N completions of a prompt (2 in a pair: chosen, rejected)
 P prompt tokens                 C completion tokens (EOS included)       T tokens in a row, P + N * C
-V vocabulary                    D model width        F MLP width         h head width
+V vocabulary    D model width    F MLP width    h head width    f rotary pairs, h / 2
 H query heads                   K key/value heads    L layers
 """
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from flax import struct
@@ -59,6 +59,7 @@ class Metric:
         return float(self.sum) / max(float(self.weight), 1e-30)
 
 
+@runtime_checkable
 class ApplyFn(Protocol):
     """A model as the floors above see it: parameters and rows in, hidden states and unembedding matrix out.
 

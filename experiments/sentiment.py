@@ -185,15 +185,15 @@ def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> Non
     from dpojax.evaluate import Estimate
     from dpojax.progress import console
 
-    table = Table(title="Held-out openings; ± is the standard error over openings")
-    table.add_column("figure")
     for result in results:
-        table.add_column(f"before (seed {result['seed']})", justify="right")
-        table.add_column(f"after (seed {result['seed']})", justify="right")
-    for name in results[0]["figures"]["before"]:
-        cells = [str(Estimate(**r["figures"][when][name])) for r in results for when in ("before", "after")]
-        table.add_row(name, *cells)
-    console.print(table)
+        table = Table(title=f"Held-out openings, seed {result['seed']}; ± is the standard error over openings")
+        table.add_column("figure")
+        before, after = result["figures"]["before"], result["figures"]["after"]
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        for name in before:
+            table.add_row(name, str(Estimate(**before[name])), str(Estimate(**after[name])))
+        console.print(table)
     for prompt, before, after in results[0]["texts"]:
         console.print(f"[bold]{prompt}[/bold]")
         for label, text in (("before:", before), ("after: ", after)):

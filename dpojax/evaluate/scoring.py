@@ -12,7 +12,7 @@ from dpojax.models import DecoderConfig, make_apply
 from dpojax.sharding import constrainer, make_mesh, param_shardings, put_global
 from dpojax.train.checkpoint import load_policy, load_policy_tokenizer
 from dpojax.train.reference import collect_logps, completion_lengths, make_logps_step
-from dpojax.train.setup import check_vocabulary, read_examples
+from dpojax.train.setup import check_fit, read_examples
 from dpojax.types import PyTree
 
 Scorer = Callable[[PyTree, list[Example], str], np.ndarray]
@@ -53,7 +53,7 @@ class FileScores:
     def of(self, name: str) -> np.ndarray:
         """``[n, 2]`` log-probabilities (chosen, rejected) under the model of this name, nats."""
         config, model = self.config, load_policy(name)
-        check_vocabulary(model, Batches(self.examples, len(self.examples), max_shapes=1), config.tokenizer or name)
+        check_fit(model, self.examples, config.tokenizer or name)
         scorer = make_scorer(
             model.config,
             dtype=config.dtype,

@@ -20,7 +20,7 @@ def segment_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 def rope_table(
     positions: Int[Array, "B T"], config: DecoderConfig
-) -> tuple[Float[Array, "B T h/2"], Float[Array, "B T h/2"]]:
+) -> tuple[Float[Array, "B T f"], Float[Array, "B T f"]]:
     """Cosine and sine of position x frequency (Su et al. 2021, arXiv 2104.09864), float32."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents
@@ -38,7 +38,7 @@ def rope_table(
 
 
 def rotate(
-    x_BTNh: Float[Array, "B T N h"], cos: Float[Array, "B T h/2"], sin: Float[Array, "B T h/2"]
+    x_BTNh: Float[Array, "B T N h"], cos: Float[Array, "B T f"], sin: Float[Array, "B T f"]
 ) -> Float[Array, "B T N h"]:
     """Rotary embedding in Hugging Face's layout: the first and the second half of a head are the two coordinates."""
     first, second = jnp.split(x_BTNh.astype(jnp.float32), 2, axis=-1)

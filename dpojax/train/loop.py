@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from dpojax.configs import DPOConfig, TrainOptions
+from dpojax.errors import UserError
 from dpojax.models import Model
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, put_global
@@ -17,7 +18,7 @@ from dpojax.train.metrics import MetricsLog
 from dpojax.train.optimizer import make_optimizer, make_schedule
 from dpojax.train.options import check_options
 from dpojax.train.reference import Reference, collect_logps, content_hash
-from dpojax.train.setup import Data, Program, check_vocabulary, load_data, make_program
+from dpojax.train.setup import Data, Program, check_fit, load_data, make_program
 from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
 
 
@@ -34,13 +35,15 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[st
     check_options(config)
     data = load_data(config)
     model = load_policy(config.model)
-    check_vocabulary(model, data.batches, config.tokenizer or config.model)
+    check_fit(model, data.examples, config.tokenizer or config.model)
     program = make_program(config, model)
     facts = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
     ref_model = model
     if isinstance(config, DPOConfig):
         if config.ref_model is not None:
             ref_model = load_policy(config.ref_model)
+            if ref_model.config != model.config:
+                raise UserError(f"--ref-model {config.ref_model}: differs from --model in shape; use one of its kind")
         facts["reference_hash"] = facts["model_hash"] if ref_model is model else content_hash(ref_model.params)
     claim_directory(config, facts)
     save_model_files(model, data.tokenizer, Path(config.output) / "model")
@@ -49,6 +52,8 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[st
 
 def train(config: TrainOptions) -> Result:
     """Run, or continue, what the options say; everything is written below ``config.output``.
+
+    Longer than our other functions, so that a run reads from top to bottom in one place.
 
     Raises:
       UserError: bad options, data, model or output directory, or a disk that is full.
@@ -132,6 +137,8 @@ def stop_signals() -> Iterator[threading.Event]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt  # asked twice: at once, from the last checkpoint
         console.print("stopping after this step, to save")
         asked.set()
 

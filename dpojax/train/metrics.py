@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from dpojax.data import IndexedBatch
 from dpojax.progress import console
@@ -40,7 +42,12 @@ class MetricsLog:
         old = path.read_text().splitlines() if path.exists() and resume else []
         path.write_text("".join(line + "\n" for line in old if 0 <= _step_of(line) <= resume))
         self.file = path.open("a")
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=resume + 1 if resume else None)
+        # Not tensorboardX's SummaryWriter: its thread dies of a full disk without a word, and its queue then blocks.
+        (directory / "tensorboard").mkdir(exist_ok=True)
+        self.board = EventsWriter(str(directory / "tensorboard" / "events"))
+        if resume:  # TensorBoard drops what an earlier process wrote beyond this step
+            start = SessionLog(status=SessionLog.START)
+            self.board.write_event(Event(wall_time=time.time(), step=resume + 1, session_log=start))
         self.pending: list[tuple[int, PairCount, Metrics]] = []
         self.unshown: list[dict[str, float]] = []
         self.shapes: set[tuple[int, ...]] = set()
@@ -81,7 +88,7 @@ class MetricsLog:
     def write(self, step: int, figures: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
+            self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
 
     def show_steps(self, step: int) -> None:
         """On the console, the means of the steps since the last call."""

@@ -127,7 +127,9 @@ class Reference:
                 label = "Reference log-probabilities"
                 self.sums = collect_logps(self.logps_step, self.params, batches, self.mesh, label, total_steps)
                 eval_sums = np.zeros((0, 2), np.float32) if self.eval_sums is None else self.eval_sums
-                np.savez(path, key=self.key, train=self.sums, eval=eval_sums)
+                partial = path.with_suffix(".partial.npz")
+                np.savez(partial, key=self.key, train=self.sums, eval=eval_sums)
+                partial.replace(path)
                 self.params = None
         self.model = None
 

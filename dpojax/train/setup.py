@@ -35,9 +35,14 @@ class Data:
     total_steps: int
 
     @property
+    def examples(self) -> list[Example]:
+        """Training and held-out examples."""
+        return [*self.batches.examples, *(self.eval_batches.examples if self.eval_batches else [])]
+
+    @property
     def content_hash(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        for example in [*self.batches.examples, *(self.eval_batches.examples if self.eval_batches else [])]:
+        for example in self.examples:
             for tokens in (example.prompt, *example.completions):
                 digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
         return digest.hexdigest()
@@ -94,15 +99,21 @@ class Program:
     """(policy sums, examples, reference sums) -> figures, by name"""
 
 
-def check_vocabulary(model: Model, batches: Batches, name: str) -> None:
-    """Tokens that the model has no embedding for would be read as its last one, without a word."""
-    top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in batches.examples)
-    if top >= model.config.vocab_size:
-        size = model.config.vocab_size
+def check_fit(model: Model, examples: Sequence[Example], name: str) -> None:
+    """Refuse tokens that the model has no embedding for (JAX would read its last one, without a word).
+
+    Args:
+      model: the model.
+      examples: all that it will be given.
+      name: where their tokens come from, for the error.
+    """
+    top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in examples)
+    size, positions = model.config.vocab_size, model.config.max_positions
+    if top >= size:
         raise UserError(f"{name}: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
-    longest = int(batches.lengths.sum(axis=1).max())
-    if longest > model.config.max_positions:
-        console.print(f"  rows of {longest} tokens exceed the {model.config.max_positions} the model was made for")
+    longest = max(len(e.prompt) + max(map(len, e.completions)) for e in examples)
+    if longest > positions:
+        console.print(f"  rows of up to {longest} tokens exceed the {positions} that the model was made for")
 
 
 def make_program(config: TrainOptions, model: Model) -> Program:
