@@ -4,11 +4,9 @@ import errno
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -202,19 +200,18 @@ def reporting(command: Callable[[], int]) -> int:
     return 2
 
 
-def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an uncaught error, but not TensorStore's echoes of a write that failed, which we say once ourselves.
+def report_unraisable(what: Any) -> None:
+    """Report an error that no code can catch, but not TensorStore's echoes of a write that failed.
 
-    They come from its own threads, or from its callbacks in ours, to an event loop that has gone.
+    Their callbacks find an event loop that has gone; that the write failed we say once ourselves.
     """
-    ours = threading.current_thread() is threading.main_thread() and str(error) != "Event loop is closed"
-    if ours:
-        sys.__excepthook__(kind, error, trace)
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def main(args: list[str] | None = None) -> int:
     """Parse the arguments, run the command, return its exit status."""
-    sys.excepthook = report_uncaught
+    sys.unraisablehook = report_unraisable
     config = tyro.extras.subcommand_cli_from_dict(
         {name: kind for name, (kind, _) in COMMANDS.items()},
         prog="dpojax",

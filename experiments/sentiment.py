@@ -154,28 +154,40 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
     return {"seed": seed, "figures": plain, "texts": texts}
 
 
-def plot(runs: Sequence[Path], path: Path) -> None:
-    """Loss, reward accuracy and reward margins of every run's steps, as a PNG."""
+PANELS = (
+    ("loss", "DPO loss", 0.6931),
+    ("rewards/accuracies", "reward accuracy", 0.5),
+    ("rewards/margins", "reward margin", 0.0),
+)
+WINDOW = 5  # steps; a step has 8 pairs, so single steps are noisy
+
+
+def plot(runs: Sequence[Path], results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training curves of every run (thin: each step; thick: mean of the last five), and sentiment before and after."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import numpy as np
 
-    panels = (
-        ("loss", "DPO loss", 0.6931),
-        ("rewards/accuracies", "reward accuracy", 0.5),
-        ("rewards/margins", "reward margin", 0),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    for run in runs:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for axis, (name, _, _) in zip(axes, panels, strict=True):
-            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=run.name, alpha=0.8)
-    for axis, (_, title, start) in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
+    for axis, (name, title, start) in zip(axes, PANELS, strict=False):
+        for i, run in enumerate(runs):
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            values = np.array([line[name] for line in lines])
+            means = [values[max(0, k - WINDOW + 1) : k + 1].mean() for k in range(len(values))]
+            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.25)
+            axis.plot(range(1, len(values) + 1), means, color=f"C{i}", linewidth=2, label=run.name)
         axis.axhline(start, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="step")
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    for i, result in enumerate(results):
+        figures = [result["figures"][when]["mean sentiment"] for when in ("before", "after")]
+        means, errors = [f["mean"] for f in figures], [f["error"] for f in figures]
+        axes[3].errorbar([0, 1], means, yerr=errors, color=f"C{i}", marker="o", capsize=4)
+    axes[3].set(title="sentiment of held-out samples", xlim=(-0.4, 1.4))
+    axes[3].set_xticks([0, 1], ["before", "after"])
+    figure.savefig(path, dpi=100)
 
 
 def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> None:
@@ -237,7 +249,7 @@ def main(config: SentimentConfig) -> int:
             results.append(json.loads(done.read_text()))
     if not (exported / "config.json").exists():
         run_export(ExportConfig(run=str(runs[0]), output=str(exported)))
-    plot(runs, output / "curves.png")
+    plot(runs, results, output / "curves.png")
     show(results, output, exported)
     return 0
 

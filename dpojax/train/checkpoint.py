@@ -9,7 +9,9 @@ checkpoints/N/    params | train (step, optimizer state, RNG) | position (of the
 
 import contextlib
 import dataclasses
+import errno
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +130,10 @@ class Checkpoints:
             position=ocp.args.JsonSave(position),
         )
         with self._disk():
+            needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+            free = shutil.disk_usage(self.directory).free
+            if free < needed:  # a write that cannot end well is not begun
+                raise OSError(errno.ENOSPC, f"No space left on device: {needed:,} bytes needed, {free:,} free")
             self.manager.save(int(state.step), args=items, metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from dpojax.data import IndexedBatch
+from dpojax.errors import UserError
 from dpojax.progress import console
 from dpojax.train.objectives import Metrics
 
@@ -82,8 +83,12 @@ class MetricsLog:
             self.write(step, figures)
             self.unshown.append(figures)
         self.pending.clear()
-        self.file.flush()
-        self.board.flush()
+        try:
+            self.file.flush()
+            self.board.flush()
+        except OSError as error:
+            again = "free some space and give the same command again, which continues from the last checkpoint"
+            raise UserError(f"{self.file.name}: cannot be written ({error.strerror}); {again}") from None
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
