@@ -211,19 +211,33 @@ def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> Non
         for label, text in (("before:", before), ("after: ", after)):
             console.print(f"  {label} {text.strip()!r}", markup=False)
     console.print(f"curves      {output / 'curves.png'}")
-    console.print(f"checkpoint  {output / ('seed' + str(results[0]['seed'])) / 'checkpoints'}  (Orbax)")
+    console.print(f"checkpoint  {exported.parent / 'checkpoints'}  (Orbax)")
     console.print(f"model       {exported}  (Hugging Face)")
+
+
+def measured(config: SentimentConfig, run: Path, seed: int, model: str) -> dict[str, Any]:
+    """What `measure` finds, or found when it was last asked the same."""
+    from dpojax.progress import console
+    from dpojax.train.checkpoint import load_policy
+
+    file = run / "results.json"
+    asked = {"new_tokens": config.new_tokens, "samples_per_prompt": config.samples_per_prompt}
+    if file.exists() and (result := json.loads(file.read_text()))["asked"] == asked:
+        console.print(f"{file}: measured already")
+        return result
+    result = {"asked": asked, **measure(config, run, seed, load_policy(model))}
+    file.write_text(json.dumps(result, indent=2))
+    return result
 
 
 def main(config: SentimentConfig) -> int:
     from dpojax.cli import run_export
     from dpojax.configs import ExportConfig
-    from dpojax.progress import console
-    from dpojax.train.checkpoint import load_policy
     from dpojax.train.loop import train
 
-    output, exported = Path(config.output), Path(config.output) / "model"
+    output = Path(config.output)
     runs = [output / f"seed{seed}" for seed in config.seeds]
+    exported = runs[0] / "exported"
     model = config.model or smollm2_path()
     results = []
     for seed, directory in zip(config.seeds, runs, strict=True):
@@ -239,14 +253,9 @@ def main(config: SentimentConfig) -> int:
             max_shapes=2,
             seed=seed,
         )
-        train(options)
-        done = directory / "results.json"
-        if not done.exists():
-            results.append(measure(config, directory, seed, load_policy(model)))
-            done.write_text(json.dumps(results[-1], indent=2))
-        else:
-            console.print(f"{done}: measured already; remove it to measure again")
-            results.append(json.loads(done.read_text()))
+        if not train(options).finished:
+            return 130
+        results.append(measured(config, directory, seed, model))
     if not (exported / "config.json").exists():
         run_export(ExportConfig(run=str(runs[0]), output=str(exported)))
     plot(runs, results, output / "curves.png")
