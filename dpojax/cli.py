@@ -41,6 +41,7 @@ def run_logps(config: LogpsConfig) -> int:
     from dpojax.evaluate.scoring import FileScores
     from dpojax.progress import console
 
+    check_file(config.output)
     scores = FileScores(config)
     sums = scores.of(config.model)
     names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
@@ -56,13 +57,17 @@ def run_eval(config: EvalConfig) -> int:
     from dpojax.evaluate import preference_estimates
     from dpojax.evaluate.scoring import FileScores
     from dpojax.progress import console
-    from dpojax.train.checkpoint import reference_of_run
+    from dpojax.train.checkpoint import options_of_run
 
+    if config.output:
+        check_file(config.output)
     scores = FileScores(config)
-    ref_name = config.ref_model or reference_of_run(config.model)
+    own = options_of_run(config.model)
+    ref_name = config.ref_model or own.get("ref_model") or own.get("model")
+    beta = config.beta or own.get("beta", 0.1)
     policy = scores.of(config.model)
     ref = scores.of(ref_name) if ref_name else None
-    figures = preference_estimates(policy, ref, scores.lengths, beta=config.beta, groups=scores.prompts)
+    figures = preference_estimates(policy, ref, scores.lengths, beta=beta, groups=scores.prompts)
     for name, figure in sorted(figures.items()):
         console.print(f"{name:30} {figure}")
     console.print(f"{len(policy)} pairs of {len(set(scores.prompts))} prompts; ± is the standard error over prompts")
@@ -78,7 +83,7 @@ def run_sample(config: SampleConfig) -> int:
 
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
-    from dpojax.progress import console, track
+    from dpojax.progress import track
     from dpojax.train.checkpoint import load_policy, load_policy_tokenizer
 
     tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
@@ -101,10 +106,9 @@ def run_sample(config: SampleConfig) -> int:
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
     )
-    for i, tokens in enumerate(drawn):
+    for i, tokens in enumerate(drawn):  # by print, which leaves a model's text as it is
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        console.print(f"[bold]{i // config.num_samples + 1}.[/bold] ", end="")
-        console.print(f"{config.prompt[i // config.num_samples]}|{text}", markup=False)
+        print(f"{i // config.num_samples + 1}. {config.prompt[i // config.num_samples]}|{text}")
     return 0
 
 
@@ -146,14 +150,19 @@ def run_check_data(config: CheckDataConfig) -> int:
         config.data, load_policy_tokenizer(name) if name else None, config.kind, config.max_length
     )
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)
     return 1 if wrong else 0
+
+
+def check_file(name: str) -> None:
+    """Refuse an output file that could not be written, before the work is done."""
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--output {name}: is a directory or in none that exists; name a file")
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is either complete or not there."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: is a directory or in none that exists; name a file")
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)

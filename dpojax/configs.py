@@ -45,8 +45,6 @@ class DataOptions:
     """Pairs per step, over all devices (the paper: 64)."""
     max_shapes: int = 4
     """Batch shapes (prompt x completion tokens) compiled at most."""
-    skip_bad_rows: bool = False
-    """Leave out rows that cannot be used, and report them, instead of refusing the file."""
     logprob_chunk_tokens: int = 128
     """Completion tokens whose logits exist at one time; less takes less memory."""
 
@@ -59,6 +57,8 @@ class TrainOptions(ModelOptions, DataOptions):
     """Directory of the run: checkpoints, metrics, config. The same command on it continues the run."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, evaluated before the first step, every --eval-steps and after the last."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and report them, instead of refusing the file."""
     epochs: int = 1
     """Passes over the data."""
     steps: int | None = None
@@ -90,7 +90,7 @@ class TrainOptions(ModelOptions, DataOptions):
     save_steps: int = 100
     """Steps between two checkpoints; the last step is always saved."""
     save_total_limit: int = 2
-    """Latest checkpoints kept, beside the best by eval_loss."""
+    """Latest checkpoints kept, beside the best by eval_loss of those evaluated and saved at the same step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,8 +136,10 @@ class EvalConfig(ScoringOptions):
 
     ref_model: str | None = None
     """Reference model (default: a run's own reference; without one, log-probabilities alone are compared)."""
-    beta: float = 0.1
-    """Strength of the KL penalty, which scales the rewards."""
+    beta: float | None = None
+    """Strength of the KL penalty, which scales the rewards (default: a run's own, else 0.1)."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and report them, instead of refusing the file."""
     output: str | None = None
     """JSON file for the figures, beside the table."""
 

@@ -96,13 +96,20 @@ def completion_logps(
 
 
 def pair_logps(apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 128) -> PairLogps:
-    """Log-probabilities of both sides of every pair: sums over completion tokens, EOS included, prompt excluded.
+    r"""Log-probabilities of both sides of every pair: sums over completion tokens, EOS included, prompt excluded.
+
+    .. math:: \log \pi(y|x) = \sum_{t=1}^{|y|} \log \pi(y_t \mid x, y_{<t})
+
+    Source: the chain rule; Rafailov et al. 2023 (arXiv 2305.18290) uses these sums in equation 7.
 
     Args:
       apply_fn: the model, as :class:`~dpojax.types.ApplyFn`.
       params: its parameters.
       batch: pairs, ``completions [B, 2, C]``.
       chunk_tokens: completion positions whose logits exist at one time, counted over the batch.
+
+    Returns:
+      :class:`~dpojax.types.PairLogps`, ``[B]`` a field, float32, nats.
     """
     sums = completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
     chosen_len, rejected_len = batch.completion_len[:, 0], batch.completion_len[:, 1]

@@ -207,9 +207,9 @@ def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> Non
             table.add_row(name, str(Estimate(**before[name])), str(Estimate(**after[name])))
         console.print(table)
     for prompt, before, after in results[0]["texts"]:
-        console.print(f"[bold]{prompt}[/bold]")
+        console.print(prompt, style="bold")
         for label, text in (("before:", before), ("after: ", after)):
-            console.print(f"  {label} {text.strip()!r}", markup=False)
+            console.print(f"  {label} {text.strip()!r}")
     console.print(f"curves      {output / 'curves.png'}")
     console.print(f"checkpoint  {exported.parent / 'checkpoints'}  (Orbax)")
     console.print(f"model       {exported}  (Hugging Face)")

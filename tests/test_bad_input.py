@@ -34,6 +34,8 @@ def say(capsys, *args) -> str:
         (lines(GOOD, GOOD, '{"prompt": '), ["row 3", "broken JSON"]),
         (lines(GOOD | {"chosen": ""}), ["row 1", "empty completion"]),
         (lines(GOOD | {"prompt": ""}), ["row 1", "the prompt is empty"]),
+        (lines(GOOD | {"prompt": "\ud800"}), ["row 1", "not valid Unicode"]),
+        (lines(GOOD, "[" * 100_000), ["row 2", "broken JSON"]),
     ],
 )
 @pytest.mark.parametrize("command", ["dpo", "logps", "eval"])
@@ -63,6 +65,8 @@ def test_data(capsys, tiny_dir, tmp_path, content, parts, command):
         (["--mesh.tensor", "4"], ["--mesh.tensor", "kv_heads"]),
         (["--batch-size", "4"], ["--batch-size", "8 devices"]),
         (["--seed", "-1"], ["--seed -1"]),
+        (["--beta", "inf"], ["--beta inf", "finite"]),
+        (["--data"], ["--data", "at least one file"]),
     ],
 )
 def test_flags(capsys, tiny_dir, pairs_file, tmp_path, flags, parts):
@@ -77,7 +81,16 @@ def broken_model(tiny_dir: str, tmp_path: Path, kind: str) -> Path:
         return model
     shutil.copytree(tiny_dir, model)
     weights = model / "model.safetensors"
-    if kind == "no weights":
+    if kind == "only a config":
+        for path in model.iterdir():
+            if path.name != "config.json":
+                path.unlink()
+    elif kind == "config is a list":
+        (model / "config.json").write_text("[]")
+    elif kind == "too many layers":
+        raw = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 1}))
+    elif kind == "no weights":
         weights.unlink()
     elif kind == "no config":
         (model / "config.json").unlink()
@@ -100,6 +113,9 @@ def broken_model(tiny_dir: str, tmp_path: Path, kind: str) -> Path:
     [
         ("missing", ["model", "no such model"]),
         ("no weights", ["no model.safetensors"]),
+        ("only a config", ["no model.safetensors"]),
+        ("config is a list", ["config.json", "not a JSON object"]),
+        ("too many layers", ["has 1 layers, the weights have more"]),
         ("no config", ["config.json", "no such file"]),
         ("truncated", ["model.safetensors", "truncated or damaged"]),
         ("cut in its header", ["model.safetensors", "truncated or damaged"]),
@@ -140,6 +156,14 @@ def test_commands_on_runs(capsys, tiny_dir, tmp_path):
     assert "--temperature -1" in say(capsys, "sample", "--model", tiny_dir, "--prompt", "a", "--temperature", "-1")
     assert "no such model" in say(capsys, "sample", "--model", tmp_path / "x.gguf", "--prompt", "a")
     assert "no such file" in say(capsys, "check-data", tmp_path / "x.jsonl")
+    assert "at least one file" in say(capsys, "check-data")
+    assert "at least one text" in say(capsys, "sample", "--model", tiny_dir, "--prompt")
+
+
+def test_output_files_are_checked_first(capsys, tmp_path):
+    nowhere = tmp_path / "no" / "out.jsonl"
+    said = say(capsys, "logps", "--model", tmp_path / "none", "--data", tmp_path / "none", "--output", nowhere)
+    assert str(nowhere) in said and "name a file" in said
 
 
 def test_chat_without_a_template(capsys, tiny_dir, tmp_path):

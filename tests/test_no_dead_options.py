@@ -114,7 +114,6 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
         "max_length": 20,
         "batch_size": 16,
         "max_shapes": 1,
-        "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
         "logprob_chunk_tokens": 16,
         "output": "elsewhere.json",
     }
@@ -122,7 +121,12 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
         "LogpsConfig": (scoring, scoring_changes),
         "EvalConfig": (
             scoring,
-            scoring_changes | {"ref_model": str(root / "model2"), "beta": (0.7, {"ref_model": str(root / "model2")})},
+            scoring_changes
+            | {
+                "ref_model": str(root / "model2"),
+                "beta": (0.7, {"ref_model": str(root / "model2")}),
+                "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
+            },
         ),
         "SampleConfig": (
             {"model": w["model"], "prompt": ("the film",), "max_new_tokens": 12, "num_samples": 3},

@@ -29,7 +29,7 @@ def check_files(
     usable = render_rows(read_rows(files), kind, encoder, report)
     if encoder:
         encode_rows(usable, encoder, max_length, report)
-    lines = [f"dropped: {bad}" for bad in sorted(report.dropped, key=lambda bad: (bad.file, bad.number))]
+    lines = [f"dropped: {bad}" for bad in sorted(report.dropped, key=lambda bad: (files.index(bad.file), bad.number))]
     lines += [f"truncated: {row.file}, row {row.number}: prompt cut at its start" for row in report.prompts_cut]
     lines += [f"truncated: {row.file}, row {row.number}: completion cut at its end" for row in report.completions_cut]
     kept = report.rows - len(report.dropped)

@@ -34,32 +34,32 @@ class BadRow:
         return f"{self.file}, row {self.number}: {self.why}"
 
 
-def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
+def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield BadRow(str(path), number, f"broken JSON ({error}); each line must be one JSON object")
+            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, absurd numbers or nesting
+                yield BadRow(name, number, f"broken JSON ({error}); each line must be one JSON object")
                 continue
             if isinstance(fields, dict):
-                yield Row(str(path), number, fields)
+                yield Row(name, number, fields)
             else:
-                yield BadRow(str(path), number, f"a JSON {_name(fields)}, not an object with named fields")
+                yield BadRow(name, number, f"a JSON {_name(fields)}, not an object with named fields")
 
 
-def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
         rows = (fields for batch in file.iter_batches() for fields in batch.to_pylist())
         for number, fields in enumerate(rows, start=1):
-            yield Row(str(path), number, fields)
+            yield Row(name, number, fields)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error}); write it again") from None
+        raise UserError(f"{name}: not a readable Parquet file ({error}); write it again") from None
 
 
 def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
@@ -73,8 +73,9 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
         if not path.is_file():
             raise UserError(f"{name}: no such file; give a JSONL or Parquet file")
         empty = True
+        read = _read_parquet if path.suffix in (".parquet", ".pq") else _read_jsonl
         try:
-            for row in _read_parquet(path) if path.suffix in (".parquet", ".pq") else _read_jsonl(path):
+            for row in read(path, name):
                 empty = False
                 yield row
         except OSError as error:
@@ -94,7 +95,7 @@ def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
         raise ValueError(f"no field {name!r}; {needs}")
     value = fields[name]
     if isinstance(value, str):
-        return value
+        return _unicode(value, name)
     if not isinstance(value, list):
         raise ValueError(f"field {name!r} is a {_name(value)}; it must be text or a list of chat messages")
     if not value:
@@ -104,7 +105,17 @@ def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
             raise ValueError(f"field {name!r} has an item that is not a chat message with role and content")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"field {name!r} has a message whose content is not text")
+        _unicode(message["content"], name)
     return value
+
+
+def _unicode(text: str, name: str) -> str:
+    # JSON can spell half of a surrogate pair, which no tokenizer takes.
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"field {name!r} is not valid Unicode (a lone surrogate); mend its escapes") from None
+    return text
 
 
 def _is_empty(text: Text) -> bool:

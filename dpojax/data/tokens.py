@@ -172,7 +172,7 @@ def load_examples(
     *,
     kind: str = "pairs",
     max_length: int = 1024,
-    skip_bad_rows: bool = False,
+    skip_bad_rows: bool | None = False,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[Example], Report]:
     """Read, check, render, tokenize and truncate all rows of all files, in order.
@@ -182,7 +182,7 @@ def load_examples(
       encoder: the tokenizer's.
       kind: "pairs" (chosen and rejected) or "completions" (one completion).
       max_length: tokens of prompt + completion.
-      skip_bad_rows: leave out unusable rows, which the report lists.
+      skip_bad_rows: leave out unusable rows, which the report lists; None where the command has no such option.
       progress: called with the share that is done, from 0 to 1.
 
     Raises:
@@ -194,7 +194,8 @@ def load_examples(
         if report.dropped and not skip_bad_rows:
             others = len(report.dropped) - 1
             more = f" ({others} more bad row{'s' * (others > 1)})" if others else ""
-            raise UserError(f"{report.dropped[0]}{more}; mend it, or pass --skip-bad-rows")
+            choice = "" if skip_bad_rows is None else ", or pass --skip-bad-rows"
+            raise UserError(f"{report.dropped[0]}{more}; mend it{choice}")
 
     usable = render_rows(read_rows(files), kind, encoder, report)
     refuse_bad_rows()

@@ -13,6 +13,9 @@ Objective = Callable[[PairLogps, PairLogps], Float[Array, " B"]]
 def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
     r"""The objective :math:`\sum_i w_i\, \ell_i`, itself an objective.
 
+    Source: linearity; with an NLL term it is the loss of Pang et al. 2024 (arXiv 2404.19733), equation 1, up to that
+    term's normalisation, and TRL's ``loss_type`` and ``loss_weights`` as lists.
+
     Args:
       *terms: ``(weight, objective)`` pairs, at least one. Bind an objective's options with ``functools.partial``.
 

@@ -7,7 +7,24 @@ from dpojax.types import PairLogps
 
 
 def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    r"""``log pi(y|x) - log pi_ref(y|x)`` of the chosen and of the rejected completion, in nats, each ``[B]``."""
+    r"""The log-ratios :math:`\log \pi(y|x) - \log \pi_\mathrm{ref}(y|x)` of the chosen and rejected completions.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), the terms of equation 7.
+
+    Args:
+      policy: sums of log-probabilities under the policy, ``[B]`` a field, nats.
+      ref: the same under the reference.
+
+    Returns:
+      ``(chosen, rejected)``, each ``[B]``, nats.
+
+    >>> import jax.numpy as jnp
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n)
+    >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
+    >>> [x.tolist() for x in log_ratios(p, r)]
+    [[1.0], [-1.0]]
+    """
     return policy.chosen - ref.chosen, policy.rejected - ref.rejected
 
 

@@ -79,6 +79,8 @@ def llama_config(raw: dict[str, Any], source: str) -> DecoderConfig:
         )
     except KeyError as missing:
         raise UserError(f"{source}: no field {missing}; a Llama config.json has it") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{source}: a field has a value that makes no model ({error}); mend it") from None
 
 
 FAMILIES = {"llama": llama_config}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpojax.errors import UserError
-from dpojax.models.config import DecoderConfig
+from dpojax.models.config import DecoderConfig, config_from_hf
 from dpojax.models.gguf import GGUFFile, gguf_tokenizer, load_gguf
-from dpojax.models.safetensors import load_directory, read_json
+from dpojax.models.safetensors import load_directory, read_json, tensor_files
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
@@ -39,6 +39,20 @@ def resolve(name: str) -> Path:
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line})") from None
+
+
+def check_model(name: str) -> DecoderConfig:
+    """The shape of a model, and that it has weights, before anything long is begun.
+
+    Raises:
+      UserError: no such model, an unsupported one, or none with weights.
+    """
+    path = resolve(name)
+    if path.is_dir():
+        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
+        tensor_files(path)
+        return config
+    return config_from_hf(GGUFFile(path).hf_config(), str(path))
 
 
 def load_model(name: str, progress: Callable[[float], None] = lambda share: None) -> Model:

@@ -61,16 +61,24 @@ def assemble(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model; errors name the file and the mend."""
+    """The object in a JSON file; errors name the file and the mend."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a Hugging Face model directory, a .gguf file or a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch the model again") from None
+        raise UserError(f"{path}: not valid JSON ({error}); fetch or make it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; fetch or make it again")
+    return value
 
 
-def _tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
+def tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
+    """Where a directory's tensors are: file by name, or the one file.
+
+    Raises:
+      UserError: it has no safetensors.
+    """
     index = directory / "model.safetensors.index.json"
     if index.exists():
         return {name: directory / file for name, file in read_json(index).get("weight_map", {}).items()}
@@ -95,13 +103,17 @@ def load_directory(directory: Path, progress: Callable[[float], None]) -> tuple[
     """Read a Hugging Face directory; parameters are float32 NumPy arrays."""
     raw = read_json(directory / "config.json")
     config = config_from_hf(raw, str(directory / "config.json"))
-    files = _tensor_files(directory)
+    files = tensor_files(directory)
     if isinstance(files, list):
         handles = {files[0]: _open(files[0])}
         names = dict.fromkeys(handles[files[0]].keys(), files[0])
     else:
         handles = {path: _open(path) for path in sorted(set(files.values()))}
         names = files
+
+    extra = BLOCK_NAMES["attn_norm"].format(config.layers)
+    if extra in names:
+        raise UserError(f"{directory}: config.json has {config.layers} layers, the weights have more; mend config.json")
 
     def read(name: str) -> np.ndarray:
         if name not in names:
@@ -124,6 +136,7 @@ def save_directory(
 
     Written beside ``directory`` and moved into place at the end, so that it is never half there.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -154,8 +167,12 @@ def save_directory(
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, partial / file, metadata={"format": "pt"})
+    try:
+        for file, shard in zip(files, shards, strict=True):
+            save_file(shard, partial / file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{directory}: cannot be written ({error}); free some space or name another place") from None
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(x.nbytes for shard in shards for x in shard.values())

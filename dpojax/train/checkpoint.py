@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,10 @@ def claim_directory(config: TrainOptions, facts: dict[str, str]) -> None:
         return
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--output {directory}: exists and is no run of dpojax; name a new or empty directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {directory}: cannot be made ({error.strerror}); name another directory") from None
     partial = directory / "run.json.partial"
     partial.write_text(json.dumps(mine, indent=2))
     partial.replace(directory / "run.json")
@@ -85,17 +89,26 @@ def save_model_files(model: Model, tokenizer: "PreTrainedTokenizerBase", directo
     partial.replace(directory)
 
 
+def goodness(metrics: dict[str, float]) -> float:
+    """What the best checkpoint has most of."""
+    return -metrics["eval_loss"]
+
+
 class Checkpoints:
     """Orbax checkpoints of a run: asynchronous, atomic, the latest few and the best by eval_loss kept."""
 
-    def __init__(self, run: Path, keep_latest: int):
+    def __init__(self, run: Path, keep_latest: int = 1, *, read_only: bool = False):
         # Orbax logs an error's traceback from each of its threads; we raise it once, as a sentence.
         absl.logging.set_verbosity(absl.logging.FATAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.directory = (run / "checkpoints").absolute()
-        best = managers.BestN(get_metric_fn=lambda m: -m["eval_loss"], n=1, keep_checkpoints_without_metrics=False)
+        best = managers.BestN(get_metric_fn=goodness, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
+            best_fn=goodness,
             preservation_policy=managers.AnyPreservationPolicy([managers.LatestN(keep_latest), best]),
-            cleanup_tmp_directories=True,
+            # A reader must leave alone what the run it reads from is just writing.
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -113,10 +126,11 @@ class Checkpoints:
             text = str(error)
             full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "File too large" in text
             reason = "the disk is full" if full else text.strip().splitlines()[0] if text.strip() else repr(error)
+            mend = "free some space" if full else "see to it"
             complete = [int(path.name) for path in self.directory.glob("*") if path.name.isdigit()]
             last = f"from step {max(complete)}" if complete else "from the start"
             raise UserError(
-                f"{self.directory}: a checkpoint could not be written ({reason}); free some space and give the same "
+                f"{self.directory}: a checkpoint could not be written ({reason}); {mend} and give the same "
                 f"command again, which continues {last}"
             ) from error
 
@@ -139,14 +153,13 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, laid out as the abstract state ``like`` is, and the data position."""
         train = {"step": like.step, "opt_state": like.opt_state, "rng": jax.eval_shape(jax.random.key_data, like.rng)}
-        items = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                train=ocp.args.StandardRestore(train),
-                position=ocp.args.JsonRestore(),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(like.params),
+            train=ocp.args.StandardRestore(train),
+            position=ocp.args.JsonRestore(),
         )
+        with readable(self.directory / str(step)):
+            items = self.manager.restore(step, args=args)
         rng = jax.random.wrap_key_data(items.train["rng"])
         return TrainState(items.train["step"], items.params, items.train["opt_state"], rng), items.position
 
@@ -155,6 +168,20 @@ class Checkpoints:
         with self._disk():
             self.manager.wait_until_finished()
         self.manager.close()
+
+
+@contextlib.contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """A checkpoint that cannot be read, said in a sentence."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        if not directory.exists():
+            raise FileNotFoundError(directory) from error
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{directory}: damaged checkpoint ({reason}); remove this directory, and the one before it is used"
+        ) from error
 
 
 def load_run(path: str | Path, which: str = "latest") -> tuple[Model, int]:
@@ -170,7 +197,15 @@ def load_run(path: str | Path, which: str = "latest") -> tuple[Model, int]:
     run = Path(path)
     if not is_run(run):
         raise UserError(f"{run}: no run.json; give the --output directory of a dpo or sft run")
-    checkpoints = Checkpoints(run, keep_latest=1)  # reads only: nothing is deleted without a save
+    for _ in range(5):
+        # A run that is writing here may remove an older checkpoint while we look.
+        with contextlib.suppress(FileNotFoundError):
+            return _load_checkpoint(run, which)
+    raise UserError(f"{run}: its checkpoints change faster than they can be read; try again")
+
+
+def _load_checkpoint(run: Path, which: str) -> tuple[Model, int]:
+    checkpoints = Checkpoints(run, read_only=True)
     steps = sorted(checkpoints.manager.all_steps())
     if not steps:
         raise UserError(f"{run}: no checkpoint yet; let the run reach its first --save-steps")
@@ -186,7 +221,7 @@ def load_run(path: str | Path, which: str = "latest") -> tuple[Model, int]:
 def _restore_params(directory: Path, config: DecoderConfig) -> PyTree:
     _, shapes = split(config)
     to_numpy = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=np.ndarray), shapes)
-    with ocp.PyTreeCheckpointer() as reader:
+    with readable(directory.parent), ocp.PyTreeCheckpointer() as reader:
         return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy))
 
 
@@ -205,9 +240,6 @@ def load_policy_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return load_tokenizer(str(Path(name) / "model") if is_run(name) else name)
 
 
-def reference_of_run(name: str) -> str | None:
-    """The model that a run's policy is measured against; None where ``name`` is no run."""
-    if not is_run(name):
-        return None
-    options = read_json(Path(name) / "run.json")
-    return options.get("ref_model") or options["model"]
+def options_of_run(name: str) -> dict[str, Any]:
+    """The options of a run, by name; empty where ``name`` is no run."""
+    return read_json(Path(name) / "run.json") if is_run(name) else {}

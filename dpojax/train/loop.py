@@ -118,6 +118,8 @@ def train(config: TrainOptions) -> Result:
             eval_loss = evaluate(step) if evaluates else None
             if saves:
                 checkpoints.save(state, iterator.get_state(), eval_loss)
+            if evaluates or saves:
+                log.restart_clock()
             stage.advance()
             if stopping:
                 break

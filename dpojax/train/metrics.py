@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl (a line for every step), TensorBoard, and the console."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -46,9 +47,9 @@ class MetricsLog:
         # Not tensorboardX's SummaryWriter: its thread dies of a full disk without a word, and its queue then blocks.
         (directory / "tensorboard").mkdir(exist_ok=True)
         self.board = EventsWriter(str(directory / "tensorboard" / "events"))
-        if resume:  # TensorBoard drops what an earlier process wrote beyond this step
-            start = SessionLog(status=SessionLog.START)
-            self.board.write_event(Event(wall_time=time.time(), step=resume + 1, session_log=start))
+        # TensorBoard drops what an earlier process wrote beyond this step.
+        start = SessionLog(status=SessionLog.START)
+        self.board.write_event(Event(wall_time=time.time(), step=resume + 1 if resume else 0, session_log=start))
         self.pending: list[tuple[int, PairCount, Metrics]] = []
         self.unshown: list[dict[str, float]] = []
         self.shapes: set[tuple[int, ...]] = set()
@@ -75,6 +76,8 @@ class MetricsLog:
         self.clock = now
         for (step, count, _), metrics in zip(self.pending, fetched, strict=True):
             figures = {name: metric.mean for name, metric in metrics.items()}
+            if not math.isfinite(figures["loss"]):
+                raise UserError(f"step {step}: the loss is {figures['loss']}; try a lower --learning-rate")
             figures["epoch"] = step * count.batch_size / self.examples
             figures["padding_share"] = 1 - count.tokens / count.computed
             if count.timed:
@@ -90,10 +93,15 @@ class MetricsLog:
             again = "free some space and give the same command again, which continues from the last checkpoint"
             raise UserError(f"{self.file.name}: cannot be written ({error.strerror}); {again}") from None
 
+    def restart_clock(self) -> None:
+        """After an evaluation or a save, whose time counts in no rate; nothing may be pending."""
+        self.clock = time.perf_counter()
+
     def write(self, step: int, figures: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
             self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self.file.flush()
 
     def show_steps(self, step: int) -> None:
         """On the console, the means of the steps since the last call."""

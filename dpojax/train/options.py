@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from math import inf
 from typing import Any
 
 from dpojax.configs import DPOConfig
@@ -11,15 +12,17 @@ from dpojax.losses import LOSSES, Objective
 
 # field -> (what it must be, whether a value is)
 RANGES: dict[str, tuple[str, Any]] = {
-    "beta": ("above 0", lambda v: v > 0),
+    "beta": ("above 0 and finite", lambda v: 0 < v < inf),
     "label_smoothing": ("from 0 to below 0.5", lambda v: 0 <= v < 0.5),
-    "learning_rate": ("above 0", lambda v: v > 0),
+    "learning_rate": ("above 0 and finite", lambda v: 0 < v < inf),
     "max_grad_norm": ("above 0", lambda v: v > 0),
     "weight_decay": ("at least 0", lambda v: v >= 0),
     "warmup_steps": ("at least 0", lambda v: v >= 0),
     "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
     "temperature": ("at least 0", lambda v: v >= 0),
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "data": ("at least one file", len),
+    "prompt": ("at least one text", len),
     "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
 } | {
     name: ("at least 1", lambda v: v >= 1)
@@ -46,7 +49,8 @@ def check_options(config: Any) -> None:
         if field.name in RANGES and value is not None:
             must, holds = RANGES[field.name]
             if not holds(value):
-                raise UserError(f"{flag(field.name)} {value}: must be {must}")
+                shown = "" if value == () else f" {value}"
+                raise UserError(f"{flag(field.name)}{shown}: must be {must}")
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
         raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
     if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:

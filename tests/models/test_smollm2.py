@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct from its GGUF file, as transformers has it (goldens: scripts/make_goldens_smollm2.py)."""
 
+import dataclasses
 import json
 
 import jax
@@ -19,7 +20,8 @@ GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text())
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return load_model(smollm2_path())
+    model = load_model(smollm2_path())
+    return dataclasses.replace(model, params=jax.device_put(model.params))
 
 
 @pytest.fixture(scope="module")

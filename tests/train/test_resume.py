@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,17 +124,53 @@ def test_full_disk_leaves_the_last_checkpoint(tiny_dir, pairs_file, tmp_path):
     assert load_run(run)[1] == good
 
 
-def test_latest_and_best_are_kept(tiny_dir, pairs_file, tmp_path):
+def test_latest_and_best_are_kept_over_a_resume(tiny_dir, pairs_file, tmp_path):
+    """With the labels of the held-out pairs turned round, the earliest checkpoint is the best."""
+    turned = tmp_path / "turned.jsonl"
+    rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
+    swapped = [{"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    turned.write_text("".join(json.dumps(row) + "\n" for row in swapped))
     run = tmp_path / "run"
-    changed = {"steps": 12, "save_steps": 2, "eval_steps": 2, "save_total_limit": 2, "learning_rate": 3e-2}
-    assert main(options(tiny_dir, pairs_file, run, warmup_steps=0, **changed)) == 0
-    lines = curve(run)
-    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]}
-    best = min(losses, key=lambda step: losses[step])
-    kept = {int(path.name) for path in (run / "checkpoints").iterdir()}
-    assert kept == {10, 12, best}
-    assert load_run(run, "best")[1] == best and load_run(run, str(best))[1] == best
-    assert load_run(run)[1] == 12
+    args = options(tiny_dir, pairs_file, run, eval_data=turned, eval_steps=10, save_total_limit=1)
+    process = start(args)
+    wait_for_step(process, run, 20)
+    process.kill()
+    process.wait()
+    assert main(args) == 0
+    losses = {line["step"]: line["eval_loss"] for line in curve(run) if "eval_loss" in line and line["step"]}
+    assert min(losses, key=lambda step: losses[step]) == 10
+    assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {10, 60}
+    assert load_run(run, "best")[1] == load_run(run, "10")[1] == 10
+    assert load_run(run)[1] == 60
+
+
+def test_a_reader_does_not_disturb_the_run(tiny_dir, pairs_file, tmp_path):
+    run = tmp_path / "run"
+    process = start(options(tiny_dir, pairs_file, run, save_steps=5))
+    wait_for_step(process, run, 5)
+    while process.poll() is None:
+        assert load_run(run)[1] >= 5
+    assert process.returncode == 0, process.communicate()
+
+
+def test_a_damaged_checkpoint_is_named(tiny_dir, pairs_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = options(tiny_dir, pairs_file, run, steps=4, save_steps=2)
+    assert main(args) == 0
+    shutil.rmtree(run / "checkpoints" / "4")
+    largest = max((run / "checkpoints" / "2").rglob("*"), key=lambda path: path.stat().st_size)
+    for path in (run / "checkpoints" / "2").rglob(f"{largest.parent.name}/*"):
+        path.write_bytes(b"")
+    capsys.readouterr()
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "damaged checkpoint" in said and str(run / "checkpoints" / "2") in said
+
+
+def test_divergence_is_said(tiny_dir, pairs_file, tmp_path, capsys):
+    args = options(tiny_dir, pairs_file, tmp_path / "run", steps=9, learning_rate=1e30, warmup_steps=0)
+    assert main(args) == 2
+    assert "the loss is nan; try a lower --learning-rate" in capsys.readouterr().err
 
 
 def test_step_zero_reads_a_tie(tiny_dir, pairs_file, tmp_path):
