@@ -1,8 +1,10 @@
 """Where a run's figures go: metrics.jsonl (a line for every step), TensorBoard, and the console."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -86,9 +88,13 @@ class MetricsLog:
             self.write(step, figures)
             self.unshown.append(figures)
         self.pending.clear()
-        try:
-            self.file.flush()
+        with self._disk():
             self.board.flush()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             again = "free some space and give the same command again, which continues from the last checkpoint"
             raise UserError(f"{self.file.name}: cannot be written ({error.strerror}); {again}") from None
@@ -98,10 +104,12 @@ class MetricsLog:
         self.clock = time.perf_counter()
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-        self.file.flush()
+        """A line now, whatever becomes of the process next."""
+        with self._disk():
+            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.file.flush()
+            for name, value in figures.items():
+                self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
 
     def show_steps(self, step: int) -> None:
         """On the console, the means of the steps since the last call."""

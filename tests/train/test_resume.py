@@ -42,6 +42,13 @@ def start(args: list[str], before: str = "") -> subprocess.Popen:
     return subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def finish(process: subprocess.Popen) -> str:
+    """What a process that must succeed says."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -60,7 +67,7 @@ def curve(run: Path) -> list[dict]:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_and_continued_is_never_stopped(tiny_dir, pairs_file, tmp_path, number):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(options(tiny_dir, pairs_file, whole)).wait(timeout=300) == 0
+    finish(start(options(tiny_dir, pairs_file, whole)))
 
     process = start(options(tiny_dir, pairs_file, broken))
     wait_for_step(process, broken, 10)
@@ -70,16 +77,13 @@ def test_stopped_and_continued_is_never_stopped(tiny_dir, pairs_file, tmp_path, 
     if number == signal.SIGTERM:
         assert "the same command continues it" in output
 
-    process = start(options(tiny_dir, pairs_file, broken))
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "continuing from step" in output
+    assert "continuing from step" in finish(start(options(tiny_dir, pairs_file, broken)))
     assert curve(broken) == curve(whole)
     assert (load_run(broken)[0].params["embed"] == load_run(whole)[0].params["embed"]).all()
 
     # And once more: a complete run is left as it is.
     before = (broken / "metrics.jsonl").read_text()
-    assert start(options(tiny_dir, pairs_file, broken)).wait(timeout=300) == 0
+    finish(start(options(tiny_dir, pairs_file, broken)))
     assert (broken / "metrics.jsonl").read_text() == before
 
 
@@ -135,7 +139,7 @@ def test_latest_and_best_are_kept_over_a_resume(tiny_dir, pairs_file, tmp_path):
     process = start(args)
     wait_for_step(process, run, 20)
     process.kill()
-    process.wait()
+    process.communicate()
     assert main(args) == 0
     losses = {line["step"]: line["eval_loss"] for line in curve(run) if "eval_loss" in line and line["step"]}
     assert min(losses, key=lambda step: losses[step]) == 10
@@ -150,7 +154,8 @@ def test_a_reader_does_not_disturb_the_run(tiny_dir, pairs_file, tmp_path):
     wait_for_step(process, run, 5)
     while process.poll() is None:
         assert load_run(run)[1] >= 5
-    assert process.returncode == 0, process.communicate()
+    output = process.communicate()
+    assert process.returncode == 0, output
 
 
 def test_a_damaged_checkpoint_is_named(tiny_dir, pairs_file, tmp_path, capsys):
