@@ -23,6 +23,7 @@ def test_preference_figures_by_hand():
     assert got["rewards/accuracies"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert got["rewards/margins"] == pytest.approx((1.0 - 0.5 + 0) / 3)
     assert got["rewards/chosen"] == pytest.approx(0.5 / 3)
+    assert got["logps/margins"] == pytest.approx((2 - 1 + 0) / 3)
     assert got["logps/accuracies"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert got["logps/accuracies/per_token"] == pytest.approx((0.5 + 1 + 1) / 3)
     assert "rewards/margins" not in preference_estimates(policy, None, lengths, beta=0.5)

@@ -47,8 +47,8 @@ class Encoder:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token; set eos_token in its config")
         self.eos: int = tokenizer.eos_token_id
         bare, full = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
-        adds_bos = tokenizer.bos_token_id is not None and full[0] == tokenizer.bos_token_id != bare[0]
-        self.bos: list[int] = [tokenizer.bos_token_id] if adds_bos else []
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.bos: list[int] = bos if full[:1] == bos != bare[:1] else []
 
     def _chat(self, messages: Text, generate: bool) -> str:
         if self.tokenizer.chat_template is None:

@@ -30,6 +30,7 @@ def preference_estimates(
     """
     figures = {"logps/chosen": policy[:, 0], "logps/rejected": policy[:, 1]}
     per_token = policy / np.maximum(lengths, 1)
+    figures["logps/margins"] = policy[:, 0] - policy[:, 1]
     figures["logps/accuracies"] = half_for_ties(policy[:, 0] - policy[:, 1])
     figures["logps/accuracies/per_token"] = half_for_ties(per_token[:, 0] - per_token[:, 1])
     if ref is not None:
