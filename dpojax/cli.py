@@ -84,9 +84,9 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
-    from dpojax.train.checkpoint import load_policy, load_policy_tokenizer
+    from dpojax.train.checkpoint import load_policy, tokenizer_for
 
-    tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
+    tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
     model = load_policy(config.model)
@@ -116,7 +116,6 @@ def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
     """A prompt in tokens, as a row of data would have it."""
     try:
         if chat:
-            # A reply stands in for the one to come: a template is rendered for prompt and reply together.
             text = encoder.render(([{"role": "user", "content": text}], ()))[0]
         return encoder.finish_prompt(encoder.tokenize([text])[0])
     except ValueError as error:

@@ -6,3 +6,9 @@ class UserError(Exception):
 
     The command line prints the sentence alone and exits with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in the one line that fits into a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

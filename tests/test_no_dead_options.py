@@ -58,19 +58,25 @@ def train_base(w) -> dict:
     }
 
 
+def shared_changes(w) -> dict:
+    """What the commands that read pairs share."""
+    return {
+        "model": str(w["root"] / "model2"),
+        "tokenizer": str(w["root"] / "tokenizer2"),
+        "dtype": "bfloat16",
+        "data": (str(w["root"] / "other.jsonl"),),
+        "max_length": 20,
+        "batch_size": 16,
+        "logprob_chunk_tokens": 16,
+    }
+
+
 def train_changes(w) -> dict:
     """field -> what it becomes, with whatever else both sides need for it to be seen."""
     root, held_out = w["root"], {"eval_data": (w["pairs"],)}
-    return {
-        "model": str(root / "model2"),
-        "tokenizer": str(root / "tokenizer2"),
-        "dtype": "bfloat16",
-        "data": (str(root / "other.jsonl"),),
-        "max_length": 20,
-        "batch_size": 16,
+    return shared_changes(w) | {
         "max_shapes": (1, {"steps": 3}),
         "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
-        "logprob_chunk_tokens": 16,
         "output": "elsewhere",
         "eval_data": (w["pairs"],),
         "epochs": (2, {"steps": None}),
@@ -106,15 +112,8 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
         }
         return train_base(w), train_changes(w) | own
     scoring = {"model": w["model"], "data": (w["pairs"],), "output": "out.json"}
-    scoring_changes = {
-        "model": str(root / "model2"),
-        "tokenizer": str(root / "tokenizer2"),
-        "dtype": "bfloat16",
-        "data": (str(root / "other.jsonl"),),
-        "max_length": 20,
-        "batch_size": 16,
+    scoring_changes = shared_changes(w) | {
         "max_shapes": 1,
-        "logprob_chunk_tokens": 16,
         "output": "elsewhere.json",
     }
     return {

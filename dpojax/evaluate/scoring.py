@@ -8,9 +8,9 @@ import numpy as np
 
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example
-from dpojax.models import DecoderConfig, check_model, make_apply
+from dpojax.models import DecoderConfig, make_apply
 from dpojax.sharding import constrainer, make_mesh, param_shardings, put_global
-from dpojax.train.checkpoint import is_run, load_policy, load_policy_tokenizer
+from dpojax.train.checkpoint import load_policy, tokenizer_for
 from dpojax.train.reference import collect_logps, completion_lengths, make_logps_step
 from dpojax.train.setup import check_fit, read_examples
 from dpojax.types import PyTree
@@ -44,9 +44,7 @@ class FileScores:
     """A file's pairs in tokens, and a model's log-probabilities of them."""
 
     def __init__(self, config: ScoringOptions):
-        if not is_run(config.model):
-            check_model(config.model)
-        tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
+        tokenizer = tokenizer_for(config)
         self.config = config
         self.examples = read_examples(config.data, Encoder(tokenizer), "pairs", config)
         self.lengths = completion_lengths(self.examples)

@@ -1,5 +1,6 @@
 """GGUF files: weights (dequantized by the `gguf` library), configuration and tokenizer from their metadata."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from dpojax.models.safetensors import BLOCK_NAMES, TOP_NAMES, assemble
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
 GGUF_NAMES = {
@@ -32,15 +34,23 @@ GGUF_BLOCK_NAMES = {
 }
 
 
+@functools.lru_cache(maxsize=2)
+def _reader(path: Path, modified: int, size: int) -> "GGUFReader":
+    # Indexing a file takes seconds, and a command asks for its shape, its tokenizer and its weights in turn. The data
+    # is mapped, not read; a file that has changed is another key.
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
+
+
 class GGUFFile:
     """An open GGUF file: metadata by key, tensors by Hugging Face name."""
 
     def __init__(self, path: Path):
-        from gguf import GGUFReader
-
         self.path = path
         try:
-            self.reader = GGUFReader(path)
+            stat = path.stat()
+            self.reader = _reader(path, stat.st_mtime_ns, stat.st_size)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; give a .gguf file or a Hugging Face model directory") from None
         except Exception as error:  # the reader lets NumPy's errors through

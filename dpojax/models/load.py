@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpojax.errors import UserError
+from dpojax.errors import UserError, first_line
 from dpojax.models.config import DecoderConfig, config_from_hf
 from dpojax.models.gguf import GGUFFile, gguf_tokenizer, load_gguf
 from dpojax.models.safetensors import load_directory, read_json, tensor_files
@@ -37,8 +37,7 @@ def resolve(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; each means the same to the user
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line})") from None
+        raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
 def check_model(name: str) -> DecoderConfig:
@@ -84,5 +83,4 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name}: no usable tokenizer ({reason}); name one with --tokenizer") from None
+        raise UserError(f"{name}: no usable tokenizer ({first_line(error)}); name one with --tokenizer") from None

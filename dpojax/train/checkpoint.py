@@ -23,9 +23,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from dpojax.configs import TrainOptions
-from dpojax.errors import UserError
-from dpojax.models import DecoderConfig, Model, load_model, load_tokenizer
+from dpojax.configs import ModelOptions, TrainOptions
+from dpojax.errors import UserError, first_line
+from dpojax.models import DecoderConfig, Model, check_model, load_model, load_tokenizer
 from dpojax.models.config import config_from_hf
 from dpojax.models.decoder import split
 from dpojax.models.safetensors import read_json
@@ -125,7 +125,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             text = str(error)
             full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "File too large" in text
-            reason = "the disk is full" if full else text.strip().splitlines()[0] if text.strip() else repr(error)
+            reason = "the disk is full" if full else first_line(error)
             mend = "free some space" if full else "see to it"
             complete = [int(path.name) for path in self.directory.glob("*") if path.name.isdigit()]
             last = f"from step {max(complete)}" if complete else "from the start"
@@ -178,10 +178,8 @@ def readable(directory: Path) -> Iterator[None]:
     except Exception as error:  # Orbax and TensorStore raise many kinds
         if not directory.exists():
             raise FileNotFoundError(directory) from error
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise UserError(
-            f"{directory}: damaged checkpoint ({reason}); remove this directory, and the one before it is used"
-        ) from error
+        mend = "remove this directory, and the one before it is used"
+        raise UserError(f"{directory}: damaged checkpoint ({first_line(error)}); {mend}") from error
 
 
 def load_run(path: str | Path, which: str = "latest") -> tuple[Model, int]:
@@ -233,6 +231,13 @@ def load_policy(name: str) -> Model:
         return load_run(name)[0]
     with Stage(f"Loading {Path(name).name}", 1.0) as stage:
         return load_model(name, stage.reach)
+
+
+def tokenizer_for(options: ModelOptions) -> "PreTrainedTokenizerBase":
+    """The tokenizer that the options name; that they name a model with weights is checked first, as that is quick."""
+    if not is_run(options.model):
+        check_model(options.model)
+    return load_policy_tokenizer(options.tokenizer or options.model)
 
 
 def load_policy_tokenizer(name: str) -> "PreTrainedTokenizerBase":

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from dpojax.configs import DataOptions, DPOConfig, TrainOptions
 from dpojax.data import Batches, Encoder, Example, load_examples
 from dpojax.errors import UserError
-from dpojax.models import Model, check_model, make_apply
+from dpojax.models import Model, make_apply
 from dpojax.progress import Stage, console
 from dpojax.sharding import constrainer, make_mesh
-from dpojax.train.checkpoint import is_run, load_policy_tokenizer
+from dpojax.train.checkpoint import tokenizer_for
 from dpojax.train.objectives import LossFn, imitation_loss, preference_loss, preference_rows
 from dpojax.train.options import make_objective
 from dpojax.train.reference import LogpsStep, completion_lengths, make_logps_step, pair_of_sums
@@ -68,9 +68,7 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: D
 def load_data(config: TrainOptions) -> Data:
     """Read, tokenize and batch training and held-out data, and say what became of them."""
     kind = "pairs" if isinstance(config, DPOConfig) else "completions"
-    if not is_run(config.model):
-        check_model(config.model)
-    tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
+    tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
     examples = read_examples(config.data, encoder, kind, config)
     epochs = config.epochs
