@@ -43,9 +43,9 @@ class DataOptions:
     """Tokens of prompt + completion; longer rows lose the prompt's start first, then the completion's end."""
     batch_size: int = 8
     """Pairs per step, over all devices (the paper: 64)."""
-    max_shapes: int = 4
-    """Batch shapes (prompt x completion tokens) compiled at most."""
-    logprob_chunk_tokens: int = 128
+    max_shapes: int = 8
+    """Shapes that batches are packed into at most; fewer are compiled where they keep padding below 8 %."""
+    logprob_chunk_tokens: int = 512
     """Completion tokens whose logits exist at one time; less takes less memory."""
 
 

@@ -1,16 +1,17 @@
 """Sampling from the decoder: one prefill of the prompts, then one token at a time against a key/value cache."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from dpojax.models.attention import segment_mask
+from dpojax.models.attention import attend
 from dpojax.models.config import DecoderConfig
-from dpojax.models.decoder import split
+from dpojax.models.decoder import Cache, split, unstack
 from dpojax.types import PyTree
 
 Sampler = Callable[
@@ -35,6 +36,20 @@ def next_token(
         smallest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= smallest, logits_BV, -jnp.inf)
     return jax.random.categorical(key, logits_BV, axis=-1)
+
+
+def attend_one(
+    q: Float[Array, "B 1 H h"],
+    keys: Float[Array, "B K S h"],
+    values: Float[Array, "B K S h"],
+    sees: Bool[Array, "B S"],
+) -> Float[Array, "B 1 H h"]:
+    """The newest token's attention to what the cache holds, softmax in float32."""
+    B, _, H, h = q.shape
+    grouped = q.reshape(B, keys.shape[1], -1, h)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+    p = jax.nn.softmax(jnp.where(sees[:, None, None, :], scores, -1e30), axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", p, values).reshape(B, 1, H, h)
 
 
 def make_sampler(
@@ -66,18 +81,22 @@ def make_sampler(
         params: PyTree, prompt: Int[Array, "B P"], prompt_len: Int[Array, " B"], key: PRNGKeyArray
     ) -> tuple[Int[Array, "B C"], Int[Array, " B"]]:
         B, P = prompt.shape
-        model = nnx.merge(graph, params)
+        model, layers = nnx.merge(graph, params), unstack(params)
         slots = jnp.arange(P + C)
         positions = slots[None, :] - (P - prompt_len[:, None])
+        real = positions >= 0
 
         def logits_of(h_BTD: Float[Array, "B T D"], head_VD: Float[Array, "V D"]) -> Float[Array, "B V"]:
             last = h_BTD[:, -1]
             return jnp.einsum("bd,vd->bv", last, head_VD.astype(last.dtype), preferred_element_type=jnp.float32)
 
-        empty = jnp.zeros((config.layers, B, P + C, config.kv_heads, config.head_dim), compute)
-        mask = segment_mask(jnp.where(positions[:, :P] >= 0, 0, -1))
-        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, C)))
-        h, head, caches = model(prompt, jnp.maximum(positions[:, :P], 0), mask, dtype=compute, caches=(empty, empty))
+        def prefill(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
+            mask = jnp.tril(jnp.ones((1, P, P), bool)) & real[:, None, :P]
+            room = [(0, 0), (0, 0), (0, C), (0, 0)]
+            return attend(q, k, v, mask), (jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room))
+
+        at = jnp.maximum(positions[:, :P], 0)
+        h, head, caches = model(prompt, at, prefill, dtype=compute, layers=layers)
 
         def unfinished(carry: tuple) -> Array:
             i, done = carry[0], carry[1]
@@ -91,8 +110,15 @@ def make_sampler(
             lengths = lengths + ~done
             done = done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
             at = jax.lax.dynamic_slice_in_dim(positions, P + i, 1, axis=1)
-            sees = ((positions >= 0) & (slots[None, :] <= P + i))[:, None, :]
-            h, head, caches = model(token[:, None], at, sees, dtype=compute, caches=caches, start=P + i)
+            sees = real & (slots[None, :] <= P + i)
+
+            def extend(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
+                assert cache is not None
+                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=P + i, axis=2)
+                keys, values = put(cache[0], k.swapaxes(1, 2)), put(cache[1], v.swapaxes(1, 2))
+                return attend_one(q, keys, values, sees), (keys, values)
+
+            h, head, caches = model(token[:, None], at, extend, dtype=compute, layers=layers, caches=caches)
             return i + 1, done, lengths, tokens, logits_of(h, head), caches, key
 
         nothing = jnp.zeros((B,), jnp.int32)

@@ -84,6 +84,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec(("batch",)))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that a batch is split into."""
+    return mesh.size // mesh.shape["tensor"]
+
+
 def param_shardings(mesh: Mesh, config: DecoderConfig) -> PyTree:
     """A sharding for every parameter, in the parameters' structure."""
     to_sharding = lambda axes: NamedSharding(mesh, RULES.spec(axes))  # noqa: E731

@@ -1,7 +1,8 @@
 """What travels between the floors, and the glossary of shapes.
 
 B pairs (prompts) in a batch    N completions of a prompt (2 in a pair: chosen, rejected)
-P prompt tokens                 C completion tokens (EOS included)       T tokens in a row, P + N * C
+P prompt tokens                 C completion tokens (EOS included)       S places of a row in the grid, P + N * C
+R streams of packed tokens      T tokens in a stream    Z of them scored    G grid places of a stream, B / R * S
 V vocabulary    D model width    F MLP width    h head width    f rotary pairs, h / 2
 H query heads                   K key/value heads    L layers
 """
@@ -33,11 +34,16 @@ class PairLogps:
 
 @struct.dataclass
 class PairBatch:
-    """Prompts, each with N completions side by side: N = 2 is (chosen, rejected), N = 1 is SFT's one completion.
+    """Prompts, each with N completions: N = 2 is (chosen, rejected), N = 1 is SFT's one completion.
 
     Prompts are padded on the left and completions on the right, so every prompt ends, and every completion begins,
-    at the same place in the row. Lengths, never token ids, say what is padding (pad == eos is normal).
-    ``real`` is 1 for a row of the data and 0 for a row that only fills up the last batch.
+    at the same place of its row in the grid ``[B, S]``, S = P + N * C. Lengths, never token ids, say what is padding
+    (pad == eos is normal). ``real`` is 1 for a row of the data and 0 for a row that only fills up the last batch.
+
+    What is computed is not the grid but R streams of real tokens, packed without gaps, each of B / R rows:
+    ``stream`` names the place in the rows' grid that each of a stream's T slots is taken from, ``scored`` the place
+    among the rows' completion tokens that each of its Z log-probabilities is for. A place beyond the end is an empty
+    slot. None is the whole grid.
     """
 
     prompt: Int[Array, "B P"]
@@ -45,6 +51,26 @@ class PairBatch:
     completions: Int[Array, "B N C"]
     completion_len: Int[Array, "B N"]
     real: Float[Array, " B"]
+    stream: Int[Array, "R T"] | None = None
+    scored: Int[Array, "R Z"] | None = None
+
+
+@struct.dataclass
+class Rows:
+    """What a model reads: streams of tokens, and where in the grid ``[B, S]`` of a :class:`PairBatch` they belong.
+
+    ``places`` and ``slots`` are each other's inverse: slot t of a stream holds the token of grid place ``places[t]``,
+    which is found again at ``slots[place]``; an index beyond the end is nothing. Attention is computed on the grid,
+    where ``prompt`` and ``completion`` (P and C) say which columns are whose; all else on the streams.
+    """
+
+    tokens: Int[Array, "R T"]
+    positions: Int[Array, "R T"]
+    places: Int[Array, "R T"]
+    slots: Int[Array, "R G"]
+    prompt_len: Int[Array, " B"]
+    prompt: int = struct.field(pytree_node=False)
+    completion: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -61,19 +87,9 @@ class Metric:
 
 @runtime_checkable
 class ApplyFn(Protocol):
-    """A model as the floors above see it: parameters and rows in, hidden states and unembedding matrix out.
+    """A model as the floors above see it: parameters and rows in, hidden states and unembedding matrix out."""
 
-    ``segments`` says who sees whom: -1 is padding, 0 the prompt, n >= 1 the n-th completion. A token attends to
-    earlier tokens of the prompt and of its own segment.
-    """
-
-    def __call__(
-        self,
-        params: PyTree,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]: ...
+    def __call__(self, params: PyTree, rows: Rows) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]: ...
 
 
 def completion_mask(batch: PairBatch) -> Bool[Array, "B N C"]:

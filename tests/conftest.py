@@ -18,8 +18,9 @@ import jax
 import numpy as np
 import pytest
 
+from dpojax.data.batches import pack
 from dpojax.models import DecoderConfig, init_params, save_directory
-from dpojax.types import PairBatch
+from dpojax.types import PairBatch, Rows
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -106,13 +107,26 @@ def pairs_file(tmp_path_factory) -> str:
     return str(path)
 
 
-def random_batch(rng: np.random.Generator, B: int, P: int, C: int, N: int = 2, vocab: int = 384) -> PairBatch:
+def random_batch(
+    rng: np.random.Generator, B: int, P: int, C: int, N: int = 2, vocab: int = 384, streams: int = 1
+) -> PairBatch:
     prompt_len = rng.integers(1, P + 1, B).astype(np.int32)
     completion_len = rng.integers(1, C + 1, (B, N)).astype(np.int32)
+    T, Z = (B // streams * width for width in (P + N * C, N * C))
+    stream, scored = pack(prompt_len, completion_len, P, C, streams, T, Z)
     return PairBatch(
         prompt=jax.numpy.asarray(rng.integers(0, vocab, (B, P)).astype(np.int32)),
         prompt_len=jax.numpy.asarray(prompt_len),
         completions=jax.numpy.asarray(rng.integers(0, vocab, (B, N, C)).astype(np.int32)),
         completion_len=jax.numpy.asarray(completion_len),
         real=jax.numpy.ones(B),
+        stream=jax.numpy.asarray(stream),
+        scored=jax.numpy.asarray(scored),
     )
+
+
+def plain_rows(tokens: jax.Array) -> Rows:
+    """Ordinary causal rows, ``[B, T]``: prompts without completions."""
+    B, T = tokens.shape
+    places = jax.numpy.broadcast_to(jax.numpy.arange(T), (B, T))
+    return Rows(tokens, places, places, places, jax.numpy.full((B,), T), prompt=T, completion=0)

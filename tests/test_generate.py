@@ -7,13 +7,13 @@ import pytest
 
 from dpojax.generate import make_sampler, next_token, pad_left, sample_all
 from dpojax.models import make_apply
+from tests.conftest import plain_rows
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
 def logits(config, params, row):
-    T = len(row)
-    h, head = make_apply(config)(params, jnp.array([row]), jnp.arange(T)[None], jnp.zeros((1, T), jnp.int32))
+    h, head = make_apply(config)(params, plain_rows(jnp.array([row])))
     return h[0] @ head.T
 
 
@@ -76,4 +76,4 @@ def test_pad_left():
 def test_compute_dtype_reaches_the_cache(config, params, dtype):
     sampler = make_sampler(config, max_new_tokens=2, eos_ids=(), temperature=0.0, dtype=dtype)
     text = sampler.lower(params, jnp.ones((1, 3), jnp.int32), jnp.array([3]), jax.random.key(0)).as_text()
-    assert "2x1x5x2x8xbf16" in text
+    assert "1x2x5x8xbf16" in text

@@ -1,7 +1,9 @@
 """From examples to batches of few shapes; Grain orders, shuffles, batches and remembers the position."""
 
+import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -9,74 +11,107 @@ import numpy as np
 from dpojax.data.tokens import Example
 from dpojax.types import PairBatch
 
-MULTIPLE = 4  # widths are multiples of it, so that the shapes planned are few from the start
+MULTIPLE = 8  # of streams' lengths, so that the shapes are few from the start
+ENOUGH = 0.925  # real tokens among those computed, for which no further shape is compiled
 
-Shape = tuple[int, int]  # (P, C)
+# What a scored token's projection, and a score of attention, cost in units of a token; only to weigh shapes by.
+HEAD_COST, SCORE_COST = 0.25, 1 / 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a batch's arrays are padded to; tokens and scored are per stream."""
+
+    tokens: int  # T
+    scored: int  # Z
+    prompt: int  # P
+    completion: int  # C
+
+    def cover(self, other: "Shape") -> "Shape":
+        """The smallest shape that holds both."""
+        return Shape(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexedBatch:
-    """A batch and which examples its real rows are."""
+    """A batch and which example each of its rows is, -1 for a row that only fills up."""
 
-    index: np.ndarray  # [real rows]
+    index: np.ndarray  # [B]
     batch: PairBatch
 
 
-def collate(examples: Sequence[Example], shape: Shape, batch_size: int) -> PairBatch:
-    """Examples side by side, padded to ``shape`` and, with rows that do not count, to ``batch_size`` rows."""
-    P, C = shape
-    N = len(examples[0].completions)
-    prompt = np.zeros((batch_size, P), np.int32)
-    completions = np.zeros((batch_size, N, C), np.int32)
-    prompt_len = np.zeros((batch_size,), np.int32)
-    completion_len = np.zeros((batch_size, N), np.int32)
+def pack(
+    prompt_len: np.ndarray, completion_len: np.ndarray, P: int, C: int, streams: int, T: int, Z: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``stream`` and ``scored`` of a :class:`~dpojax.types.PairBatch`: its real tokens, row after row."""
+    B, N = completion_len.shape
+    prompt = np.arange(P)[None] >= P - prompt_len[:, None]
+    completions = (np.arange(C)[None, None] < completion_len[..., None]).reshape(B, N * C)
+
+    def places(real: np.ndarray, width: int) -> np.ndarray:
+        real = real.reshape(streams, -1)
+        out = np.full((streams, width), real.shape[1], np.int32)
+        for stream, kept in zip(out, real, strict=True):
+            at = np.flatnonzero(kept)
+            stream[: len(at)] = at
+        return out
+
+    return places(np.concatenate([prompt, completions], axis=1), T), places(completions, Z)
+
+
+def collate(examples: Sequence[Example | None], shape: Shape, streams: int = 1) -> PairBatch:
+    """Examples side by side, padded to ``shape``; None is a row that only fills up."""
+    P, C = shape.prompt, shape.completion
+    B, N = len(examples), next(len(e.completions) for e in examples if e is not None)
+    prompt, completions = np.zeros((B, P), np.int32), np.zeros((B, N, C), np.int32)
+    prompt_len, completion_len = np.zeros((B,), np.int32), np.zeros((B, N), np.int32)
     for i, example in enumerate(examples):
+        if example is None:
+            continue
         prompt_len[i] = len(example.prompt)
         prompt[i, P - prompt_len[i] :] = example.prompt
         for n, completion in enumerate(example.completions):
             completion_len[i, n] = len(completion)
             completions[i, n, : len(completion)] = completion
-    real = (np.arange(batch_size) < len(examples)).astype(np.float32)
-    return PairBatch(prompt, prompt_len, completions, completion_len, real)  # type: ignore[arg-type]  # NumPy
+    real = np.array([example is not None for example in examples], np.float32)
+    stream, scored = pack(prompt_len, completion_len, P, C, streams, shape.tokens, shape.scored)
+    return PairBatch(prompt, prompt_len, completions, completion_len, real, stream, scored)  # type: ignore[arg-type]
 
 
-def _width(length: int, multiple: int) -> int:
-    return max(1, -(-length // multiple)) * multiple
+def plan_shapes(
+    needs: Sequence[Shape], max_shapes: int, cost: Callable[[Shape], float], real: float = 0.0
+) -> list[Shape]:
+    """Shapes that cover the batches' needs, smallest first.
 
-
-def plan_shapes(needs: Sequence[Shape], max_shapes: int, completions: int) -> list[Shape]:
-    """At most ``max_shapes`` shapes that cover the batches' needs, with little padding.
-
-    Starts from one shape per distinct need and, while there are too many, replaces the two whose joint cover adds
-    the fewest computed tokens. Deterministic, so that a resumed run plans as it did before.
+    Needs are ordered by cost and cut into runs, each run covered by one shape; the cuts are the best there are
+    (dynamic programming). There are as few as make ``real`` at least ENOUGH of all that is computed, at most
+    ``max_shapes``. Deterministic, so that a resumed run plans as it did before.
     """
-    multiple = MULTIPLE
-    while len({(_width(P, multiple), _width(C, multiple)) for P, C in needs}) > 64:
-        multiple *= 2
-    counts: dict[Shape, int] = {}
-    for P, C in needs:
-        shape = (_width(P, multiple), _width(C, multiple))
-        counts[shape] = counts.get(shape, 0) + 1
+    counts = collections.Counter(needs)
+    groups = sorted(counts, key=lambda s: (cost(s), dataclasses.astuple(s)))
+    weights = [counts[shape] for shape in groups]
+    while len(groups) > 96:  # so many needs differ by little: neighbours are one
+        pairs = range(0, len(groups), 2)
+        weights = [sum(weights[i : i + 2]) for i in pairs]
+        groups = [functools.reduce(Shape.cover, groups[i : i + 2]) for i in pairs]
 
-    def cover(a: Shape, b: Shape) -> Shape:
-        return max(a[0], b[0]), max(a[1], b[1])
+    n = len(groups)
+    cover = [[groups[i]] for i in range(n)]  # cover[i][j]: of the groups from i to i + j
+    for i, row in enumerate(cover):
+        for j in range(i + 1, n):
+            row.append(row[-1].cover(groups[j]))
+    before = np.concatenate([[0], np.cumsum(weights)])
+    price = [
+        [cost(shape) * (before[i + j + 1] - before[i]) for j, shape in enumerate(row)] for i, row in enumerate(cover)
+    ]
 
-    def cost(shape: Shape, count: int) -> int:
-        return count * (shape[0] + completions * shape[1])
-
-    while len(counts) > max_shapes:
-        shapes = sorted(counts)
-        pairs = [(a, b) for i, a in enumerate(shapes) for b in shapes[i + 1 :]]
-
-        def added(pair: tuple[Shape, Shape]) -> tuple[int, Shape, Shape]:
-            a, b = pair
-            joint = cost(cover(a, b), counts[a] + counts[b])
-            return joint - cost(a, counts[a]) - cost(b, counts[b]), a, b
-
-        _, a, b = min(map(added, pairs))
-        count = counts.pop(a) + counts.pop(b)
-        counts[cover(a, b)] = counts.get(cover(a, b), 0) + count
-    return sorted(counts)
+    best: list[tuple[float, list[Shape]]] = [(0.0, []), *[(np.inf, [])] * n]  # of the first j groups, with k shapes
+    for _ in range(min(max_shapes, n)):
+        ends = [min((best[i][0] + price[i][j - i - 1], i) for i in range(j)) for j in range(1, n + 1)]
+        best = [(np.inf, []), *((c, [*best[i][1], cover[i][j - i]]) for j, (c, i) in enumerate(ends))]
+        if real >= ENOUGH * sum(min(s.tokens for s in best[n][1] if s.cover(need) == s) for need in needs):
+            break
+    return best[n][1]
 
 
 class Batches:
@@ -85,39 +120,97 @@ class Batches:
     Args:
       examples: what to batch.
       batch_size: rows a batch.
-      max_shapes: shapes at most.
+      max_shapes: shapes at most; fewer, where they keep padding low.
+      streams: packed streams a batch: the devices that split it, times the micro-batches.
       seed: shuffle, each epoch anew; None keeps similar lengths together instead, for passes whose order is free.
       epochs: passes over the examples. Batches run on over an epoch's end; only the very last may be part filled.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, *, max_shapes: int, seed: int | None = None, epochs: int = 1
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        *,
+        max_shapes: int,
+        streams: int = 1,
+        seed: int | None = None,
+        epochs: int = 1,
     ):
-        self.examples, self.batch_size = examples, batch_size
-        # [n, 2]: prompt tokens, tokens of the longest completion
-        self.lengths = np.array([(len(e.prompt), max(map(len, e.completions))) for e in examples])
+        self.examples, self.batch_size, self.streams = examples, batch_size, streams
+        self.prompts = np.array([len(e.prompt) for e in examples])
+        self.completions = np.array([[len(c) for c in e.completions] for e in examples])  # [n, N]
+        self.tokens = self.prompts + self.completions.sum(axis=1)
         if seed is None:
-            order = sorted(range(len(examples)), key=lambda i: (-int(self.lengths[i].sum()), i))
-            indices = grain.MapDataset.source(order)
+            indices = grain.MapDataset.source(self._even_order(max_shapes))
         else:
             indices = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(epochs)
         self.indices = indices.batch(batch_size)
-        needs = [self._need(self.indices[i]) for i in range(len(self.indices))]
-        self.shapes = plan_shapes(needs, max_shapes, len(examples[0].completions))
+        needs = [self._need(self._rows(self.indices[i])) for i in range(len(self.indices))]
+        real = sum(int(self.tokens[self.indices[i]].sum()) for i in range(len(self.indices)))
+        self.shapes = plan_shapes(needs, max_shapes, self._cost, real / streams)
+        self.real_share = real / sum(self._fit(need).tokens * streams for need in needs)
+        """Real tokens among those computed."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _need(self, index: np.ndarray) -> Shape:
-        P, C = self.lengths[index].max(axis=0)
-        return int(P), int(C)
+    def sentence(self) -> str:
+        """How the batches are packed, for the console."""
+        shapes = f"{len(self.shapes)} shape{'s' * (len(self.shapes) > 1)}"
+        return (
+            f"{len(self)} batches of {self.batch_size} in {shapes}; {self.real_share:.1%} of tokens computed are real"
+        )
+
+    def _cost(self, shape: Shape) -> float:
+        rows, N = self.batch_size // self.streams, self.completions.shape[1]
+        scores = shape.prompt**2 + N * shape.completion * (shape.prompt + shape.completion)
+        return shape.tokens + HEAD_COST * shape.scored + SCORE_COST * rows * scores
+
+    def _even_order(self, groups: int) -> list[int]:
+        """Longest first, in groups of whole batches; within a group, batches are dealt like numbers of tokens."""
+        ordered = sorted(range(len(self.examples)), key=lambda i: (-int(self.tokens[i]), i))
+        batches = -(-len(ordered) // self.batch_size)
+        size = -(-batches // groups) * self.batch_size
+        order = []
+        for start in range(0, len(ordered), size):
+            group = ordered[start : start + size]
+            deal = max(1, len(group) // self.batch_size)
+            whole = [i for first in range(deal) for i in group[first : deal * self.batch_size : deal]]
+            order += whole + group[deal * self.batch_size :]
+        return order
+
+    def _rows(self, index: np.ndarray) -> np.ndarray:
+        """A batch's examples in the order of its rows, -1 where there is none: streams of like numbers of tokens."""
+        rows = np.full((self.streams, self.batch_size // self.streams), -1)
+        if self.streams == 1:
+            rows[0, : len(index)] = index
+            return rows[0]
+        held, load = np.zeros(self.streams, int), np.zeros(self.streams, int)
+        for i in sorted(index, key=lambda i: (-int(self.tokens[i]), i)):  # the longest first, to the emptiest
+            stream = int(np.argmin(np.where(held < rows.shape[1], load, np.iinfo(int).max)))
+            rows[stream, held[stream]] = i
+            held[stream] += 1
+            load[stream] += self.tokens[i]
+        return rows.reshape(-1)
+
+    def _need(self, rows: np.ndarray) -> Shape:
+        real = (rows >= 0).reshape(self.streams, -1)
+
+        def most(lengths: np.ndarray) -> int:
+            total = int(np.where(real, lengths[rows].reshape(real.shape), 0).sum(axis=1).max())
+            return -(-total // MULTIPLE) * MULTIPLE
+
+        scored, longest = self.completions.sum(axis=1), self.completions[rows[rows >= 0]].max()
+        return Shape(most(self.tokens), most(scored), int(self.prompts[rows[rows >= 0]].max()), int(longest))
+
+    def _fit(self, need: Shape) -> Shape:
+        return min((s for s in self.shapes if s.cover(need) == s), key=self._cost)
 
     def collate(self, index: np.ndarray) -> IndexedBatch:
         """The examples of these indices, in the smallest planned shape that holds them."""
-        P, C = self._need(index)
-        fitting = [shape for shape in self.shapes if shape[0] >= P and shape[1] >= C]
-        shape = min(fitting, key=lambda s: s[0] + s[1])
-        return IndexedBatch(index, collate([self.examples[i] for i in index], shape, self.batch_size))
+        rows = self._rows(index)
+        examples = [self.examples[i] if i >= 0 else None for i in rows]
+        return IndexedBatch(rows, collate(examples, self._fit(self._need(rows)), self.streams))
 
     def iterator(self) -> grain.DatasetIterator[IndexedBatch]:
         """Iterates from the first batch; its ``get_state`` and ``set_state`` remember and restore the position."""

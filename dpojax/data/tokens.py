@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpojax.data.cache import FileTokens, read_tokens, token_path, tokenizer_identity, write_tokens
 from dpojax.data.rows import BadRow, Part, Row, Text, completion_of, pair_of, read_rows
 from dpojax.errors import UserError
 
@@ -25,9 +28,10 @@ class Example:
 
 @dataclasses.dataclass
 class Report:
-    """What became of the rows."""
+    """What became of the rows; of rows that were cut, `load_examples` gives the places without the fields."""
 
     rows: int = 0
+    cached: int = 0  # rows whose tokens an earlier run had kept
     dropped: list[BadRow] = dataclasses.field(default_factory=list)
     prompts_cut: list[Row] = dataclasses.field(default_factory=list)
     completions_cut: list[Row] = dataclasses.field(default_factory=list)
@@ -35,7 +39,10 @@ class Report:
     def sentence(self) -> str:
         kept = self.rows - len(self.dropped)
         cut = f"{len(self.prompts_cut)} prompts and {len(self.completions_cut)} completions cut to fit"
-        return f"{self.rows} rows: {kept} kept, {len(self.dropped)} dropped, {cut}"
+        cached = f" (tokens of {self.cached} rows from the cache)" if self.cached else ""
+        if self.cached == self.rows > 0:
+            cached = " (tokens from the cache)"
+        return f"{self.rows} rows: {kept} kept, {len(self.dropped)} dropped, {cut}{cached}"
 
 
 class Encoder:
@@ -102,7 +109,9 @@ class Encoder:
         return [*ids, self.eos]
 
 
-def truncate(prompt: list[int], completions: list[list[int]], max_length: int) -> tuple[Example, bool, bool]:
+def truncate(
+    prompt: Sequence[int] | np.ndarray, completions: Sequence[Sequence[int] | np.ndarray], max_length: int
+) -> tuple[Example, bool, bool]:
     """Cut to ``max_length`` tokens: the prompt from its start, then the completions from their end, never to nothing.
 
     Returns:
@@ -112,8 +121,8 @@ def truncate(prompt: list[int], completions: list[list[int]], max_length: int) -
     keep_prompt = min(len(prompt), max(1, max_length - longest))
     keep = max_length - keep_prompt
     example = Example(
-        np.array(prompt[len(prompt) - keep_prompt :], np.int32),
-        tuple(np.array(completion[:keep], np.int32) for completion in completions),
+        np.asarray(prompt[len(prompt) - keep_prompt :], np.int32),
+        tuple([np.asarray(completion[:keep], np.int32) for completion in completions]),
     )
     return example, keep_prompt < len(prompt), longest > keep
 
@@ -136,15 +145,18 @@ def render_rows(
     return usable
 
 
-def encode_rows(
+def tokenize_rows(
     usable: Sequence[tuple[Row, list[str]]],
     encoder: Encoder,
-    max_length: int,
     report: Report,
     progress: Callable[[float], None] = lambda share: None,
-) -> list[Example]:
-    """Rendered rows in tokens, cut to ``max_length``; what is cut and what cannot be used go into the report."""
-    examples = []
+) -> tuple[list[Row], list[tuple[np.ndarray, ...]]]:
+    """Rendered rows in tokens, uncut; what cannot be used goes into the report.
+
+    Returns:
+      The rows that can be used, and the tokens of their prompts and completions.
+    """
+    rows, tokens = [], []
     for start in range(0, len(usable), TOKENIZE_AT_ONCE):
         group = usable[start : start + TOKENIZE_AT_ONCE]
         ids = iter(encoder.tokenize([text for _, texts in group for text in texts]))
@@ -156,14 +168,69 @@ def encode_rows(
                 report.dropped.append(BadRow(row.file, row.number, str(error)))
                 continue
             completions = [encoder.finish_completion(completion) for completion in completions]
-            example, prompt_cut, completion_cut = truncate(prompt, completions, max_length)
-            examples.append(example)
-            if prompt_cut:
-                report.prompts_cut.append(row)
-            if completion_cut:
-                report.completions_cut.append(row)
+            rows.append(row)
+            tokens.append(tuple([np.array(part, np.int32) for part in (prompt, *completions)]))
         progress((start + len(group)) / len(usable))
+    return rows, tokens
+
+
+def truncate_rows(
+    rows: Iterable[Row], tokens: Iterable[tuple[np.ndarray, ...]], max_length: int, report: Report
+) -> list[Example]:
+    """Rows in tokens, cut to ``max_length``; what is cut goes into the report."""
+    examples = []
+    for row, (prompt, *completions) in zip(rows, tokens, strict=True):
+        example, prompt_cut, completion_cut = truncate(prompt, completions, max_length)
+        examples.append(example)
+        if prompt_cut:
+            report.prompts_cut.append(row)
+        if completion_cut:
+            report.completions_cut.append(row)
     return examples
+
+
+def encode_rows(
+    usable: Sequence[tuple[Row, list[str]]], encoder: Encoder, max_length: int, report: Report
+) -> list[Example]:
+    """Rendered rows in tokens, cut to ``max_length``; what is cut and what cannot be used go into the report."""
+    return truncate_rows(*tokenize_rows(usable, encoder, report), max_length, report)
+
+
+@dataclasses.dataclass
+class _File:
+    """A data file on its way to tokens: they were in the cache, or its rows are rendered and wait to be tokenized."""
+
+    name: str
+    kept_at: Path | None  # None: no cache
+    kept: FileTokens | None
+    usable: list[tuple[Row, list[str]]]
+    report: Report
+
+    @classmethod
+    def open(cls, name: str, kind: str, encoder: Encoder, identity: str | None) -> "_File":
+        kept_at = token_path(name, kind, identity)
+        kept = read_tokens(kept_at, name) if kept_at else None
+        if kept:
+            report = Report(rows=kept.rows, cached=kept.rows, dropped=kept.not_rendered)
+            return cls(name, kept_at, kept, [], report)
+        report = Report()
+        usable = render_rows(read_rows([name]), kind, encoder, report)
+        if kept_at != token_path(name, kind, identity):
+            kept_at = None  # the file was written to while it was read
+        return cls(name, kept_at, None, usable, report)
+
+    def tokens(self, encoder: Encoder, progress: Callable[[float], None]) -> FileTokens:
+        """From the cache, or made, and then kept there."""
+        if self.kept:
+            return self.kept
+        later = Report()
+        rows, tokens = tokenize_rows(self.usable, encoder, later, progress)
+        numbers = [row.number for row in rows]
+        self.kept = FileTokens(self.report.rows, self.report.dropped, later.dropped, numbers, tokens)
+        if self.kept_at:
+            write_tokens(self.kept_at, self.kept)
+        self.usable = []  # the texts are needed no more
+        return self.kept
 
 
 def load_examples(
@@ -176,6 +243,8 @@ def load_examples(
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[Example], Report]:
     """Read, check, render, tokenize and truncate all rows of all files, in order.
+
+    Tokens are kept beside each file, and a later call with an equal file and tokenizer reads them back.
 
     Args:
       files: JSONL or Parquet files.
@@ -197,10 +266,28 @@ def load_examples(
             choice = "" if skip_bad_rows is None else ", or pass --skip-bad-rows"
             raise UserError(f"{report.dropped[0]}{more}; mend it{choice}")
 
-    usable = render_rows(read_rows(files), kind, encoder, report)
+    def reach(i: int, share: float) -> None:
+        progress((sum(waiting[:i]) + share * waiting[i]) / sum(waiting))
+
+    identity = tokenizer_identity(encoder.tokenizer)
+    opened = []
+    for name in files:
+        opened.append(_File.open(name, kind, encoder, identity))
+        report.rows += opened[-1].report.rows
+        report.cached += opened[-1].report.cached
+        report.dropped += opened[-1].report.dropped
     refuse_bad_rows()
-    examples = encode_rows(usable, encoder, max_length, report, progress)
+    waiting = [len(file.usable) for file in opened]
+    in_tokens = []
+    for i, file in enumerate(opened):
+        in_tokens.append(file.tokens(encoder, partial(reach, i)))
+        report.dropped += in_tokens[-1].not_encoded
+    progress(1.0)
     refuse_bad_rows()
+    examples = []
+    for name, kept in zip(files, in_tokens, strict=True):
+        places = (Row(name, number, {}) for number in kept.numbers)
+        examples += truncate_rows(places, kept.tokens, max_length, report)
     if not examples:
         raise UserError(f"{', '.join(files)}: no row is usable (the first: {report.dropped[0].why}); see check-data")
     return examples, report

@@ -9,7 +9,7 @@ import numpy as np
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example
 from dpojax.models import DecoderConfig, make_apply
-from dpojax.sharding import constrainer, make_mesh, param_shardings, put_global
+from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
 from dpojax.train.checkpoint import load_policy, tokenizer_for
 from dpojax.train.reference import collect_logps, completion_lengths, make_logps_step
 from dpojax.train.setup import check_fit, read_examples
@@ -19,7 +19,7 @@ Scorer = Callable[[PyTree, list[Example], str], np.ndarray]
 
 
 def make_scorer(
-    config: DecoderConfig, *, dtype: str = "float32", batch_size: int = 8, max_shapes: int = 4, chunk_tokens: int = 128
+    config: DecoderConfig, *, dtype: str = "float32", batch_size: int = 8, max_shapes: int = 8, chunk_tokens: int = 512
 ) -> Scorer:
     """``score(params, examples, label) -> [n, N]``: each completion's summed log-probability, in order, nats.
 
@@ -35,7 +35,8 @@ def make_scorer(
 
     def score(params: PyTree, examples: list[Example], label: str) -> np.ndarray:
         on_mesh = put_global(params, param_shardings(mesh, config))
-        return collect_logps(step, on_mesh, Batches(examples, rows, max_shapes=max_shapes), mesh, label)
+        batches = Batches(examples, rows, max_shapes=max_shapes, streams=batch_shards(mesh))
+        return collect_logps(step, on_mesh, batches, mesh, label)
 
     return score
 

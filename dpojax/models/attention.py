@@ -1,21 +1,17 @@
-"""Who attends to whom, and the attention itself."""
+"""Rotary embedding, and attention under the mask of shared prompts."""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.models.config import DecoderConfig
+from dpojax.types import Rows
 
-
-def segment_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """``mask[b, q, k]``: token q sees token k, if k comes no later and is of the prompt (0) or of q's own segment.
-
-    Padding (-1) is seen by nobody but itself: a row of the softmax is never empty.
-    """
-    T = segments.shape[1]
-    q, k = segments[:, :, None], segments[:, None, :]
-    causal = jnp.tril(jnp.ones((1, T, T), bool))
-    return (causal & (k >= 0) & ((k == 0) | (k == q))) | jnp.eye(T, dtype=bool)[None]
+Attention = Callable[[Array, Array, Array], Array]
+"""Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of streams -> ``[R, T, H, h]``."""
 
 
 def rope_table(
@@ -47,11 +43,129 @@ def rotate(
     return turned.astype(x_BTNh.dtype)
 
 
+@jax.custom_vjp
 def attend(
-    q_BTHh: Float[Array, "B T H h"],
-    k_BSKh: Float[Array, "B S K h"],
-    v_BSKh: Float[Array, "B S K h"],
-    mask_BTS: Bool[Array, "B T S"],
-) -> Float[Array, "B T H h"]:
-    """Grouped-query attention, softmax in float32."""
-    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask_BTS[:, None], implementation="xla")
+    q_BXHh: Float[Array, "B X H h"],
+    k_BYKh: Float[Array, "B Y K h"],
+    v_BYKh: Float[Array, "B Y K h"],
+    mask_BXY: Bool[Array, "B X Y"],
+) -> Float[Array, "B X H h"]:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), softmax in float32.
+
+    A row that may see nothing gets the mean of all values; nobody reads it. The backward pass is made by hand, with p
+    the softmax and o the output: ``ds = p * (do @ v - sum(do * o)) / sqrt(h)``.
+    """
+    return _attend_forward(q_BXHh, k_BYKh, v_BYKh, mask_BXY)[0]
+
+
+def _heads_first(x: Float[Array, "B X H h"], groups: int) -> Float[Array, "B K n h"]:
+    """One matrix for each key/value head: rows are the query heads that share it, times the tokens."""
+    B, X, H, h = x.shape
+    return x.reshape(B, X, H // groups, groups, h).transpose(0, 2, 3, 1, 4).reshape(B, H // groups, groups * X, h)
+
+
+def _tokens_first(x: Float[Array, "B K n h"], groups: int) -> Float[Array, "B X H h"]:
+    B, K, n, h = x.shape
+    return x.reshape(B, K, groups, n // groups, h).transpose(0, 3, 1, 2, 4).reshape(B, n // groups, K * groups, h)
+
+
+def _attend_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
+    groups = q.shape[2] // k.shape[2]
+    # Without the barriers, XLA's CPU compiler computes these transpositions inside of each reader, element by element.
+    q, k, v = jax.lax.optimization_barrier((_heads_first(q, groups), _heads_first(k, 1), _heads_first(v, 1)))
+    B, K, n, h = q.shape
+    scores = jnp.einsum("bknh,bkyh->bkny", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    scores = scores.reshape(B, K, groups, n // groups, -1)
+    scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row that may see nothing stays a number
+    p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    p = (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(B, K, n, -1).astype(v.dtype)
+    o = jnp.einsum("bkny,bkyh->bknh", p, v)
+    return _tokens_first(o, groups), (q, k, v, p, o)
+
+
+def _attend_backward(kept: tuple, do: Float[Array, "B X H h"]) -> tuple[Array, Array, Array, None]:
+    q, k, v, p, o = kept
+    groups = do.shape[2] // k.shape[1]
+    do, turned = jax.lax.optimization_barrier((_heads_first(do, groups), jnp.swapaxes(p, 2, 3)))
+    dv = jnp.einsum("bkyn,bknh->bkyh", turned, do)
+    dp = jnp.einsum("bknh,bkyh->bkny", do, v, preferred_element_type=jnp.float32)
+    mean = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+    ds = (p * (dp - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+    ds, turned = jax.lax.optimization_barrier((ds, jnp.swapaxes(ds, 2, 3)))
+    dq, dk = jnp.einsum("bkny,bkyh->bknh", ds, k), jnp.einsum("bkyn,bknh->bkyh", turned, q)
+    return _tokens_first(dq, groups), _tokens_first(dk, 1), _tokens_first(dv, 1), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@jax.custom_vjp
+def move(x: Float[Array, "R n *d"], source: Int[Array, "R m"], target: Int[Array, "R n"]) -> Float[Array, "R m *d"]:
+    """``x[r, source[r, i]]``, zero beyond the end; ``target`` is the inverse of ``source``, by which gradients go back.
+
+    (Left to itself, JAX would scatter them.)
+    """
+    index = source.reshape(*source.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+
+def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
+    return move(x, source, target), (source, target)
+
+
+def _move_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, None, None]:
+    source, target = kept
+    return move(g, target, source), None, None
+
+
+move.defvjp(_move_forward, _move_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def repeat(x: Float[Array, "B *d"], N: int) -> Float[Array, "BN *d"]:
+    """Every row N times. Gradients are added up one by one, which XLA's CPU compiler makes faster than a reduction."""
+    return jnp.repeat(x, N, axis=0)
+
+
+def _repeat_backward(N: int, kept: None, g: Array) -> tuple[Array]:
+    g = g.reshape(-1, N, *g.shape[1:])
+    return (functools.reduce(jnp.add, [g[:, n] for n in range(N)]),)
+
+
+repeat.defvjp(lambda x, N: (jnp.repeat(x, N, axis=0), None), _repeat_backward)
+
+
+def shared_prompt_attention(rows: Rows) -> Attention:
+    """Attention where completions see their prompt and themselves, in blocks: no score between two completions of a
+    prompt, nor of a prompt with its completions, is ever computed."""
+    B, P, C = rows.prompt_len.shape[0], rows.prompt, rows.completion
+    real = jnp.arange(P)[None, :] >= P - rows.prompt_len[:, None]
+    causal = lambda n: jnp.tril(jnp.ones((1, n, n), bool))  # noqa: E731
+
+    def on_grid(q: Array, k: Array, v: Array) -> Array:
+        N = (q.shape[1] - P) // C if C else 0
+        prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P) & real[:, None, :])
+        if N == 0:
+            return prompts
+        own = lambda x: x[:, P:].reshape(B * N, C, *x.shape[2:])  # noqa: E731
+        behind = lambda x: jnp.concatenate([repeat(x[:, :P], N), own(x)], axis=1)  # noqa: E731
+        mask = jnp.repeat(jnp.broadcast_to(real[:, None, :], (B, C, P)), N, axis=0)
+        mask = jnp.concatenate([mask, jnp.broadcast_to(causal(C), (B * N, C, C))], axis=2)
+        completions = attend(own(q), behind(k), behind(v), mask)
+        return jnp.concatenate([prompts, completions.reshape(B, N * C, *q.shape[2:])], axis=1)
+
+    return from_grid(on_grid, rows)
+
+
+def from_grid(on_grid: Attention, rows: Rows) -> Attention:
+    """Attention on streams from attention on the grid ``[B, S]``."""
+    B, R = rows.prompt_len.shape[0], rows.tokens.shape[0]
+
+    def attention(q: Array, k: Array, v: Array) -> Array:
+        H, K = q.shape[2], k.shape[2]
+        joint = move(jnp.concatenate([q, k, v], axis=2), rows.slots, rows.places)  # one gather instead of three
+        joint = joint.reshape(B, -1, *joint.shape[2:])
+        out = on_grid(joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :])
+        return move(out.reshape(R, -1, *out.shape[2:]), rows.places, rows.slots)
+
+    return attention

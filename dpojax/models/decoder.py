@@ -1,22 +1,25 @@
-"""One decoder for every family: RMSNorm, rotary grouped-query attention, SwiGLU, a scan over the layers.
+"""One decoder for every family: RMSNorm, rotary grouped-query attention, SwiGLU.
 
-Weights lie as Hugging Face stores them, output axes first, so that loading never transposes. The module is split at
-the boundary into a static graph and a plain dict of arrays (`abstract_params`, `make_apply`); nothing else in the
-project sees a module.
+Weights lie with the model's width first, the narrow axis: a product's gradient then transposes the narrower of its two
+activations. The module is split at the boundary into a static graph and a plain dict of arrays (`split`, `make_apply`);
+nothing else in the project sees a module.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dpojax.models.attention import attend, rope_table, rotate, segment_mask
+from dpojax.models.attention import rope_table, rotate, shared_prompt_attention
 from dpojax.models.config import DecoderConfig
-from dpojax.types import ApplyFn, PyTree
+from dpojax.types import ApplyFn, PyTree, Rows
 
-Cache = tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]]
+Cache = tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]] | None
+CachedAttention = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
+"""Queries, keys, values and what the layer has of earlier tokens -> outputs and what it has of all."""
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
 
 # Logical axes of every parameter; `sharding.py` says which mesh axis, if any, each is split over.
@@ -24,13 +27,13 @@ PARAM_AXES: dict[str, PyTree] = {
     "embed": ("vocab", "embed"),
     "blocks": {
         "attn_norm": ("layers", "norm"),
-        "q": ("layers", "heads", "head_dim", "embed"),
-        "k": ("layers", "kv_heads", "head_dim", "embed"),
-        "v": ("layers", "kv_heads", "head_dim", "embed"),
+        "q": ("layers", "embed", "heads", "head_dim"),
+        "k": ("layers", "embed", "kv_heads", "head_dim"),
+        "v": ("layers", "embed", "kv_heads", "head_dim"),
         "o": ("layers", "embed", "heads", "head_dim"),
         "mlp_norm": ("layers", "norm"),
-        "gate": ("layers", "mlp", "embed"),
-        "up": ("layers", "mlp", "embed"),
+        "gate": ("layers", "embed", "mlp"),
+        "up": ("layers", "embed", "mlp"),
         "down": ("layers", "embed", "mlp"),
     },
     "final_norm": ("norm",),
@@ -45,15 +48,76 @@ REMAT = {
 """What the backward pass recomputes, by name."""
 
 
-def rms_norm(x: Float[Array, "*_ D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*_ D"]:
-    """``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich 2019, arXiv 1910.07467), the mean in float32."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "R T D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "R T D"]:
+    """``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich 2019, arXiv 1910.07467), the mean in float32.
+
+    The backward pass is made by hand, with n the normalised x and r the root's reciprocal:
+    ``dx = r * (dy * scale - n * mean(dy * scale * n))``.
+    """
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple]:
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
+    r = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * r).astype(x.dtype) * scale.astype(x.dtype)[None, None], (x, r, scale)
+
+
+def _rms_norm_backward(eps: float, kept: tuple, dy: Array) -> tuple[Array, Array]:
+    x, r, scale = kept
+    n, dy = x.astype(jnp.float32) * r, dy.astype(jnp.float32)
+    # The sums are matrix products with vectors, which XLA's CPU compiler makes faster than reductions.
+    product = jax.lax.optimization_barrier(dy * n)
+    scale32 = scale.astype(jnp.float32)
+    dscale = jnp.einsum("rt,rtd->d", jnp.ones(x.shape[:2]), product)
+    mean = jnp.einsum("rtd,d->rt", product, scale32 / x.shape[-1])[..., None]
+    dx = r * (dy * scale32[None, None] - n * mean)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def gated_mlp(
+    y_RTD: Float[Array, "R T D"],
+    gate_DF: Float[Array, "D F"],
+    up_DF: Float[Array, "D F"],
+    down_DF: Float[Array, "D F"],
+) -> Float[Array, "R T D"]:
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): ``down (silu(gate y) * up y)``.
+
+    The backward pass is made by hand: it keeps the two projections alone, and computes all that is elementwise in one
+    go.
+    """
+    return _gated_mlp_forward(y_RTD, gate_DF, up_DF, down_DF)[0]
+
+
+def _gated_mlp_forward(y: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple]:
+    a, b = jnp.einsum("rtd,df->rtf", y, gate), jnp.einsum("rtd,df->rtf", y, up)
+    return jnp.einsum("rtf,df->rtd", jax.nn.silu(a) * b, down), (y, a, b, gate, up, down)
+
+
+def _gated_mlp_backward(kept: tuple, do: Array) -> tuple[Array, Array, Array, Array]:
+    y, a, b, gate, up, down = kept
+    dh = jnp.einsum("rtd,df->rtf", do, down)
+    # The first barrier keeps XLA from keeping the forward pass's sigmoid; the second keeps its CPU compiler from
+    # computing these inside of the products' transpositions, element by element.
+    a, b, dh = jax.lax.optimization_barrier((a, b, dh))
+    share = jax.nn.sigmoid(a)
+    silu = a * share
+    h, da, db = jax.lax.optimization_barrier((silu * b, dh * b * (share + silu * (1 - share)), dh * silu))
+    dy = jnp.einsum("rtf,df->rtd", da, gate) + jnp.einsum("rtf,df->rtd", db, up)
+    dgate, dup = jnp.einsum("rtd,rtf->df", y, da), jnp.einsum("rtd,rtf->df", y, db)
+    return dy, dgate, dup, jnp.einsum("rtd,rtf->df", do, h)
+
+
+gated_mlp.defvjp(_gated_mlp_forward, _gated_mlp_backward)
 
 
 class Blocks(nnx.Module):
-    """All layers, their weights stacked along a leading axis L; called inside a scan, where L is gone."""
+    """All layers, their weights stacked along a leading axis L; called for one at a time, where L is gone."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
@@ -64,31 +128,21 @@ class Blocks(nnx.Module):
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (L, *shape)))
 
         self.attn_norm, self.mlp_norm = nnx.Param(jnp.ones((L, D))), nnx.Param(jnp.ones((L, D)))
-        self.q, self.k, self.v, self.o = weights(H, h, D), weights(K, h, D), weights(K, h, D), weights(D, H, h)
-        self.gate, self.up, self.down = weights(F, D), weights(F, D), weights(D, F)
+        self.q, self.k, self.v, self.o = weights(D, H, h), weights(D, K, h), weights(D, K, h), weights(D, H, h)
+        self.gate, self.up, self.down = weights(D, F), weights(D, F), weights(D, F)
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        rope: tuple[Array, Array],
-        mask_BTS: Bool[Array, "B T S"],
-        cache: Cache | None = None,
-        start: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """One layer. With a cache, new keys and values are written into it at ``start``; all of it is attended to."""
-        dtype, eps = x_BTD.dtype, self.config.norm_eps
+        self, x_RTD: Float[Array, "R T D"], rope: tuple[Array, Array], attention: CachedAttention, cache: Cache = None
+    ) -> tuple[Float[Array, "R T D"], Cache]:
+        dtype, eps = x_RTD.dtype, self.config.norm_eps
         w = {name: getattr(self, name)[...].astype(dtype) for name in ("q", "k", "v", "o", "gate", "up", "down")}
-        y = rms_norm(x_BTD, self.attn_norm[...], eps)
-        q = rotate(jnp.einsum("btd,nhd->btnh", y, w["q"]), *rope)
-        k = rotate(jnp.einsum("btd,khd->btkh", y, w["k"]), *rope)
-        v = jnp.einsum("btd,khd->btkh", y, w["v"])
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, axis=1)
-        x_BTD = x_BTD + jnp.einsum("btnh,dnh->btd", attend(q, k, v, mask_BTS), w["o"])
-        y = rms_norm(x_BTD, self.mlp_norm[...], eps)
-        gated = jax.nn.silu(jnp.einsum("btd,fd->btf", y, w["gate"])) * jnp.einsum("btd,fd->btf", y, w["up"])
-        return x_BTD + jnp.einsum("btf,df->btd", gated, w["down"]), (k, v)
+        y = rms_norm(x_RTD, self.attn_norm[...], eps)
+        q = rotate(jnp.einsum("rtd,dnh->rtnh", y, w["q"]), *rope)
+        k = rotate(jnp.einsum("rtd,dkh->rtkh", y, w["k"]), *rope)
+        v = jnp.einsum("rtd,dkh->rtkh", y, w["v"])
+        out, cache = attention(q, k, v, cache)
+        x_RTD = x_RTD + jnp.einsum("rtnh,dnh->rtd", out, w["o"])
+        return x_RTD + gated_mlp(rms_norm(x_RTD, self.mlp_norm[...], eps), w["gate"], w["up"], w["down"]), cache
 
 
 class Decoder(nnx.Module):
@@ -105,32 +159,47 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        mask_BTS: Bool[Array, "B T S"],
+        tokens: Int[Array, "R T"],
+        positions: Int[Array, "R T"],
+        attention: CachedAttention,
         *,
         dtype: jnp.dtype,
         remat: str = "none",
         constrain: Constrain = lambda x, axes: x,
+        layers: list[PyTree] | None = None,
         caches: PyTree = None,
-        start: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], PyTree]:
-        """Returns hidden states, the unembedding matrix and, where ``caches`` (stacked over layers) came in, them."""
-        graph, weights = nnx.split(self.blocks)
+    ) -> tuple[Float[Array, "R T D"], Float[Array, "V D"], PyTree]:
+        """Hidden states, the unembedding matrix and what every layer's attention had to keep.
+
+        The layers run in a scan, so that a compiler reads one. A caller who runs them many times over, token by
+        token, cuts them out of the stack once (:func:`unstack`) and gives them as ``layers``.
+        """
+        graph, stacked = nnx.split(self.blocks)
         rope = rope_table(positions, self.config)
 
-        def layer(x: Array, scanned: tuple[PyTree, PyTree]) -> tuple[Array, Cache | None]:
+        def layer(x: Array, scanned: tuple[PyTree, Cache]) -> tuple[Array, Cache]:
             weights, cache = scanned
-            x, kv = nnx.merge(graph, weights)(x, rope, mask_BTS, cache, start)
-            return constrain(x, ("batch", "length", None)), None if cache is None else kv
+            x, cache = nnx.merge(graph, weights)(x, rope, attention, cache)
+            return constrain(x, ("batch", "length", None)), cache
 
-        x = self.embed[...][tokens].astype(dtype)
-        x = constrain(x, ("batch", "length", None))
         if REMAT[remat] is not None:
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-        x, caches = jax.lax.scan(layer, x, (weights, caches))
+        x = constrain(self.embed[...][tokens].astype(dtype), ("batch", "length", None))
+        kept: PyTree = []
+        if layers is None:
+            x, kept = jax.lax.scan(layer, x, (stacked, caches))
+        else:
+            for weights, cache in zip(layers, caches or [None] * len(layers), strict=True):
+                x, cache = layer(x, (weights, cache))
+                kept.append(cache)
         x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
-        return x, (self.embed if self.config.tied else self.head)[...], caches
+        return x, (self.embed if self.config.tied else self.head)[...], kept
+
+
+def unstack(params: PyTree) -> list[PyTree]:
+    """Every layer's weights, cut out of the stack."""
+    blocks = params["blocks"]
+    return [{name: x[i] for name, x in blocks.items()} for i in range(len(blocks["attn_norm"]))]
 
 
 def split(config: DecoderConfig) -> tuple[nnx.GraphDef, PyTree]:
@@ -166,12 +235,16 @@ def make_apply(
     """
     graph, _ = split(config)
 
-    def apply(
-        params: PyTree, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
-        model = nnx.merge(graph, params)
-        mask = segment_mask(segments)
-        h, head, _ = model(tokens, positions, mask, dtype=jnp.dtype(dtype), remat=remat, constrain=constrain)
+    def apply(params: PyTree, rows: Rows) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]:
+        attention = shared_prompt_attention(rows)
+        h, head, _ = nnx.merge(graph, params)(
+            rows.tokens,
+            rows.positions,
+            lambda q, k, v, cache: (attention(q, k, v), None),
+            dtype=jnp.dtype(dtype),
+            remat=remat,
+            constrain=constrain,
+        )
         return h, head
 
     return apply

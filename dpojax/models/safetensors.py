@@ -26,6 +26,7 @@ BLOCK_NAMES = {
     "up": "model.layers.{}.mlp.up_proj.weight",
     "down": "model.layers.{}.mlp.down_proj.weight",
 }
+TURNED = ("q", "k", "v", "gate", "up")  # Hugging Face has these with their outputs first, we with their inputs
 SHARD_BYTES = 4 << 30  # export: split files above this, as transformers does
 
 
@@ -33,8 +34,8 @@ def block_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each of a layer's parameters; Hugging Face folds (heads, head_dim) into one axis, we do not."""
     D, F, h, H, K = config.width, config.mlp_width, config.head_dim, config.heads, config.kv_heads
     norm: tuple[int, ...] = (D,)
-    shapes = {"attn_norm": norm, "q": (H, h, D), "k": (K, h, D), "v": (K, h, D), "o": (D, H, h)}
-    return shapes | {"mlp_norm": norm, "gate": (F, D), "up": (F, D), "down": (D, F)}
+    shapes = {"attn_norm": norm, "q": (D, H, h), "k": (D, K, h), "v": (D, K, h), "o": (D, H, h)}
+    return shapes | {"mlp_norm": norm, "gate": (D, F), "up": (D, F), "down": (D, F)}
 
 
 def assemble(
@@ -42,21 +43,26 @@ def assemble(
 ) -> PyTree:
     """The parameter tree, float32, from a function that reads one tensor by its Hugging Face name."""
 
-    def fit(x: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def fit(x: np.ndarray, name: str, shape: tuple[int, ...], turned: bool = False) -> np.ndarray:
         if x.size != int(np.prod(shape)):
             raise UserError(f"{source}: tensor {name} has shape {x.shape}, but its config.json asks for {shape}")
+        if turned:
+            x = x.reshape(-1, shape[0]).T
         return x.reshape(shape)
 
-    L, V, D = config.layers, config.vocab_size, config.width
-    params: dict[str, Any] = {"blocks": {k: np.empty((L, *s), np.float32) for k, s in block_shapes(config).items()}}
-    for layer in range(L):
+    params: dict[str, Any] = {
+        "blocks": {key: np.empty((config.layers, *shape), np.float32) for key, shape in block_shapes(config).items()}
+    }
+    for layer in range(config.layers):
         for key, name in BLOCK_NAMES.items():
-            stacked = params["blocks"][key]
-            stacked[layer] = fit(read(name.format(layer)), name.format(layer), stacked.shape[1:])
-        progress((layer + 1) / L)
-    tops = {"embed": (V, D), "final_norm": (D,)} | ({} if config.tied else {"head": (V, D)})
+            target = params["blocks"][key][layer]
+            target[...] = fit(read(name.format(layer)), name.format(layer), target.shape, key in TURNED)
+        progress((layer + 1) / config.layers)
+    tops = {"embed": (config.vocab_size, config.width), "final_norm": (config.width,)}
+    if not config.tied:
+        tops["head"] = tops["embed"]
     for key, shape in tops.items():
-        params[key] = np.ascontiguousarray(fit(read(TOP_NAMES[key]), TOP_NAMES[key], shape), dtype=np.float32)
+        params[key] = np.ascontiguousarray(fit(read(TOP_NAMES[key]), TOP_NAMES[key], shape), np.float32)
     return params
 
 
@@ -146,9 +152,9 @@ def save_directory(
 
     def tensor(key: str, layer: int) -> np.ndarray:
         x = np.asarray(blocks[key][layer])
-        if key == "o":
+        if x.ndim > 1:
             x = x.reshape(x.shape[0], -1)
-        return np.ascontiguousarray(x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x, dtype=np_dtype)
+        return np.ascontiguousarray(x.T if key in TURNED else x, dtype=np_dtype)
 
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0

@@ -54,12 +54,12 @@ class MetricsLog:
         self.board.write_event(Event(wall_time=time.time(), step=resume + 1 if resume else 0, session_log=start))
         self.pending: list[tuple[int, PairCount, Metrics]] = []
         self.unshown: list[dict[str, float]] = []
-        self.shapes: set[tuple[int, ...]] = set()
+        self.shapes: set[tuple[tuple[int, ...], ...]] = set()
         self.clock = time.perf_counter()
 
     def add(self, step: int, item: IndexedBatch, metrics: Metrics) -> None:
         """A step that has been dispatched."""
-        shape = (*item.batch.prompt.shape, *item.batch.completions.shape)
+        shape = tuple(x.shape for x in jax.tree.leaves(item.batch))
         if shape not in self.shapes:
             # Its time is mostly the compiler's: what was pending keeps its rate, this step gets none.
             self.shapes.add(shape)
@@ -133,10 +133,11 @@ class PairCount:
     def __init__(self, item: IndexedBatch, timed: bool):
         batch = item.batch
         self.timed = timed
-        self.pairs = len(item.index)
+        self.pairs = int(batch.real.sum())
         self.batch_size = len(batch.real)
         self.tokens = int(batch.prompt_len.sum() + batch.completion_len.sum())
-        self.computed = batch.prompt.size + batch.completions.size
+        assert batch.stream is not None
+        self.computed = batch.stream.size
 
 
 def _step_of(line: str) -> int:

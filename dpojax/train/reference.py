@@ -12,11 +12,11 @@ from jaxtyping import Array, Float
 
 from dpojax.configs import DPOConfig, TrainOptions
 from dpojax.data import Batches, Example, IndexedBatch
-from dpojax.logprobs import completion_logps
+from dpojax.logprobs import completion_logps, streams
 from dpojax.models import DecoderConfig, Model
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, param_shardings, put_global
-from dpojax.train.step import split_micro
+from dpojax.train.step import join_micro, split_micro
 from dpojax.types import ApplyFn, PairBatch, PairLogps, PyTree
 
 LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
@@ -44,8 +44,8 @@ def make_logps_step(
         one = lambda micro: completion_logps(apply_fn, params, micro, chunk_tokens=chunk_tokens)  # noqa: E731
         if micro_batches == 1:
             return one(batch)
-        sums = jax.lax.map(one, split_micro(batch, micro_batches))
-        return jnp.moveaxis(sums, 0, 1).reshape(-1, sums.shape[-1])
+        R = streams(batch)[0].shape[0]
+        return join_micro(jax.lax.map(one, split_micro(batch, micro_batches, R)), R)
 
     rows = batch_sharding(mesh)
     return jax.jit(logps, in_shardings=(param_shardings(mesh, config), rows), out_shardings=rows)
@@ -82,8 +82,8 @@ def collect_logps(
     # An epoch visits every example, so later ones have nothing new.
     first_pass = min(limit or len(batches), len(batches), -(-n // batches.batch_size))
     for item in track(unseen(), label, total=first_pass):
-        got = np.asarray(step(params, put_global(item.batch, rows)))[: len(item.index)]
-        new = np.isnan(sums[item.index, 0])  # the batch that runs over the epoch's end repeats some
+        got = np.asarray(step(params, put_global(item.batch, rows)))
+        new = (item.index >= 0) & np.isnan(sums[item.index, 0])  # a batch may run over the epoch's end and repeat some
         sums[item.index[new]] = got[new]
     return sums
 
@@ -141,8 +141,7 @@ class Reference:
         if self.live:
             return ref_step(self.logps_step, self.params, put_global(item.batch, rows))
         assert self.sums is not None
-        sums = np.zeros((len(item.batch.real), 2), np.float32)
-        sums[: len(item.index)] = self.sums[item.index]
+        sums = np.where(item.index[:, None] >= 0, self.sums[item.index], 0.0)
         return put_global(pair_of_sums(sums, item.batch.completion_len), rows)
 
 

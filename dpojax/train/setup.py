@@ -15,7 +15,7 @@ from dpojax.data import Batches, Encoder, Example, load_examples
 from dpojax.errors import UserError
 from dpojax.models import Model, make_apply
 from dpojax.progress import Stage, console
-from dpojax.sharding import constrainer, make_mesh
+from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.train.checkpoint import tokenizer_for
 from dpojax.train.objectives import LossFn, imitation_loss, preference_loss, preference_rows
 from dpojax.train.options import make_objective
@@ -74,7 +74,11 @@ def load_data(config: TrainOptions) -> Data:
     epochs = config.epochs
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
-    batches = Batches(examples, config.batch_size, max_shapes=config.max_shapes, seed=config.seed, epochs=epochs)
+    micro = config.gradient_accumulation_steps
+    streams = batch_shards(make_mesh(config.mesh, rows=config.batch_size // micro)) * micro
+    shape_options = {"max_shapes": config.max_shapes, "streams": streams}
+    batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **shape_options)
+    console.print(f"  {batches.sentence()}")
     total_steps = len(batches) if config.steps is None else config.steps
     left_over = total_steps * config.batch_size - epochs * len(examples)
     if config.steps is None and left_over > 0:
@@ -84,7 +88,7 @@ def load_data(config: TrainOptions) -> Data:
     eval_batches = None
     if config.eval_data:
         held_out = read_examples(config.eval_data, encoder, kind, config)
-        eval_batches = Batches(held_out, config.batch_size, max_shapes=config.max_shapes)
+        eval_batches = Batches(held_out, config.batch_size, **shape_options)
     return Data(tokenizer, batches, eval_batches, total_steps)
 
 

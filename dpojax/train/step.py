@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from dpojax.logprobs import streams
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import split
 from dpojax.sharding import batch_sharding, param_shardings, put_global, replicated
@@ -62,9 +63,20 @@ def state_shardings(mesh: Mesh, config: DecoderConfig, optimizer: optax.Gradient
     return TrainState(replicated(mesh), params, moments, replicated(mesh))  # type: ignore[arg-type]
 
 
-def split_micro(tree: PyTree, n: int) -> PyTree:
-    """``[B, ...]`` -> ``[n, B / n, ...]``; every n-th row, so that rows stay on the device they are on."""
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 1, 0), tree)
+def split_micro(tree: PyTree, n: int, streams: int) -> PyTree:
+    """``[B, ...]`` -> ``[n, B / n, ...]``: every n-th of the batch's streams, so that rows stay on their device."""
+
+    def split(x: Array) -> Array:
+        x = x.reshape(streams // n, n, -1, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(n, -1, *x.shape[3:])
+
+    return jax.tree.map(split, tree)
+
+
+def join_micro(x: Array, streams: int) -> Array:
+    """The inverse of :func:`split_micro`, for one array."""
+    n = x.shape[0]
+    return jnp.moveaxis(x.reshape(n, streams // n, -1, *x.shape[2:]), 0, 1).reshape(-1, *x.shape[2:])
 
 
 def make_train_step(
@@ -91,12 +103,13 @@ def make_train_step(
             def add(total: PyTree, micro: tuple[PairBatch, PairLogps | None]) -> tuple[PyTree, None]:
                 return jax.tree.map(jnp.add, total, grad_fn(state.params, micro)), None
 
-            micros = split_micro((batch, ref), micro_batches)
+            micros = split_micro((batch, ref), micro_batches, streams(batch)[0].shape[0])
             shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], micros))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
 
-        grads = jax.tree.map(lambda g: g / jnp.maximum(metrics["loss"].weight, 1e-30), grads)
+        share = 1 / jnp.maximum(metrics["loss"].weight, 1e-30)  # products fuse into their readers, quotients do not
+        grads = jax.tree.map(lambda g: g * share, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         one = jnp.float32(1)
         metrics["grad_norm"] = Metric(optax.tree.norm(grads), one)

@@ -1,0 +1,298 @@
+"""Kept tokens: the same examples as without them, no tokenizer at work, and never those of something else."""
+
+import dataclasses
+import datetime
+import errno
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpojax import cachedir
+from dpojax.cachedir import cache_dir
+from dpojax.data import Encoder, cache, load_examples
+from dpojax.errors import UserError
+from dpojax.models import load_tokenizer
+
+GOOD = {"prompt": "the film", "chosen": " was lovely", "rejected": " was slow"}
+CHAT = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "Go away"}
+
+
+def fast_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "the", "film", "was", "lovely", "slow", "Hi", "Hello", "Go", "away"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture(params=["slow", "fast"])
+def make_encoder(request, tiny_dir):
+    """Makes equal encoders: each call is like another run."""
+    return lambda: Encoder(load_tokenizer(tiny_dir) if request.param == "slow" else fast_tokenizer())
+
+
+@pytest.fixture
+def encoder(tiny_dir):
+    return Encoder(load_tokenizer(tiny_dir))
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path / "data" / "f.jsonl", GOOD, CHAT, GOOD | {"prompt": "the lovely film " * 10})
+
+
+def write(path: Path, *rows) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def kept_beside(file: str) -> list[Path]:
+    return sorted(path for path in Path(file).parent.glob(".dpojax/*") if path.name != ".gitignore")
+
+
+def forbid(encoder: Encoder, monkeypatch) -> Encoder:
+    """The encoder, with a tokenizer that must not be used."""
+
+    def used(*args, **kwargs):
+        raise AssertionError("the tokenizer was used")
+
+    monkeypatch.setattr(encoder, "render", used)
+    monkeypatch.setattr(encoder, "tokenize", used)
+    return encoder
+
+
+def plain(loaded):
+    """What was loaded, as values that can be compared, without where it came from."""
+    examples, report = loaded
+    assert all(part.dtype == np.int32 for e in examples for part in (e.prompt, *e.completions))
+    tokens = [[e.prompt.tolist(), *(c.tolist() for c in e.completions)] for e in examples]
+    return tokens, dataclasses.replace(report, cached=0)
+
+
+def test_a_second_load_is_equal_and_needs_no_tokenizer(make_encoder, file, monkeypatch):
+    first = load_examples([file], make_encoder(), max_length=20)
+    reached = []
+    encoder = forbid(make_encoder(), monkeypatch)
+    second = load_examples([file], encoder, max_length=20, progress=reached.append)
+    assert plain(first) == plain(second)
+    assert (first[1].cached, second[1].cached) == (0, 3)
+    assert second[1].sentence() == first[1].sentence() + " (tokens from the cache)"
+    assert reached[-1] == 1.0
+    assert [path.suffix for path in kept_beside(file)] == [".npz"]
+
+
+def test_another_length_reads_the_same_tokens(make_encoder, file, monkeypatch):
+    load_examples([file], make_encoder(), max_length=8)
+    cached = load_examples([file], forbid(make_encoder(), monkeypatch), max_length=12)
+    kept_beside(file)[0].unlink()
+    fresh = load_examples([file], make_encoder(), max_length=12)
+    assert plain(cached) == plain(fresh)
+    assert [row.number for row in cached[1].prompts_cut] == [row.number for row in fresh[1].prompts_cut] != []
+
+
+def test_changed_data_is_tokenized_again(encoder, file):
+    load_examples([file], encoder)
+    write(Path(file), GOOD | {"chosen": " was lively"}, CHAT)
+    examples, report = load_examples([file], encoder)
+    assert report.cached == 0 and report.rows == 2
+    assert encoder.tokenizer.decode(examples[0].completions[0][:-1]) == " was lively"
+
+
+def test_data_moved_with_its_cache_is_recognised_under_its_new_name(encoder, tmp_path, monkeypatch):
+    bad = write(tmp_path / "a" / "f.jsonl", GOOD, {"prompt": "x"})
+    load_examples([bad], encoder, skip_bad_rows=True)
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "f.jsonl").rename(tmp_path / "b" / "g.jsonl")
+    moved = str(tmp_path / "b" / "g.jsonl")
+    _, report = load_examples([moved], forbid(encoder, monkeypatch), skip_bad_rows=True)
+    assert report.dropped[0].file == moved
+
+
+@pytest.mark.parametrize("change", ["template", "eos", "vocabulary", "version", "code", "class", "split"])
+def test_a_changed_tokenizer_tokenizes_again(make_encoder, file, monkeypatch, change):
+    load_examples([file], make_encoder())
+    tokenizer = make_encoder().tokenizer
+    if change == "template":
+        tokenizer.chat_template = "new: " + tokenizer.chat_template
+    elif change == "eos":
+        tokenizer.eos_token = "<unk>"
+    elif change == "vocabulary":
+        tokenizer.add_tokens(["film"] if not tokenizer.is_fast else ["filmed"])
+    elif change == "version":
+        monkeypatch.setattr("transformers.__version__", "0")
+    elif change == "code":
+        monkeypatch.setattr(cache, "FORMAT", -1)
+    elif change == "class":
+        tokenizer.__class__ = type("Other", (type(tokenizer),), {})
+    elif change == "split":
+        tokenizer.split_special_tokens = True
+    assert load_examples([file], Encoder(tokenizer))[1].cached == 0
+    assert load_examples([file], Encoder(tokenizer))[1].cached == 3
+
+
+def test_a_template_that_writes_the_date_does_so_every_day(encoder, file, monkeypatch):
+    encoder.tokenizer.chat_template = "{{ strftime_now('%d') }}" + encoder.tokenizer.chat_template
+    load_examples([file], encoder)
+    assert load_examples([file], encoder)[1].cached == 3
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date(2200, 1, 1)
+
+    monkeypatch.setattr(cache.datetime, "date", Tomorrow)
+    assert load_examples([file], encoder)[1].cached == 0
+
+
+def test_kind_is_told_apart(encoder, file):
+    pairs, _ = load_examples([file], encoder)
+    singles, report = load_examples([file], encoder, kind="completions")
+    assert report.cached == 0
+    assert [len(examples[0].completions) for examples in (pairs, singles)] == [2, 1]
+    assert plain(load_examples([file], encoder, kind="completions")) == plain((singles, report))
+
+
+def test_the_suffix_is_told_apart(encoder, file):
+    load_examples([file], encoder)
+    renamed = Path(file).rename(Path(file).with_suffix(".parquet"))
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        load_examples([str(renamed)], encoder)
+
+
+def test_bad_rows_are_kept_with_their_sentences(encoder, tmp_path, monkeypatch):
+    # Row 3 is refused as tokens (no BOS), after all that are refused as text.
+    file = write(tmp_path / "f.jsonl", GOOD, {"prompt": "a"}, GOOD | {"prompt": ""}, "", "{broken", GOOD)
+    first = load_examples([file], encoder, skip_bad_rows=True)
+    with pytest.raises(UserError) as fresh:
+        load_examples([write(tmp_path / "other" / "f.jsonl", *Path(file).read_text().split("\n"))], encoder)
+    forbid(encoder, monkeypatch)
+    second = load_examples([file], encoder, skip_bad_rows=True)
+    assert plain(first) == plain(second)
+    assert [bad.number for bad in second[1].dropped] == [2, 5, 3] and second[1].rows == 5
+    with pytest.raises(UserError) as cached:
+        load_examples([file], encoder)
+    assert str(cached.value) == str(fresh.value).replace("other/", "")
+
+
+def test_a_file_without_a_usable_row_says_so_again(encoder, tmp_path):
+    file = write(tmp_path / "f.jsonl", GOOD | {"prompt": ""})
+    said = []
+    for _ in range(2):
+        with pytest.raises(UserError, match="no row is usable") as error:
+            load_examples([file], encoder, skip_bad_rows=True)
+        said.append(str(error.value))
+    assert said[0] == said[1] and len(kept_beside(file)) == 1
+
+
+def test_files_are_kept_one_by_one(encoder, file, tmp_path):
+    other = write(tmp_path / "data" / "g.jsonl", CHAT, CHAT | {"rejected": "No"})
+    load_examples([file], encoder)
+    reached = []
+    both = load_examples([other, file], encoder, progress=reached.append)
+    assert both[1].cached == 3 and both[1].sentence().endswith("(tokens of 3 rows from the cache)")
+    alone = plain(load_examples([other], encoder))[0] + plain(load_examples([file], encoder))[0]
+    assert plain(both)[0] == alone and len(alone) == 5
+    assert reached == sorted(reached) and reached[-1] == 1.0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "lengths"])
+def test_a_damaged_cache_is_made_again(encoder, file, damage):
+    first = load_examples([file], encoder)
+    (kept,) = kept_beside(file)
+    content = kept.read_bytes()
+    arrays = dict(np.load(kept))
+    if damage == "lengths":
+        with kept.open("wb") as out:
+            np.savez(out, **arrays | {"lengths": arrays["lengths"] + 1})
+    elif damage == "flipped":
+        middle = content.index(arrays["flat"].tobytes())
+        kept.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+    else:
+        kept.write_bytes({"cut": content[:-40], "empty": b"", "other": b"PK not a zip"}[damage])
+    again = load_examples([file], encoder)
+    assert plain(again) == plain(first) and again[1].cached == 0
+    assert load_examples([file], encoder)[1].cached == 3
+
+
+def test_without_a_place_beside_the_data_it_is_the_users(encoder, file, tmp_path, monkeypatch):
+    (Path(file).parent / ".dpojax").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load_examples([file], encoder)
+    assert cache_dir(file) == tmp_path / "xdg" / "dpojax"
+    assert load_examples([file], encoder)[1].cached == 3
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir(file) == tmp_path / ".cache" / "dpojax"
+
+
+def test_without_any_place_it_does_without(encoder, file, tmp_path, monkeypatch):
+    with_cache = load_examples([file], encoder)
+
+    def refuse(directory):
+        raise PermissionError(errno.EACCES, "read-only")
+
+    monkeypatch.setattr(cachedir, "_written", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir(file) is None
+    without = load_examples([file], encoder)
+    assert without[1].cached == 0 and plain(without) == plain(with_cache)
+
+
+def test_a_full_disk_leaves_nothing_and_fails_nothing(encoder, file, monkeypatch):
+    def full(out, **arrays):
+        out.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache.np, "savez", full)
+    examples, _ = load_examples([file], encoder)
+    assert len(examples) == 3 and kept_beside(file) == []
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_not_kept(encoder, file, monkeypatch):
+    render = encoder.render
+
+    def writing(part):
+        write(Path(file), GOOD)
+        return render(part)
+
+    monkeypatch.setattr(encoder, "render", writing)
+    load_examples([file], encoder)
+    assert kept_beside(file) == []
+
+
+def test_loads_at_the_same_time(tiny_dir, file, monkeypatch):
+    encoders = [Encoder(load_tokenizer(tiny_dir)) for _ in range(4)]
+    meet, loaded, savez = threading.Barrier(len(encoders)), [], np.savez
+
+    def all_at_once(out, **arrays):
+        meet.wait(timeout=20)
+        savez(out, **arrays)
+        meet.wait(timeout=20)
+
+    def load(encoder):
+        loaded.append(load_examples([file], encoder))
+
+    monkeypatch.setattr(cache.np, "savez", all_at_once)
+
+    threads = [threading.Thread(target=load, args=(encoder,)) for encoder in encoders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 4 and all(plain(one) == plain(loaded[0]) for one in loaded)
+    assert len(kept_beside(file)) == 1
+    assert load_examples([file], encoders[0])[1].cached == 3
+
+
+def test_a_missing_directory_is_not_made(encoder, tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_examples([str(tmp_path / "nowhere" / "f.jsonl")], encoder)
+    assert not (tmp_path / "nowhere").exists()
