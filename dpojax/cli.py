@@ -41,9 +41,13 @@ def run_logps(config: LogpsConfig) -> int:
     from dpojax.evaluate.scoring import FileScores
     from dpojax.progress import console
 
-    check_file(config.output)
+    if config.output:
+        check_file(config.output)
     scores = FileScores(config)
     sums = scores.of(config.model)
+    if not config.output:
+        console.print(f"{len(sums)} rows are in the cache beside {config.data[0]}")
+        return 0
     names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
     columns = zip(*sums.T.tolist(), *scores.lengths.T.tolist(), strict=True)
     rows = (dict(zip(names, row, strict=True)) for row in columns)
@@ -184,6 +188,10 @@ def run(config: Config) -> int:
 
     def command() -> int:
         check_options(config)
+        if not isinstance(config, ExportConfig | CheckDataConfig):
+            from dpojax.startup import prepare
+
+            prepare()
         return next(function for kind, function in COMMANDS.values() if kind is type(config))(config)  # type: ignore[operator]
 
     return reporting(command)

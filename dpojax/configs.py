@@ -47,6 +47,8 @@ class DataOptions:
     """Shapes that batches are packed into at most; fewer are compiled where they keep padding below 8 %."""
     logprob_chunk_tokens: int = 512
     """Completion tokens whose logits exist at one time; less takes less memory."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel: XLA's own, cuDNN's for GPUs (bfloat16), Splash for TPUs, or what fits the devices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class TrainOptions(ModelOptions, DataOptions):
     """Optimizer steps; overrides --epochs."""
     optim: Literal["rmsprop", "adamw"] = "rmsprop"
     """Optimizer; RMSprop (decay 0.99, as in torch) is the paper's."""
+    optim_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the optimizer's moments; bfloat16 halves their memory and is rounded stochastically."""
     learning_rate: float = 1e-6
     """Peak learning rate (the paper: 1e-6)."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
@@ -106,7 +110,7 @@ class DPOConfig(TrainOptions):
     ref_model: str | None = None
     """Reference model, as for --model (default: --model itself as it is before training)."""
     reference: Literal["cached", "live"] = "cached"
-    """Reference log-probabilities: computed once before training, or again in every step."""
+    """Reference log-probabilities: computed once for all runs on these rows, or again in every step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,10 +128,11 @@ class ScoringOptions(ModelOptions, DataOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogpsConfig(ScoringOptions):
-    """Write every row's log-probabilities, in the file's order."""
+    """Compute every row's log-probabilities, once: a cache beside the data keeps them for runs on it."""
 
-    output: str
-    """JSONL file: chosen_logps and rejected_logps (nats, summed), chosen_len and rejected_len (tokens)."""
+    output: str | None = None
+    """JSONL file, a line a row in their order: chosen_logps and rejected_logps (nats, summed), chosen_len and
+    rejected_len (tokens)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

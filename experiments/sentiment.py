@@ -122,7 +122,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
     policy, _ = load_run(run)
     tokenizer = load_policy_tokenizer(str(run))
     pairs, _ = load_examples([config.eval_data], Encoder(tokenizer))
-    score = make_scorer(base.config, batch_size=16, max_shapes=1)
+    score = make_scorer(base.config, batch_size=16)
     ref_sums = score(base.params, pairs, "Held-out pairs, before")
     sums = {"before": ref_sums, "after": score(policy.params, pairs, "Held-out pairs, after")}
 

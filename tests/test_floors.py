@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
-    *("errors", "configs", "progress", "cachedir", "types", "losses", "logprobs", "models", "data"),
+    *("errors", "configs", "progress", "cachedir", "startup", "types", "losses", "logprobs", "models", "data"),
     *("sharding", "train", "generate", "evaluate", "cli", "__main__"),
 ]
 

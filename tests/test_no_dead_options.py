@@ -68,6 +68,7 @@ def shared_changes(w) -> dict:
         "max_length": 20,
         "batch_size": 16,
         "logprob_chunk_tokens": 16,
+        "attention": "splash",  # refused: this is no TPU
     }
 
 
@@ -82,6 +83,7 @@ def train_changes(w) -> dict:
         "epochs": (2, {"steps": None}),
         "steps": 3,
         "optim": "adamw",
+        "optim_dtype": "bfloat16",
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 1,
@@ -178,8 +180,9 @@ def test_every_field_has_a_row(name, world):
 def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) -> dict:
     """All that a command leaves: its words, its files, and the programs it compiled; clocks taken out."""
     from dpojax import generate
+    from dpojax.data import cache
     from dpojax.evaluate import scoring
-    from dpojax.train import loop, setup
+    from dpojax.train import logps_cache, loop, setup
 
     directory.mkdir()
     monkeypatch.chdir(directory)
@@ -202,6 +205,8 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) ->
         for module in (setup, scoring):
             patch.setattr(module, "make_logps_step", recording(module.make_logps_step))
         patch.setattr(generate, "make_sampler", recording(generate.make_sampler))
+        for module in (cache, logps_cache):  # what an earlier run has computed would change the words
+            patch.setattr(module, "cache_dir", lambda beside: None)
         status = cli.run(kind(**values))
     words = capsys.readouterr()
     files = {}

@@ -200,8 +200,11 @@ class Batches:
             total = int(np.where(real, lengths[rows].reshape(real.shape), 0).sum(axis=1).max())
             return -(-total // MULTIPLE) * MULTIPLE
 
-        scored, longest = self.completions.sum(axis=1), self.completions[rows[rows >= 0]].max()
-        return Shape(most(self.tokens), most(scored), int(self.prompts[rows[rows >= 0]].max()), int(longest))
+        kept = rows[rows >= 0]
+        prompt, completion = (
+            -(-int(x[kept].max()) // 2) * 2 for x in (self.prompts, self.completions)
+        )  # cuDNN's: even
+        return Shape(most(self.tokens), most(self.completions.sum(axis=1)), prompt, completion)
 
     def _fit(self, need: Shape) -> Shape:
         return min((s for s in self.shapes if s.cover(need) == s), key=self._cost)

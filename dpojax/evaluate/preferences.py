@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpojax.evaluate.statistics import Estimate, estimate
+from dpojax.types import RESOLUTION
 
 
 def preference_estimates(
@@ -26,7 +27,8 @@ def preference_estimates(
 
     ``rewards/accuracies`` is the share of pairs whose chosen completion has the higher implicit reward;
     ``logps/accuracies`` the share where it has the higher log-probability, and ``.../per_token`` the higher one
-    per token. A tie counts half.
+    per token. A tie counts half; rewards tie where their difference is below what float32 can tell
+    (:data:`~dpojax.types.RESOLUTION`).
     """
     figures = {"logps/chosen": policy[:, 0], "logps/rejected": policy[:, 1]}
     per_token = policy / np.maximum(lengths, 1)
@@ -37,7 +39,9 @@ def preference_estimates(
         rewards = beta * (policy - ref)
         figures["rewards/chosen"], figures["rewards/rejected"] = rewards[:, 0], rewards[:, 1]
         figures["rewards/margins"] = rewards[:, 0] - rewards[:, 1]
-        figures["rewards/accuracies"] = half_for_ties(figures["rewards/margins"])
+        told = beta * RESOLUTION * np.abs(policy).sum(axis=1)
+        margins = figures["rewards/margins"]
+        figures["rewards/accuracies"] = half_for_ties(np.where(np.abs(margins) > told, margins, 0))
     return {name: estimate(values, groups) for name, values in figures.items()}
 
 

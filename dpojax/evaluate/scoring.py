@@ -8,20 +8,27 @@ import numpy as np
 
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example
-from dpojax.models import DecoderConfig, make_apply
+from dpojax.models import DecoderConfig, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
 from dpojax.train.checkpoint import load_policy, tokenizer_for
-from dpojax.train.reference import collect_logps, completion_lengths, make_logps_step
+from dpojax.train.logps_cache import LogpsCache
+from dpojax.train.reference import collect_logps, completion_lengths, content_hash, make_logps_step, model_key
 from dpojax.train.setup import check_fit, read_examples
 from dpojax.types import PyTree
 
-Scorer = Callable[[PyTree, list[Example], str], np.ndarray]
+Scorer = Callable[..., np.ndarray]
 
 
 def make_scorer(
-    config: DecoderConfig, *, dtype: str = "float32", batch_size: int = 8, max_shapes: int = 8, chunk_tokens: int = 512
+    config: DecoderConfig,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    batch_size: int = 8,
+    max_shapes: int = 8,
+    chunk_tokens: int = 512,
 ) -> Scorer:
-    """``score(params, examples, label) -> [n, N]``: each completion's summed log-probability, in order, nats.
+    """``score(params, examples, label, cache=None) -> [n, N]``: completions' summed log-probabilities, in order, nats.
 
     Batches hold rows of similar length, at least ``batch_size`` of them and a multiple of the devices. ``label``
     names the stage on the console.
@@ -29,14 +36,14 @@ def make_scorer(
     devices = jax.device_count()
     rows = -(-batch_size // devices) * devices
     mesh = make_mesh(MeshConfig(), config, rows)
-    step = make_logps_step(
-        make_apply(config, dtype=dtype, constrain=constrainer(mesh)), mesh, config, chunk_tokens=chunk_tokens
-    )
+    kernel = make_attention(attention, mesh, dtype)
+    apply_fn = make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel)
+    step = make_logps_step(apply_fn, mesh, config, chunk_tokens=chunk_tokens)
 
-    def score(params: PyTree, examples: list[Example], label: str) -> np.ndarray:
-        on_mesh = put_global(params, param_shardings(mesh, config))
+    def score(params: PyTree, examples: list[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
+        on_mesh = lambda: put_global(params, param_shardings(mesh, config))  # noqa: E731
         batches = Batches(examples, rows, max_shapes=max_shapes, streams=batch_shards(mesh))
-        return collect_logps(step, on_mesh, batches, mesh, label)
+        return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
 
     return score
 
@@ -58,8 +65,11 @@ class FileScores:
         scorer = make_scorer(
             model.config,
             dtype=config.dtype,
+            attention=config.attention,
             batch_size=config.batch_size,
             max_shapes=config.max_shapes,
             chunk_tokens=config.logprob_chunk_tokens,
         )
-        return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}")
+        key = model_key(model.config, content_hash(model.params), config.dtype)
+        cache = LogpsCache(config.data[0], key, len(self.examples[0].completions))
+        return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

@@ -1,5 +1,6 @@
 """The decoder, its configuration, and its weights in and out."""
 
+from dpojax.models.attention import make_attention
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import init_params, make_apply, param_axes
 from dpojax.models.load import Model, check_model, load_model, load_tokenizer
@@ -13,6 +14,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "make_apply",
+    "make_attention",
     "param_axes",
     "save_directory",
 ]

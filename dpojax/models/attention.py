@@ -5,11 +5,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
 from dpojax.types import Rows
 
+Attend = Callable[[Array, Array, Array, Array], Array]
 Attention = Callable[[Array, Array, Array], Array]
 """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of streams -> ``[R, T, H, h]``."""
 
@@ -135,9 +138,14 @@ def _repeat_backward(N: int, kept: None, g: Array) -> tuple[Array]:
 repeat.defvjp(lambda x, N: (jnp.repeat(x, N, axis=0), None), _repeat_backward)
 
 
-def shared_prompt_attention(rows: Rows) -> Attention:
+def shared_prompt_attention(rows: Rows, attend: Attend = attend) -> Attention:
     """Attention where completions see their prompt and themselves, in blocks: no score between two completions of a
-    prompt, nor of a prompt with its completions, is ever computed."""
+    prompt, nor of a prompt with its completions, is ever computed.
+
+    Args:
+      rows: what is read; says which column of the grid is whose.
+      attend: attention of one block, as :func:`attend` and :func:`cudnn_attend`.
+    """
     B, P, C = rows.prompt_len.shape[0], rows.prompt, rows.completion
     real = jnp.arange(P)[None, :] >= P - rows.prompt_len[:, None]
     causal = lambda n: jnp.tril(jnp.ones((1, n, n), bool))  # noqa: E731
@@ -155,6 +163,46 @@ def shared_prompt_attention(rows: Rows) -> Attention:
         return jnp.concatenate([prompts, completions.reshape(B, N * C, *q.shape[2:])], axis=1)
 
     return from_grid(on_grid, rows)
+
+
+def cudnn_attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """:func:`attend` by cuDNN's flash attention: an NVIDIA GPU, and float16 or bfloat16."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+
+
+def splash_shared_prompt_attention(rows: Rows, mesh: Mesh | None) -> Attention:
+    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh."""
+    from dpojax.models.splash import splash_attention  # a TPU's compiler, which others need not load
+
+    def on_grid(q: Array, k: Array, v: Array) -> Array:
+        return splash_attention(q, k, v, rows.prompt_len, prompt=rows.prompt, completion=rows.completion, mesh=mesh)
+
+    return from_grid(on_grid, rows)
+
+
+def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> Callable[[Rows], Attention]:
+    """Attention by name, as ``--attention`` has it.
+
+    Args:
+      name: "xla" (any device), "cudnn" (an NVIDIA GPU, bfloat16), "splash" (a TPU), or "auto": the kernel that is
+        made for the mesh's devices and for ``dtype``.
+      mesh: the devices that compute (default: one, of JAX's default kind).
+      dtype: of queries, keys and values.
+
+    Raises:
+      UserError: the kernel is not made for these devices or for this dtype.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    fitting = {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
+    name = fitting if name == "auto" else name
+    wanted = {"splash": "tpu", "cudnn": "gpu"}.get(name, platform)
+    if wanted != platform:
+        raise UserError(f"--attention {name}: is for a {wanted.upper()}, this is a {platform.upper()}; use auto")
+    if name == "cudnn" and dtype != "bfloat16":
+        raise UserError(f"--attention cudnn: does not compute in {dtype}; add --dtype bfloat16, or use xla")
+    if name == "splash":
+        return lambda rows: splash_shared_prompt_attention(rows, mesh)
+    return lambda rows: shared_prompt_attention(rows, cudnn_attend if name == "cudnn" else attend)
 
 
 def from_grid(on_grid: Attention, rows: Rows) -> Attention:

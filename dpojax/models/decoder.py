@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dpojax.models.attention import rope_table, rotate, shared_prompt_attention
+from dpojax.models.attention import Attention, rope_table, rotate, shared_prompt_attention
 from dpojax.models.config import DecoderConfig
 from dpojax.types import ApplyFn, PyTree, Rows
 
@@ -224,6 +224,7 @@ def make_apply(
     dtype: str = "float32",
     remat: str = "none",
     constrain: Constrain = lambda x, axes: x,
+    attention: Callable[[Rows], Attention] = shared_prompt_attention,
 ) -> ApplyFn:
     """The model as a function of parameters.
 
@@ -232,15 +233,16 @@ def make_apply(
       dtype: compute dtype; parameters keep their own and are cast where they are used.
       remat: what the backward pass recomputes, a key of :data:`REMAT`.
       constrain: places an activation by its logical axes (:func:`dpojax.sharding.constrainer`).
+      attention: the kernel (:func:`~dpojax.models.attention.make_attention`).
     """
     graph, _ = split(config)
 
     def apply(params: PyTree, rows: Rows) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]:
-        attention = shared_prompt_attention(rows)
+        attend = attention(rows)
         h, head, _ = nnx.merge(graph, params)(
             rows.tokens,
             rows.positions,
-            lambda q, k, v, cache: (attention(q, k, v), None),
+            lambda q, k, v, cache: (attend(q, k, v), None),
             dtype=jnp.dtype(dtype),
             remat=remat,
             constrain=constrain,

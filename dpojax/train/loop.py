@@ -67,8 +67,9 @@ def train(config: TrainOptions) -> Result:
         return Result(done, finished=True)
 
     # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
-    reference = Reference(config, program.logps_step, program.mesh, ref_model, facts)
-    reference.prepare(batches, data.eval_batches, total_steps, run / "reference.npz")
+    ref_hash = facts.get("reference_hash", facts["model_hash"])
+    reference = Reference(config, program.logps_step, program.mesh, ref_model, ref_hash)
+    reference.prepare(batches, data.eval_batches, total_steps)
 
     # ---- state and step -------------------------------------------------------------------------------------------
     schedule = make_schedule(config, total_steps)
@@ -92,7 +93,10 @@ def train(config: TrainOptions) -> Result:
     def evaluate(step: int) -> float | None:
         if data.eval_batches is None:
             return None
-        sums = collect_logps(program.logps_step, state.params, data.eval_batches, program.mesh, "Evaluating")
+        if step == 0 and reference.eval_sums is not None and ref_hash == facts["model_hash"]:
+            sums = reference.eval_sums  # the policy is its reference
+        else:
+            sums = collect_logps(program.logps_step, state.params, data.eval_batches, program.mesh, "Evaluating")
         figures = program.evaluate(sums, data.eval_batches.examples, reference.eval_sums)
         log.write(step, figures)
         log.show(step, figures)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dpojax.logprobs import completion_logps, pair_logps
 from dpojax.losses import Objective, implicit_rewards
-from dpojax.types import ApplyFn, Metric, PairBatch, PairLogps, PyTree
+from dpojax.types import RESOLUTION, ApplyFn, Metric, PairBatch, PairLogps, PyTree
 
 Metrics = dict[str, Metric]
 LossFn = Callable[[PyTree, PairBatch, PairLogps | None, Float[Array, ""]], tuple[Metric, Metrics]]
@@ -18,13 +18,19 @@ LossFn = Callable[[PyTree, PairBatch, PairLogps | None, Float[Array, ""]], tuple
 def preference_rows(
     policy: PairLogps, ref: PairLogps, objective: Objective, beta: float
 ) -> dict[str, Float[Array, " B"]]:
-    """Loss and TRL's metrics of every pair, by name; ``rewards/accuracies`` counts a tie as half."""
+    """Loss and TRL's metrics of every pair, by name.
+
+    ``rewards/accuracies`` counts a tie as half: rewards whose difference is below what float32 can tell, as all are
+    before the first update, whatever the batches in which the reference was computed.
+    """
     chosen, rejected = implicit_rewards(policy, ref, beta=beta)
+    told = beta * RESOLUTION * (jnp.abs(policy.chosen) + jnp.abs(policy.rejected))
+    preferred = jnp.where(jnp.abs(chosen - rejected) > told, jnp.sign(chosen - rejected), 0.0)
     return {
         "loss": objective(policy, ref),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": (jnp.sign(chosen - rejected) + 1) / 2,
+        "rewards/accuracies": (preferred + 1) / 2,
         "rewards/margins": chosen - rejected,
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,

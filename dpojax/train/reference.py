@@ -1,8 +1,7 @@
 """The reference's log-probabilities: the forward pass alone, over all rows once or for one batch."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from dpojax.configs import DPOConfig, TrainOptions
 from dpojax.data import Batches, Example, IndexedBatch
 from dpojax.logprobs import completion_logps, streams
 from dpojax.models import DecoderConfig, Model
-from dpojax.progress import track
+from dpojax.progress import console, track
 from dpojax.sharding import batch_sharding, param_shardings, put_global
+from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.step import join_micro, split_micro
 from dpojax.types import ApplyFn, PairBatch, PairLogps, PyTree
 
@@ -63,75 +63,95 @@ def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
 
 
 def collect_logps(
-    step: LogpsStep, params: PyTree, batches: Batches, mesh: Mesh, label: str, limit: int | None = None
+    step: LogpsStep,
+    params: PyTree | Callable[[], PyTree],
+    batches: Batches,
+    mesh: Mesh,
+    label: str,
+    limit: int | None = None,
+    cache: LogpsCache | None = None,
 ) -> np.ndarray:
     """Log-probabilities of every example in the first ``limit`` batches (default: all), ``[n, N]``; NaN elsewhere.
 
-    Each example is computed once, however many epochs the batches run over.
+    Each example is computed once, however many epochs the batches run over, and not at all if the cache has it.
+    ``params`` may be a function, which is called if anything is to be computed.
     """
     n, N = len(batches.examples), len(batches.examples[0].completions)
-    sums = np.full((n, N), np.nan, np.float32)
+    sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(batches.examples)
     rows = batch_sharding(mesh)
-
-    def unseen() -> Iterator[IndexedBatch]:
-        for i in range(first_pass):
-            index = batches.indices[i]
-            if np.isnan(sums[index]).any():
-                yield batches.collate(index)
-
     # An epoch visits every example, so later ones have nothing new.
     first_pass = min(limit or len(batches), len(batches), -(-n // batches.batch_size))
-    for item in track(unseen(), label, total=first_pass):
-        got = np.asarray(step(params, put_global(item.batch, rows)))
-        new = (item.index >= 0) & np.isnan(sums[item.index, 0])  # a batch may run over the epoch's end and repeat some
-        sums[item.index[new]] = got[new]
+    todo = [i for i in range(first_pass) if np.isnan(sums[batches.indices[i]]).any()]
+    if cache is not None and np.isfinite(sums).any():
+        console.print(f"{label}: {np.isfinite(sums[:, 0]).sum()} of {n} rows from the cache")
+    if not todo:
+        return sums
+    on_mesh = params() if callable(params) else params
+    try:
+        for i in track(todo, label):
+            item = batches.collate(batches.indices[i])
+            got = np.asarray(step(on_mesh, put_global(item.batch, rows)))
+            # A batch may run over the epoch's end, or over rows of the cache.
+            new = (item.index >= 0) & np.isnan(sums[item.index, 0])
+            sums[item.index[new]] = got[new]
+            if cache is not None:
+                cache.add([batches.examples[i] for i in item.index[new]], got[new])
+    finally:
+        if cache is not None:
+            cache.write()
     return sums
+
+
+def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
+    """Names what computes log-probabilities: a model's shape and content, and the compute dtype."""
+    return f"{config}/{content}/{dtype}"
 
 
 class Reference:
     """The frozen reference as the train step meets it: log-probabilities of a batch, cached or live.
 
-    Cached, every row's are computed once, before training, and written beside the run; the parameters are let go.
-    Live, the parameters stay and every batch costs one more forward pass.
+    Cached, every row's are computed once for all runs, before training, and kept beside the data
+    (:class:`~dpojax.train.logps_cache.LogpsCache`); the parameters are never on the devices, or let go. Live, they
+    stay, and every batch costs one more forward pass.
     """
 
-    def __init__(self, config: TrainOptions, logps_step: LogpsStep, mesh: Mesh, model: Model, facts: dict[str, str]):
+    def __init__(self, config: TrainOptions, logps_step: LogpsStep, mesh: Mesh, model: Model, model_hash: str):
         self.needed = isinstance(config, DPOConfig)
         self.live = isinstance(config, DPOConfig) and config.reference == "live"
-        self.logps_step, self.mesh = logps_step, mesh
+        self.logps_step, self.mesh, self.config = logps_step, mesh, config
         self.model: Model | None = model
-        self.key = "/".join([*facts.values(), config.dtype])
+        self.key = model_key(model.config, model_hash, config.dtype)
         self.params: PyTree = None
         self.sums: np.ndarray | None = None
         self.eval_sums: np.ndarray | None = None
 
-    def prepare(self, batches: Batches, eval_batches: Batches | None, total_steps: int, path: Path) -> None:
-        """Compute, or read back from ``path``, what ``total_steps`` of training will ask for."""
+    def prepare(self, batches: Batches, eval_batches: Batches | None, total_steps: int) -> None:
+        """Compute, or find in the cache, what ``total_steps`` of training will ask for."""
         if not self.needed:
+            self.model = None
             return
-        assert self.model is not None
-        stored = dict(np.load(path)) if path.exists() else {}
-        if not self.live and str(stored.get("key")) == self.key:
-            self.sums = stored["train"]
-            self.eval_sums = stored["eval"] if stored["eval"].size else None
-        else:
+        if self.live:
+            self._on_devices()
+        if eval_batches is not None:
+            label = "Reference log-probabilities, held-out"
+            self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
+        if not self.live:
+            self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
+            self.params = None
+        self.model = None
+
+    def _on_devices(self) -> PyTree:
+        if self.params is None:
+            assert self.model is not None
             shardings = param_shardings(self.mesh, self.model.config)
             # A copy of its own: the policy's buffers, which may be the same host memory, are donated.
-            self.params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(
-                put_global(self.model.params, shardings)
-            )
-            if eval_batches is not None:
-                label = "Reference log-probabilities, held-out"
-                self.eval_sums = collect_logps(self.logps_step, self.params, eval_batches, self.mesh, label)
-            if not self.live:
-                label = "Reference log-probabilities"
-                self.sums = collect_logps(self.logps_step, self.params, batches, self.mesh, label, total_steps)
-                eval_sums = np.zeros((0, 2), np.float32) if self.eval_sums is None else self.eval_sums
-                partial = path.with_suffix(".partial.npz")
-                np.savez(partial, key=self.key, train=self.sums, eval=eval_sums)
-                partial.replace(path)
-                self.params = None
-        self.model = None
+            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
+            self.params = copy(put_global(self.model.params, shardings))
+        return self.params
+
+    def _collect(self, batches: Batches, file: str, label: str, limit: int | None = None) -> np.ndarray:
+        cache = LogpsCache(file, self.key, len(batches.examples[0].completions))
+        return collect_logps(self.logps_step, self._on_devices, batches, self.mesh, label, limit, cache)
 
     def of(self, item: IndexedBatch) -> PairLogps | None:
         """The reference's log-probabilities of a batch; None where no objective reads them (SFT)."""

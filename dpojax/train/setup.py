@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dpojax.configs import DataOptions, DPOConfig, TrainOptions
 from dpojax.data import Batches, Encoder, Example, load_examples
 from dpojax.errors import UserError
-from dpojax.models import Model, make_apply
+from dpojax.models import Model, make_apply, make_attention
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.train.checkpoint import tokenizer_for
@@ -126,8 +126,9 @@ def make_program(config: TrainOptions, model: Model) -> Program:
     mesh = make_mesh(config.mesh, model.config, rows)
     place = constrainer(mesh)
     chunk = config.logprob_chunk_tokens
-    apply_fn = make_apply(model.config, dtype=config.dtype, remat=config.remat, constrain=place)
-    forward = make_apply(model.config, dtype=config.dtype, constrain=place)
+    attention = make_attention(config.attention, mesh, config.dtype)
+    apply_fn = make_apply(model.config, dtype=config.dtype, remat=config.remat, constrain=place, attention=attention)
+    forward = make_apply(model.config, dtype=config.dtype, constrain=place, attention=attention)
     micro = config.gradient_accumulation_steps
     logps_step = make_logps_step(forward, mesh, model.config, chunk_tokens=chunk, micro_batches=micro)
 
