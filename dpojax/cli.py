@@ -88,12 +88,14 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
+    from dpojax.startup import keep_memory
     from dpojax.train.checkpoint import load_policy, tokenizer_for
 
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
     model = load_policy(config.model)
+    keep_memory()
     sampler = make_sampler(
         model.config,
         max_new_tokens=config.max_new_tokens,

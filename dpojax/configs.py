@@ -81,6 +81,8 @@ class TrainOptions(ModelOptions, DataOptions):
     """Gradients are scaled down to this global norm (the original repository: 10)."""
     gradient_accumulation_steps: int = 1
     """Micro-batches that a batch is computed in, one after another; results agree, memory falls."""
+    freeze: int | None = None
+    """Train only the top N layers and the final norm; what lies below is computed once for every row."""
     remat: Literal["none", "dots", "block"] = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole layers."""
     mesh: MeshConfig = MeshConfig()

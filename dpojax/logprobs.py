@@ -58,6 +58,7 @@ def pack_rows(batch: PairBatch) -> Rows:
         prompt_len=batch.prompt_len,
         prompt=P,
         completion=C,
+        hidden=batch.hidden,
     )
 
 

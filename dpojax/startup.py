@@ -1,4 +1,4 @@
-"""What a process sets before its first computation; :func:`prepare` is called by every command."""
+"""What a process sets for its computations: where compiled programs are kept, and how memory is."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ RESERVE = 8 << 30  # bytes of address space; memory is taken when it is touched
 
 
 def prepare() -> None:
-    """Keep compiled programs for the next run, and freed memory for the next step.
+    """Keep compiled programs for the next run; every command calls this.
 
     Compiled programs lie in ``~/.cache/dpojax/xla`` (``$XDG_CACHE_HOME`` moves it), unless JAX's own option
     ``JAX_COMPILATION_CACHE_DIR`` names another place.
@@ -20,16 +20,19 @@ def prepare() -> None:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpojax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(directory.expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if sys.platform == "linux" and jax.default_backend() == "cpu":
-        keep_memory()
 
 
 def keep_memory() -> None:
-    """Ask the C library to keep freed memory and to take it in large pages.
+    """On a CPU, ask the C library to keep freed memory and to take it in large pages.
 
     XLA's CPU client allocates the temporary memory of a step anew each time. The C library would get it from the
-    kernel and give it back, page by page: a sixth of a step's time for SmolLM2-135M.
+    kernel and give it back, page by page: a sixth of a step's time for SmolLM2-135M. To be called once the model is
+    loaded: what was allocated before is given back as ever.
     """
+    import jax
+
+    if sys.platform != "linux" or jax.default_backend() != "cpu":
+        return
     try:
         libc = ctypes.CDLL(None)
         mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise

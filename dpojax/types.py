@@ -48,6 +48,8 @@ class PairBatch:
     ``stream`` names the place in the rows' grid that each of a stream's T slots is taken from, ``scored`` the place
     among the rows' completion tokens that each of its Z log-probabilities is for. A place beyond the end is an empty
     slot. None is the whole grid.
+
+    ``hidden`` is what a frozen trunk has made of the streams' tokens; the layers above it go on from there.
     """
 
     prompt: Int[Array, "B P"]
@@ -57,6 +59,7 @@ class PairBatch:
     real: Float[Array, " B"]
     stream: Int[Array, "R T"] | None = None
     scored: Int[Array, "R Z"] | None = None
+    hidden: Float[Array, "R T D"] | None = None
 
 
 @struct.dataclass
@@ -65,7 +68,8 @@ class Rows:
 
     ``places`` and ``slots`` are each other's inverse: slot t of a stream holds the token of grid place ``places[t]``,
     which is found again at ``slots[place]``; an index beyond the end is nothing. Attention is computed on the grid,
-    where ``prompt`` and ``completion`` (P and C) say which columns are whose; all else on the streams.
+    where ``prompt`` and ``completion`` (P and C) say which columns are whose; all else on the streams. ``hidden``,
+    where there is any, is read in place of the tokens' embeddings.
     """
 
     tokens: Int[Array, "R T"]
@@ -75,6 +79,7 @@ class Rows:
     prompt_len: Int[Array, " B"]
     prompt: int = struct.field(pytree_node=False)
     completion: int = struct.field(pytree_node=False)
+    hidden: Float[Array, "R T D"] | None = None
 
 
 @struct.dataclass

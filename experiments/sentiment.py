@@ -233,8 +233,10 @@ def measured(config: SentimentConfig, run: Path, seed: int, model: str) -> dict[
 def main(config: SentimentConfig) -> int:
     from dpojax.cli import run_export
     from dpojax.configs import ExportConfig
+    from dpojax.startup import prepare
     from dpojax.train.loop import train
 
+    prepare()
     output = Path(config.output)
     runs = [output / f"seed{seed}" for seed in config.seeds]
     exported = runs[0] / "exported"
@@ -250,7 +252,6 @@ def main(config: SentimentConfig) -> int:
             learning_rate=config.learning_rate,
             warmup_steps=config.steps // 8,
             steps=config.steps,
-            max_shapes=2,
             seed=seed,
         )
         if not train(options).finished:

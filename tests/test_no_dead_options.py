@@ -90,6 +90,7 @@ def train_changes(w) -> dict:
         "weight_decay": (0.1, {"optim": "adamw"}),
         "max_grad_norm": 1e-3,
         "gradient_accumulation_steps": (2, {"batch_size": 16}),
+        "freeze": 1,
         "remat": "block",
         "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
         "seed": 5,

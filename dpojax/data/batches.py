@@ -1,6 +1,7 @@
 """From examples to batches of few shapes; Grain orders, shuffles, batches and remembers the position."""
 
 import collections
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -137,6 +138,7 @@ class Batches:
         epochs: int = 1,
     ):
         self.examples, self.batch_size, self.streams = examples, batch_size, streams
+        self.hidden: Callable[[int], np.ndarray] | None = None
         self.prompts = np.array([len(e.prompt) for e in examples])
         self.completions = np.array([[len(c) for c in e.completions] for e in examples])  # [n, N]
         self.tokens = self.prompts + self.completions.sum(axis=1)
@@ -213,7 +215,33 @@ class Batches:
         """The examples of these indices, in the smallest planned shape that holds them."""
         rows = self._rows(index)
         examples = [self.examples[i] if i >= 0 else None for i in rows]
-        return IndexedBatch(rows, collate(examples, self._fit(self._need(rows)), self.streams))
+        shape = self._fit(self._need(rows))
+        batch = collate(examples, shape, self.streams)
+        if self.hidden is not None:
+            first = self.hidden(int(index[0]))
+            hidden = np.zeros((self.streams, shape.tokens, first.shape[1]), first.dtype)
+            for i, stream, slots in self.spans(rows):
+                hidden[stream, slots] = self.hidden(i)
+            batch = dataclasses.replace(batch, hidden=hidden)  # type: ignore[arg-type]
+        return IndexedBatch(rows, batch)
+
+    def spans(self, rows: np.ndarray) -> Iterator[tuple[int, int, slice]]:
+        """Every example of a batch's rows, its stream and its slots there; :func:`pack` leaves no gap."""
+        for stream, held in enumerate(rows.reshape(self.streams, -1)):
+            at = 0
+            for i in held[held >= 0]:
+                yield int(i), stream, slice(at, at + int(self.tokens[i]))
+                at += int(self.tokens[i])
+
+    def carrying(self, hidden: Callable[[int], np.ndarray]) -> "Batches":
+        """The same batches, with their examples' hidden states: ``hidden(i)`` is ``[tokens, D]``."""
+        batches = copy.copy(self)
+        batches.hidden = hidden
+        return batches
+
+    def first_pass(self, limit: int | None = None) -> int:
+        """Of the first ``limit`` batches (default: all), those that can hold an example that none before them held."""
+        return min(limit or len(self), len(self), -(-len(self.examples) // self.batch_size))
 
     def iterator(self) -> grain.DatasetIterator[IndexedBatch]:
         """Iterates from the first batch; its ``get_state`` and ``set_state`` remember and restore the position."""

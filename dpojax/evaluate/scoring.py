@@ -10,6 +10,7 @@ from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example
 from dpojax.models import DecoderConfig, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
+from dpojax.startup import keep_memory
 from dpojax.train.checkpoint import load_policy, tokenizer_for
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.reference import collect_logps, completion_lengths, content_hash, make_logps_step, model_key
@@ -61,6 +62,7 @@ class FileScores:
     def of(self, name: str) -> np.ndarray:
         """``[n, 2]`` log-probabilities (chosen, rejected) under the model of this name, nats."""
         config, model = self.config, load_policy(name)
+        keep_memory()
         check_fit(model, self.examples, config.tokenizer or name)
         scorer = make_scorer(
             model.config,

@@ -166,13 +166,17 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype,
         remat: str = "none",
         constrain: Constrain = lambda x, axes: x,
+        hidden: Float[Array, "R T D"] | None = None,
+        normed: bool = True,
         layers: list[PyTree] | None = None,
         caches: PyTree = None,
     ) -> tuple[Float[Array, "R T D"], Float[Array, "V D"], PyTree]:
         """Hidden states, the unembedding matrix and what every layer's attention had to keep.
 
         The layers run in a scan, so that a compiler reads one. A caller who runs them many times over, token by
-        token, cuts them out of the stack once (:func:`unstack`) and gives them as ``layers``.
+        token, cuts them out of the stack once (:func:`unstack`) and gives them as ``layers``. Where the layers are the
+        upper ones of a model, ``hidden`` is what the lower ones have made of the tokens; where they are its lower ones,
+        what leaves them is not ``normed``.
         """
         graph, stacked = nnx.split(self.blocks)
         rope = rope_table(positions, self.config)
@@ -184,7 +188,8 @@ class Decoder(nnx.Module):
 
         if REMAT[remat] is not None:
             layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-        x = constrain(self.embed[...][tokens].astype(dtype), ("batch", "length", None))
+        x = self.embed[...][tokens] if hidden is None else hidden
+        x = constrain(x.astype(dtype), ("batch", "length", None))
         kept: PyTree = []
         if layers is None:
             x, kept = jax.lax.scan(layer, x, (stacked, caches))
@@ -192,7 +197,8 @@ class Decoder(nnx.Module):
             for weights, cache in zip(layers, caches or [None] * len(layers), strict=True):
                 x, cache = layer(x, (weights, cache))
                 kept.append(cache)
-        x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        if normed:
+            x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
         return x, (self.embed if self.config.tied else self.head)[...], kept
 
 
@@ -225,8 +231,9 @@ def make_apply(
     remat: str = "none",
     constrain: Constrain = lambda x, axes: x,
     attention: Callable[[Rows], Attention] = shared_prompt_attention,
+    normed: bool = True,
 ) -> ApplyFn:
-    """The model as a function of parameters.
+    """The model as a function of parameters; it starts from ``rows.hidden``, where there is any.
 
     Args:
       config: the decoder's shape.
@@ -234,6 +241,7 @@ def make_apply(
       remat: what the backward pass recomputes, a key of :data:`REMAT`.
       constrain: places an activation by its logical axes (:func:`dpojax.sharding.constrainer`).
       attention: the kernel (:func:`~dpojax.models.attention.make_attention`).
+      normed: whether the final norm is applied; False is for a trunk, on whose hidden states others go on.
     """
     graph, _ = split(config)
 
@@ -246,6 +254,8 @@ def make_apply(
             dtype=jnp.dtype(dtype),
             remat=remat,
             constrain=constrain,
+            hidden=rows.hidden,
+            normed=normed,
         )
         return h, head
 

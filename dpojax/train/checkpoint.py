@@ -2,9 +2,9 @@
 
 run.json          the command's options, the reference's content hash, the model's shape
 model/            config.json and tokenizer, for export
-reference.npz     reference log-probabilities, when cached
+frozen/           with --freeze: the parameters that no step changes
 metrics.jsonl, tensorboard/
-checkpoints/N/    params | train (step, optimizer state, RNG) | position (of the data)
+checkpoints/N/    params (those that are trained) | train (step, optimizer state, RNG) | position (of the data)
 """
 
 import contextlib
@@ -25,10 +25,11 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dpojax.configs import ModelOptions, TrainOptions
 from dpojax.errors import UserError, first_line
-from dpojax.models import DecoderConfig, Model, check_model, load_model, load_tokenizer
+from dpojax.models import Model, check_model, load_model, load_tokenizer
 from dpojax.models.config import config_from_hf
 from dpojax.models.decoder import split
 from dpojax.models.safetensors import read_json
+from dpojax.train.freeze import join, separate
 from dpojax.train.step import TrainState
 from dpojax.types import PyTree
 
@@ -150,6 +151,13 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, f"No space left on device: {needed:,} bytes needed, {free:,} free")
             self.manager.save(int(state.step), args=items, metrics=metrics)
 
+    def save_frozen(self, params: PyTree) -> None:
+        """What no step changes; written once a run, whole or not at all."""
+        directory = self.directory.with_name("frozen")
+        if not directory.exists():
+            with self._disk(), ocp.StandardCheckpointer() as writer:
+                writer.save(directory, params)
+
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, laid out as the abstract state ``like`` is, and the data position."""
         train = {"step": like.step, "opt_state": like.opt_state, "rng": jax.eval_shape(jax.random.key_data, like.rng)}
@@ -171,14 +179,13 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def readable(directory: Path) -> Iterator[None]:
+def readable(directory: Path, mend: str = "remove this directory, and the one before it is used") -> Iterator[None]:
     """A checkpoint that cannot be read, said in a sentence."""
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds
         if not directory.exists():
             raise FileNotFoundError(directory) from error
-        mend = "remove this directory, and the one before it is used"
         raise UserError(f"{directory}: damaged checkpoint ({first_line(error)}); {mend}") from error
 
 
@@ -212,14 +219,31 @@ def _load_checkpoint(run: Path, which: str) -> tuple[Model, int]:
         raise UserError(f"{run}: no checkpoint {which!r}; it has latest, best with eval data, and {steps}")
     hf_config = read_json(run / "model" / "config.json")
     config = config_from_hf(hf_config, str(run / "model" / "config.json"))
-    params = _restore_params(checkpoints.directory / str(step) / "params", config)
+    _, shapes = split(config)
+    saved = checkpoints.directory / str(step) / "params"
+    freeze = options_of_run(str(run)).get("freeze")
+    if freeze is None:
+        below, top = None, shapes
+    else:
+        below, top = jax.eval_shape(lambda params: separate(params, freeze), shapes)
+    with readable(saved.parent):
+        params = _restore_params(saved, top)
+    if below is not None:
+        params = join(_restore_frozen(run.absolute() / "frozen", below), params)
     return Model(config, params, hf_config), int(step)
 
 
-def _restore_params(directory: Path, config: DecoderConfig) -> PyTree:
-    _, shapes = split(config)
+def _restore_frozen(directory: Path, shapes: PyTree) -> PyTree:
+    mend = "the run's own command writes it again"
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is missing; {mend}")
+    with readable(directory, f"remove this directory, and {mend}"):
+        return _restore_params(directory, shapes)
+
+
+def _restore_params(directory: Path, shapes: PyTree) -> PyTree:
     to_numpy = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=np.ndarray), shapes)
-    with readable(directory.parent), ocp.PyTreeCheckpointer() as reader:
+    with ocp.PyTreeCheckpointer() as reader:
         return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy))
 
 

@@ -13,13 +13,15 @@ from dpojax.errors import UserError
 from dpojax.models import Model
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, put_global
+from dpojax.startup import keep_memory
 from dpojax.train.checkpoint import Checkpoints, claim_directory, load_policy, save_model_files
+from dpojax.train.freeze import UNTRAINED, Trunk, check_freeze, cut, separate
 from dpojax.train.metrics import MetricsLog
 from dpojax.train.optimizer import make_optimizer, make_schedule
 from dpojax.train.options import check_options
 from dpojax.train.reference import Reference, collect_logps, content_hash
 from dpojax.train.setup import Data, Program, check_fit, load_data, make_program
-from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
+from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, part, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[st
     data = load_data(config)
     model = load_policy(config.model)
     check_fit(model, data.examples, config.tokenizer or config.model)
+    check_freeze(config.freeze, model.config)
     program = make_program(config, model)
     facts = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
     ref_model = model
@@ -59,8 +62,11 @@ def train(config: TrainOptions) -> Result:
       UserError: bad options, data, model or output directory, or a disk that is full.
     """
     data, model, ref_model, program, facts = open_run(config)
-    run, batches, total_steps = Path(config.output), data.batches, data.total_steps
+    keep_memory()
+    run, total_steps = Path(config.output), data.total_steps
     checkpoints = Checkpoints(run, config.save_total_limit)
+    if config.freeze is not None:
+        checkpoints.save_frozen(separate(model.params, config.freeze)[0])
     done = checkpoints.latest
     if done >= total_steps:
         console.print(f"{run}: this run is complete, at step {done}; nothing to do")
@@ -69,17 +75,29 @@ def train(config: TrainOptions) -> Result:
     # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
     ref_hash = facts.get("reference_hash", facts["model_hash"])
     reference = Reference(config, program.logps_step, program.mesh, ref_model, ref_hash)
-    reference.prepare(batches, data.eval_batches, total_steps)
+    reference.prepare(data.batches, data.eval_batches, total_steps)
+
+    # ---- frozen layers: what leaves them, once for every row ------------------------------------------------------
+    batches, held_out = data.batches, data.eval_batches
+    frozen: tuple[str, ...] = ()
+    if config.freeze is not None:
+        below, model = cut(model, config.freeze)
+        trunk, frozen = Trunk(config, program.mesh, below), UNTRAINED
+        batches = trunk.under(batches, "Frozen layers", total_steps)
+        held_out = held_out and trunk.under(held_out, "Frozen layers, held-out")
+        del trunk, below
 
     # ---- state and step -------------------------------------------------------------------------------------------
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule)
-    shardings = state_shardings(program.mesh, model.config, optimizer)
+    shardings = state_shardings(program.mesh, model.config, optimizer, frozen)
     step_fn = make_train_step(program.loss_fn, optimizer, schedule, config.gradient_accumulation_steps)
     step_fn = jit_train_step(step_fn, program.mesh, shardings)
     iterator = batches.iterator()
     if done:
         state, position = checkpoints.restore(done, abstract_state(model.config, optimizer, shardings))
+        kept = part(model.params, frozen)[1]
+        state = dataclasses.replace(state, frozen=put_global(kept, shardings.frozen))
         iterator.set_state(position)
         console.print(f"{run}: continuing from step {done}")
     else:
@@ -91,13 +109,13 @@ def train(config: TrainOptions) -> Result:
     rows = batch_sharding(program.mesh)
 
     def evaluate(step: int) -> float | None:
-        if data.eval_batches is None:
+        if held_out is None:
             return None
         if step == 0 and reference.eval_sums is not None and ref_hash == facts["model_hash"]:
             sums = reference.eval_sums  # the policy is its reference
         else:
-            sums = collect_logps(program.logps_step, state.params, data.eval_batches, program.mesh, "Evaluating")
-        figures = program.evaluate(sums, data.eval_batches.examples, reference.eval_sums)
+            sums = collect_logps(program.policy_logps, state.policy, held_out, program.mesh, "Evaluating")
+        figures = program.evaluate(sums, held_out.examples, reference.eval_sums)
         log.write(step, figures)
         log.show(step, figures)
         return figures["eval_loss"]

@@ -1,5 +1,6 @@
 """The reference's log-probabilities: the forward pass alone, over all rows once or for one batch."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -11,12 +12,12 @@ from jaxtyping import Array, Float
 
 from dpojax.configs import DPOConfig, TrainOptions
 from dpojax.data import Batches, Example, IndexedBatch
-from dpojax.logprobs import completion_logps, streams
+from dpojax.logprobs import completion_logps
 from dpojax.models import DecoderConfig, Model
 from dpojax.progress import console, track
 from dpojax.sharding import batch_sharding, param_shardings, put_global
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.step import join_micro, split_micro
+from dpojax.train.step import jit_forward
 from dpojax.types import ApplyFn, PairBatch, PairLogps, PyTree
 
 LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
@@ -35,20 +36,12 @@ def content_hash(params: PyTree) -> str:
 def make_logps_step(
     apply_fn: ApplyFn, mesh: Mesh, config: DecoderConfig, *, chunk_tokens: int, micro_batches: int = 1
 ) -> LogpsStep:
-    """A jitted ``logps_step(params, batch) -> [B, N]``: sums over each completion's tokens, nats.
-
-    It goes through a batch in the train step's micro-batches, so that both see the same shapes.
-    """
+    """A jitted ``logps_step(params, batch) -> [B, N]``: sums over each completion's tokens, nats."""
 
     def logps(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
-        one = lambda micro: completion_logps(apply_fn, params, micro, chunk_tokens=chunk_tokens)  # noqa: E731
-        if micro_batches == 1:
-            return one(batch)
-        R = streams(batch)[0].shape[0]
-        return join_micro(jax.lax.map(one, split_micro(batch, micro_batches, R)), R)
+        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
 
-    rows = batch_sharding(mesh)
-    return jax.jit(logps, in_shardings=(param_shardings(mesh, config), rows), out_shardings=rows)
+    return jit_forward(logps, mesh, config, micro_batches)
 
 
 def pair_of_sums(sums: Float[Array | np.ndarray, "B 2"], lengths: Array | np.ndarray) -> PairLogps:
@@ -79,9 +72,7 @@ def collect_logps(
     n, N = len(batches.examples), len(batches.examples[0].completions)
     sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(batches.examples)
     rows = batch_sharding(mesh)
-    # An epoch visits every example, so later ones have nothing new.
-    first_pass = min(limit or len(batches), len(batches), -(-n // batches.batch_size))
-    todo = [i for i in range(first_pass) if np.isnan(sums[batches.indices[i]]).any()]
+    todo = [i for i in range(batches.first_pass(limit)) if np.isnan(sums[batches.indices[i]]).any()]
     if cache is not None and np.isfinite(sums).any():
         console.print(f"{label}: {np.isfinite(sums[:, 0]).sum()} of {n} rows from the cache")
     if not todo:
@@ -132,11 +123,13 @@ class Reference:
             return
         if self.live:
             self._on_devices()
+        if not self.live:
+            # In the run's own batches, so that step 1 is a tie to the last bit.
+            self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
         if eval_batches is not None:
             label = "Reference log-probabilities, held-out"
             self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
         if not self.live:
-            self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
             self.params = None
         self.model = None
 
@@ -159,7 +152,8 @@ class Reference:
             return None
         rows = batch_sharding(self.mesh)
         if self.live:
-            return ref_step(self.logps_step, self.params, put_global(item.batch, rows))
+            whole = dataclasses.replace(item.batch, hidden=None)  # the reference may have another trunk
+            return ref_step(self.logps_step, self.params, put_global(whole, rows))
         assert self.sums is not None
         sums = np.where(item.index[:, None] >= 0, self.sums[item.index], 0.0)
         return put_global(pair_of_sums(sums, item.batch.completion_len), rows)

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from dpojax.configs import DataOptions, DPOConfig, TrainOptions
 from dpojax.data import Batches, Encoder, Example, load_examples
 from dpojax.errors import UserError
-from dpojax.models import Model, make_apply, make_attention
+from dpojax.models import DecoderConfig, Model, make_apply, make_attention
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.train.checkpoint import tokenizer_for
+from dpojax.train.freeze import top_config
 from dpojax.train.objectives import LossFn, imitation_loss, preference_loss, preference_rows
 from dpojax.train.options import make_objective
 from dpojax.train.reference import LogpsStep, completion_lengths, make_logps_step, pair_of_sums
@@ -99,6 +100,9 @@ class Program:
     mesh: Mesh
     loss_fn: LossFn
     logps_step: LogpsStep
+    """Of a whole model; the reference's."""
+    policy_logps: LogpsStep
+    """Of the policy: with --freeze, of its top alone, on batches that carry hidden states."""
     evaluate: Callable[[np.ndarray, Sequence[Example], np.ndarray | None], dict[str, float]]
     """(policy sums, examples, reference sums) -> figures, by name"""
 
@@ -127,10 +131,16 @@ def make_program(config: TrainOptions, model: Model) -> Program:
     place = constrainer(mesh)
     chunk = config.logprob_chunk_tokens
     attention = make_attention(config.attention, mesh, config.dtype)
-    apply_fn = make_apply(model.config, dtype=config.dtype, remat=config.remat, constrain=place, attention=attention)
-    forward = make_apply(model.config, dtype=config.dtype, constrain=place, attention=attention)
+    policy = model.config if config.freeze is None else top_config(model.config, config.freeze)
+    apply_fn = make_apply(policy, dtype=config.dtype, remat=config.remat, constrain=place, attention=attention)
     micro = config.gradient_accumulation_steps
-    logps_step = make_logps_step(forward, mesh, model.config, chunk_tokens=chunk, micro_batches=micro)
+
+    def logps_of(shape: DecoderConfig) -> LogpsStep:
+        forward = make_apply(shape, dtype=config.dtype, constrain=place, attention=attention)
+        return make_logps_step(forward, mesh, shape, chunk_tokens=chunk, micro_batches=micro)
+
+    logps_step = logps_of(model.config)
+    policy_logps = logps_step if config.freeze is None else logps_of(policy)
 
     if isinstance(config, DPOConfig):
         objective, beta = make_objective(config), config.beta
@@ -150,4 +160,4 @@ def make_program(config: TrainOptions, model: Model) -> Program:
             tokens = completion_lengths(examples).sum()
             return {"eval_loss": float(-sums.sum() / tokens), "eval_logps/chosen": float(sums.mean())}
 
-    return Program(mesh, loss_fn, logps_step, evaluate)
+    return Program(mesh, loss_fn, logps_step, policy_logps, evaluate)

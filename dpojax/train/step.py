@@ -1,7 +1,7 @@
 """The train state and the train step: pure, jitted with shardings, state donated."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -27,40 +27,59 @@ class TrainState:
     opt_state: PyTree
     rng: PRNGKeyArray
     """For objectives that draw; today's draw nothing, and the data order has a state of its own."""
+    frozen: dict[str, PyTree] = struct.field(default_factory=dict)
+    """Parameters that the model reads and no step changes: no gradient, no moments, in no checkpoint."""
+
+    @property
+    def policy(self) -> PyTree:
+        """All that the model reads."""
+        return {**self.params, **self.frozen} if self.frozen else self.params
 
 
 StepFn = Callable[[TrainState, PairBatch, PairLogps | None], tuple[TrainState, Metrics]]
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step; ``seed`` seeds its random key."""
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(seed))
+def init_state(
+    params: PyTree, optimizer: optax.GradientTransformation, seed: int, frozen: Iterable[str] = ()
+) -> TrainState:
+    """The state before the first step; ``seed`` seeds its random key, ``frozen`` names what is not trained."""
+    trained, kept = part(params, frozen)
+    return TrainState(jnp.int32(0), trained, optimizer.init(trained), jax.random.key(seed), kept)
+
+
+def part(params: PyTree, frozen: Iterable[str]) -> tuple[PyTree, dict[str, PyTree]]:
+    """What is trained, and what of these names is not."""
+    kept = {name: params[name] for name in frozen}
+    return {name: x for name, x in params.items() if name not in kept} if kept else params, kept
 
 
 def initial_state(
     params: PyTree, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
 ) -> TrainState:
     """The state before the first step, laid out over the mesh; ``params`` are host arrays and are not kept."""
-    init = jax.jit(lambda p: init_state(p, optimizer, seed), out_shardings=shardings)
-    return init(put_global(params, shardings.params))
+    whole = lambda p: init_state(p, optimizer, seed, shardings.frozen)  # noqa: E731
+    init = jax.jit(whole, out_shardings=shardings, donate_argnums=0)
+    return init(put_global(params, shardings.policy))
 
 
 def abstract_state(config: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and placement of the state, to restore into."""
     _, params = split(config)
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, 0), params)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, 0, shardings.frozen), params)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def state_shardings(mesh: Mesh, config: DecoderConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shardings(
+    mesh: Mesh, config: DecoderConfig, optimizer: optax.GradientTransformation, frozen: Iterable[str] = ()
+) -> TrainState:
     """A sharding for every leaf of the state: optimizer moments lie where their parameters lie."""
-    params = param_shardings(mesh, config)
-    _, shapes = split(config)
+    params, kept = part(param_shardings(mesh, config), frozen)
+    shapes, _ = part(split(config)[1], frozen)
     opt_shapes = jax.eval_shape(optimizer.init, shapes)
     moments = optax.tree.map_params(
         optimizer, lambda _, s: s, opt_shapes, params, transform_non_params=lambda _: replicated(mesh)
     )
-    return TrainState(replicated(mesh), params, moments, replicated(mesh))  # type: ignore[arg-type]
+    return TrainState(replicated(mesh), params, moments, replicated(mesh), kept)  # type: ignore[arg-type]
 
 
 def split_micro(tree: PyTree, n: int, streams: int) -> PyTree:
@@ -79,6 +98,24 @@ def join_micro(x: Array, streams: int) -> Array:
     return jnp.moveaxis(x.reshape(n, streams // n, -1, *x.shape[2:]), 0, 1).reshape(-1, *x.shape[2:])
 
 
+def jit_forward(
+    forward: Callable[[PyTree, PairBatch], Array], mesh: Mesh, config: DecoderConfig, micro_batches: int = 1
+) -> Callable[[PyTree, PairBatch], Array]:
+    """``forward(params, batch)``, an array ``[B, ...]`` or ``[R, ...]``, compiled for a mesh.
+
+    It goes through a batch in the train step's micro-batches, so that both see the same shapes.
+    """
+
+    def whole(params: PyTree, batch: PairBatch) -> Array:
+        if micro_batches == 1:
+            return forward(params, batch)
+        R = streams(batch)[0].shape[0]
+        return join_micro(jax.lax.map(lambda micro: forward(params, micro), split_micro(batch, micro_batches, R)), R)
+
+    rows = batch_sharding(mesh)
+    return jax.jit(whole, in_shardings=(param_shardings(mesh, config), rows), out_shardings=rows)
+
+
 def make_train_step(
     loss_fn: LossFn, optimizer: optax.GradientTransformation, schedule: optax.Schedule, micro_batches: int = 1
 ) -> StepFn:
@@ -92,7 +129,7 @@ def make_train_step(
         mean_chosen_len = jnp.sum(batch.completion_len[:, 0] * batch.real) / jnp.maximum(jnp.sum(batch.real), 1.0)
 
         def undivided(params: PyTree, micro: tuple[PairBatch, PairLogps | None]) -> tuple[Array, Metrics]:
-            loss, metrics = loss_fn(params, *micro, mean_chosen_len)
+            loss, metrics = loss_fn(dataclasses.replace(state, params=params).policy, *micro, mean_chosen_len)
             return loss.sum, {"loss": loss, **metrics}
 
         grad_fn = jax.grad(undivided, has_aux=True)
