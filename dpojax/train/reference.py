@@ -124,7 +124,7 @@ class Reference:
         if self.live:
             self._on_devices()
         if not self.live:
-            # In the run's own batches, so that step 1 is a tie to the last bit.
+            # First, and so in the run's own batches, whose rounding is then the steps' own.
             self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
         if eval_batches is not None:
             label = "Reference log-probabilities, held-out"

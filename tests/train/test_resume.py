@@ -183,8 +183,10 @@ def test_step_zero_reads_a_tie(tiny_dir, pairs_file, tmp_path):
     assert main(options(tiny_dir, pairs_file, run, steps=2)) == 0
     zero, one = curve(run)[:2]
     assert (zero["step"], zero["eval_rewards/accuracies"], zero["eval_rewards/margins"]) == (0, 0.5, 0.0)
-    assert (one["step"], one["rewards/accuracies"], one["rewards/margins"]) == (1, 0.5, 0.0)
-    assert one["loss"] == zero["eval_loss"] == pytest.approx(0.69314718, abs=1e-8)
+    assert zero["eval_loss"] == pytest.approx(0.69314718, abs=1e-8)
+    # The step's program is another than the reference's, so the margin may be rounding; the accuracy is a tie.
+    assert (one["step"], one["rewards/accuracies"]) == (1, 0.5)
+    assert (one["rewards/margins"], one["loss"]) == pytest.approx((0, 0.69314718), abs=1e-6)
 
 
 def test_cached_reference_is_the_live_one(tiny_dir, pairs_file, tmp_path):
