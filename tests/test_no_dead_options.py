@@ -180,7 +180,7 @@ def test_every_field_has_a_row(name, world):
 
 def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) -> dict:
     """All that a command leaves: its words, its files, and the programs it compiled; clocks taken out."""
-    from dpojax import generate
+    from dpojax import generate, progress
     from dpojax.data import cache
     from dpojax.evaluate import scoring
     from dpojax.train import logps_cache, loop, setup
@@ -206,6 +206,7 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) ->
         for module in (setup, scoring):
             patch.setattr(module, "make_logps_step", recording(module.make_logps_step))
         patch.setattr(generate, "make_sampler", recording(generate.make_sampler))
+        patch.setattr(progress, "SECONDS_BETWEEN_LINES", float("inf"))  # lines that only a slow machine has
         for module in (cache, logps_cache):  # what an earlier run has computed would change the words
             patch.setattr(module, "cache_dir", lambda beside: None)
         status = cli.run(kind(**values))
