@@ -1,8 +1,22 @@
-"""Where things that cost time to compute are kept between runs."""
+"""Where things that cost time to compute are kept between runs, and how they are written."""
 
+import contextlib
 import os
 import tempfile
+import uuid
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def user_cache() -> Path:
+    """``dpojax`` in the user's cache directory, which may not exist.
+
+    Raises:
+      RuntimeError: there is no home directory.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpojax"
 
 
 def cache_dir(beside: str) -> Path | None:
@@ -17,7 +31,6 @@ def cache_dir(beside: str) -> Path | None:
     Returns:
       The directory, made if need be; None where neither can be written.
     """
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     beside_it = Path(beside).expanduser().parent / ".dpojax"
     try:
         beside_it.mkdir(exist_ok=True)
@@ -25,10 +38,10 @@ def cache_dir(beside: str) -> Path | None:
     except OSError:
         pass
     try:
-        directory = user.expanduser() / "dpojax"
+        directory = user_cache()
         directory.mkdir(parents=True, exist_ok=True)
         return _written(directory)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+    except (OSError, RuntimeError):
         return None
 
 
@@ -43,3 +56,16 @@ def _written(directory: Path) -> Path:
     if not ignore.exists():
         ignore.write_text("*\n")
     return directory
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Write an ``.npz``, whole or not at all; a disk that does not take it is no error, as it can be made again."""
+    # Named apart, so that two processes, threads or hosts at once do each other no harm.
+    partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    with contextlib.suppress(OSError):
+        try:
+            with partial.open("xb") as file:
+                np.savez(file, **arrays)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -149,8 +149,8 @@ def make_sampler(
 
         def step(carry: tuple) -> tuple:
             i, done, lengths, tokens, logits, caches, key = carry
-            key, draw = jax.random.split(key)
-            token = jnp.where(done, 0, next_token(logits, draw, temperature=temperature, top_p=top_p))
+            key, now = jax.random.split(key)
+            token = jnp.where(done, 0, next_token(logits, now, temperature=temperature, top_p=top_p))
             tokens = tokens.at[:, i].set(token)
             lengths = lengths + ~done
             done = done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))

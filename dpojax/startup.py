@@ -1,9 +1,9 @@
 """What a process sets for its computations: where compiled programs are kept, and how memory is."""
 
 import ctypes
-import os
 import sys
-from pathlib import Path
+
+from dpojax.cachedir import user_cache
 
 RESERVE = 8 << 30  # bytes of address space; memory is taken when it is touched
 
@@ -17,8 +17,7 @@ def prepare() -> None:
     import jax
 
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dpojax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(directory.expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

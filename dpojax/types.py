@@ -20,6 +20,11 @@ RESOLUTION = 4e-6
 completion, from hidden states; batches of other shapes differ by up to 1e-6)."""
 
 
+def told_apart(difference: Any, magnitude: Any) -> Any:
+    """Where a difference, of JAX's or NumPy's numbers, is more than rounding of numbers of this magnitude."""
+    return abs(difference) > RESOLUTION * magnitude
+
+
 @struct.dataclass
 class PairLogps:
     """Log-probabilities of a batch of pairs, all that an objective sees.

@@ -2,7 +2,7 @@
 
 from dpojax.data.batches import Batches, IndexedBatch, collate
 from dpojax.data.rows import BadRow, Row, completion_of, pair_of, read_rows
-from dpojax.data.tokens import Encoder, Example, Report, load_examples, truncate
+from dpojax.data.tokens import Encoder, Example, Report, fingerprint, load_examples, truncate
 
 __all__ = [
     "BadRow",
@@ -14,6 +14,7 @@ __all__ = [
     "Row",
     "collate",
     "completion_of",
+    "fingerprint",
     "load_examples",
     "pair_of",
     "read_rows",

@@ -3,20 +3,17 @@
 What is kept is whole: it is cut to a length, and its bad rows refused or left out, after it is read back.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import tempfile
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpojax.cachedir import cache_dir
+from dpojax.cachedir import cache_dir, write_arrays
 from dpojax.data.rows import BadRow
 
 if TYPE_CHECKING:
@@ -107,15 +104,7 @@ def write_tokens(path: Path, kept: FileTokens) -> None:
         "rows": np.int64(kept.rows),
     }
     bad = [[[row.number, row.why] for row in rows] for rows in (kept.not_rendered, kept.not_encoded)]
-    # Named apart, so that two processes, threads or hosts at once do each other no harm.
-    partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    with contextlib.suppress(OSError):
-        try:
-            with partial.open("xb") as file:
-                np.savez(file, bad=json.dumps(bad), **arrays)  # type: ignore[arg-type]  # NumPy makes an array of it
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_arrays(path, bad=json.dumps(bad), **arrays)
 
 
 def read_tokens(path: Path, file: str) -> FileTokens | None:

@@ -1,6 +1,7 @@
 """From rows to tokens: chat template, separate tokenization of prompt and completion, EOS, truncation, and a report."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,15 @@ class Example:
 
     prompt: np.ndarray
     completions: tuple[np.ndarray, ...]
+
+
+def fingerprint(examples: Iterable[Example]) -> bytes:
+    """A hash of every token, and of where each prompt and completion ends."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for tokens in (example.prompt, *example.completions):
+            digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
+    return digest.digest()
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpojax.evaluate.statistics import Estimate, estimate
-from dpojax.types import RESOLUTION
+from dpojax.types import told_apart
 
 
 def preference_estimates(
@@ -39,9 +39,9 @@ def preference_estimates(
         rewards = beta * (policy - ref)
         figures["rewards/chosen"], figures["rewards/rejected"] = rewards[:, 0], rewards[:, 1]
         figures["rewards/margins"] = rewards[:, 0] - rewards[:, 1]
-        told = beta * RESOLUTION * np.abs(policy).sum(axis=1)
         margins = figures["rewards/margins"]
-        figures["rewards/accuracies"] = half_for_ties(np.where(np.abs(margins) > told, margins, 0))
+        told = told_apart(margins, beta * np.abs(policy).sum(axis=1))
+        figures["rewards/accuracies"] = half_for_ties(np.where(told, margins, 0))
     return {name: estimate(values, groups) for name, values in figures.items()}
 
 

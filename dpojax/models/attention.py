@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.errors import UserError
+from dpojax.logprobs import pick
 from dpojax.models.config import DecoderConfig
 from dpojax.types import Rows
 
@@ -108,8 +109,7 @@ def move(x: Float[Array, "R n *d"], source: Int[Array, "R m"], target: Int[Array
 
     (Left to itself, JAX would scatter them.)
     """
-    index = source.reshape(*source.shape, *[1] * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+    return pick(x, source)
 
 
 def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpojax.cachedir import cache_dir
-from dpojax.data import Example
+from dpojax.cachedir import cache_dir, write_arrays
+from dpojax.data import Example, fingerprint
 
 VERSION = "1"
 SECONDS_BETWEEN_WRITES = 5.0
@@ -20,11 +20,8 @@ SECONDS_BETWEEN_WRITES = 5.0
 
 def row_key(example: Example) -> bytes:
     """What a row's log-probabilities depend on beside the model: its tokens, which the tokenizer, the text and the
-    truncation have made, and where each completion begins."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tokens in (example.prompt, *example.completions):
-        digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
-    return digest.digest()
+    truncation have made."""
+    return fingerprint([example])
 
 
 class LogpsCache:
@@ -75,13 +72,8 @@ class LogpsCache:
         self.known.update(self.fresh)
         if self.directory is None or not self.fresh:
             return
-        partial = self.directory / (self.part + ".partial")
-        try:
+        with contextlib.suppress(OSError):
             self.directory.mkdir(exist_ok=True)
-            keys = np.frombuffer(b"".join(self.fresh), np.uint8).reshape(-1, 16)
-            with partial.open("wb") as file:
-                np.savez(file, keys=keys, sums=np.stack(list(self.fresh.values())))
-            partial.replace(self.directory / self.part)
-        except OSError:
-            partial.unlink(missing_ok=True)
+        keys = np.frombuffer(b"".join(self.fresh), np.uint8).reshape(-1, 16)
+        write_arrays(self.directory / self.part, keys=keys, sums=np.stack(list(self.fresh.values())))
         self.written = time.monotonic()

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dpojax.logprobs import completion_logps, pair_logps
 from dpojax.losses import Objective, implicit_rewards
-from dpojax.types import RESOLUTION, ApplyFn, Metric, PairBatch, PairLogps, PyTree
+from dpojax.types import ApplyFn, Metric, PairBatch, PairLogps, PyTree, told_apart
 
 Metrics = dict[str, Metric]
 LossFn = Callable[[PyTree, PairBatch, PairLogps | None, Float[Array, ""]], tuple[Metric, Metrics]]
@@ -24,8 +24,8 @@ def preference_rows(
     before the first update, whatever the batches in which the reference was computed.
     """
     chosen, rejected = implicit_rewards(policy, ref, beta=beta)
-    told = beta * RESOLUTION * (jnp.abs(policy.chosen) + jnp.abs(policy.rejected))
-    preferred = jnp.where(jnp.abs(chosen - rejected) > told, jnp.sign(chosen - rejected), 0.0)
+    told = told_apart(chosen - rejected, beta * (jnp.abs(policy.chosen) + jnp.abs(policy.rejected)))
+    preferred = jnp.where(told, jnp.sign(chosen - rejected), 0.0)
     return {
         "loss": objective(policy, ref),
         "rewards/chosen": chosen,

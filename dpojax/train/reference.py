@@ -123,7 +123,7 @@ class Reference:
             return
         if self.live:
             self._on_devices()
-        if not self.live:
+        else:
             # First, and so in the run's own batches, whose rounding is then the steps' own.
             self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
         if eval_batches is not None:

@@ -1,7 +1,6 @@
 """Everything a run needs before its first step, made from its options."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpojax.configs import DataOptions, DPOConfig, TrainOptions
-from dpojax.data import Batches, Encoder, Example, load_examples
+from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
 from dpojax.progress import Stage, console
@@ -42,11 +41,7 @@ class Data:
 
     @property
     def content_hash(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for example in self.examples:
-            for tokens in (example.prompt, *example.completions):
-                digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.examples).hex()
 
 
 def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: DataOptions) -> list[Example]:
