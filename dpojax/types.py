@@ -7,11 +7,12 @@ V vocabulary    D model width    F MLP width    h head width    f rotary pairs, 
 H query heads                   K key/value heads    L layers
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 PyTree: TypeAlias = Any  # parameters: a nested dict of arrays
 
@@ -25,13 +26,29 @@ def told_apart(difference: Any, magnitude: Any) -> Any:
     return abs(difference) > RESOLUTION * magnitude
 
 
+def unchanged(log_ratio: Float[Array, " B"]) -> Float[Array, " B"]:
+    """The score of a log-ratio under the reverse KL divergence: itself."""
+    return log_ratio
+
+
 @struct.dataclass
 class PairLogps:
     """Log-probabilities of a batch of pairs, all that an objective sees.
 
     ``chosen`` and ``rejected`` are sums of log p(token | prefix) over the completion's tokens, in nats: its EOS is
-    counted, the prompt is not. ``chosen_len`` and ``rejected_len`` count those tokens. ``mean_chosen_len`` is the mean
-    of ``chosen_len`` over the whole batch where these pairs are only a part of it, so that micro-batches agree.
+    counted, the prompt is not. ``chosen_len`` and ``rejected_len`` count those tokens; a row that only fills up a batch
+    has none. The rest is there where an objective declares that it reads it (:mod:`dpojax.losses.traits`), and None
+    elsewhere:
+
+    - ``mean_chosen_len``: mean of ``chosen_len`` over the whole batch, of which these pairs may be a part.
+    - ``margin``, ``weight``: by how much the chosen side is better, and what the pair counts, as the data says.
+    - ``chosen_tokens``, ``rejected_tokens``: log p of every token, 0 beyond a completion's end.
+    - ``chosen_squares``, ``rejected_squares``: sums over the tokens of ``log sum_v p(v)^2``, nats.
+    - ``chosen_kl``, ``rejected_kl``: sums over the tokens of KL(reference || policy), nats; the policy's alone.
+    - ``key``: a random key for every pair.
+    - ``running``: by objective, what it keeps over the steps.
+
+    ``divergence`` turns log-ratios into scores (:func:`dpojax.losses.with_divergence`).
     """
 
     chosen: Float[Array, " B"]
@@ -39,6 +56,33 @@ class PairLogps:
     chosen_len: Int[Array, " B"]
     rejected_len: Int[Array, " B"]
     mean_chosen_len: Float[Array, ""] | None = None
+    margin: Float[Array, " B"] | None = None
+    weight: Float[Array, " B"] | None = None
+    chosen_tokens: Float[Array, "B C"] | None = None
+    rejected_tokens: Float[Array, "B C"] | None = None
+    chosen_squares: Float[Array, " B"] | None = None
+    rejected_squares: Float[Array, " B"] | None = None
+    chosen_kl: Float[Array, " B"] | None = None
+    rejected_kl: Float[Array, " B"] | None = None
+    key: PRNGKeyArray | None = None
+    running: dict[str, dict[str, Array]] | None = None
+    divergence: Callable[[Array], Array] = struct.field(pytree_node=False, default=unchanged)
+
+
+@struct.dataclass
+class LabelledLogps:
+    """Log-probabilities of completions that are each labelled good or bad, for the unpaired objectives.
+
+    ``logps`` are sums over the completion's tokens, as in :class:`PairLogps`, ``lengths`` count those tokens (none in a
+    row that only fills up), ``label`` is 1 for a desirable completion and 0 for an undesirable one. ``mismatched`` is
+    the log-probability of another prompt's completion, from which KTO estimates the KL divergence.
+    """
+
+    logps: Float[Array, " B"]
+    lengths: Int[Array, " B"]
+    label: Float[Array, " B"]
+    mismatched: Float[Array, " B"] | None = None
+    running: dict[str, dict[str, Array]] | None = None
 
 
 @struct.dataclass

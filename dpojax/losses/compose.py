@@ -1,13 +1,34 @@
-"""Objectives made of objectives."""
+"""Objectives made of objectives: each function here returns an objective again."""
 
+import dataclasses
+import functools
+import inspect
+import math
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dpojax.losses.traits import Objective, Traits, traits_of
 from dpojax.types import PairLogps
 
-Objective = Callable[[PairLogps, PairLogps], Float[Array, " B"]]
-"""(policy, reference) -> one loss per pair, unreduced."""
+EXPONENT = 43.0  # exp of it, squared, is still a float32
+
+SIDES = ("", "_len", "_tokens", "_squares", "_kl")
+
+
+def composed(objective: Callable, traits: Traits, **changed: object) -> Objective:
+    """An objective that carries the traits of what it is made of."""
+    objective.traits = dataclasses.replace(traits, **changed)  # type: ignore[attr-defined, arg-type]
+    return objective
+
+
+def bound(objective: Objective, **options: float) -> Objective:
+    """The objective with those of the options that it takes and that are not bound yet."""
+    takes = inspect.signature(objective).parameters
+    already = objective.keywords if isinstance(objective, functools.partial) else {}
+    return functools.partial(objective, **{k: v for k, v in options.items() if k in takes and k not in already})
 
 
 def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
@@ -23,7 +44,7 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
       An objective ``(policy, ref) -> [B]``.
 
     Raises:
-      ValueError: without terms.
+      ValueError: without terms, or with objectives of pairs and of labelled completions together.
 
     >>> import jax.numpy as jnp
     >>> from functools import partial
@@ -36,8 +57,252 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
     """
     if not terms:
         raise ValueError("weighted_sum needs at least one (weight, objective) term")
+    kinds = [traits_of(loss) for _, loss in terms]
+    if len({(kind.unpaired, kind.rewards) for kind in kinds}) > 1:
+        raise ValueError("weighted_sum: its terms must be all of pairs, all of labelled completions, or all of rewards")
 
     def objective(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
         return sum(weight * loss(policy, ref) for weight, loss in terms)  # type: ignore[return-value]
 
-    return objective
+    return composed(objective, functools.reduce(Traits.__or__, kinds))
+
+
+def _bounded_exp(x: Float[Array, " B"]) -> Float[Array, " B"]:
+    """exp, constant above EXPONENT, where float32 and what is made of it would overflow."""
+    return jnp.exp(jnp.minimum(x, EXPONENT))
+
+
+DIVERGENCES: dict[str, Callable[[float], Callable[[Array], Array]]] = {
+    "reverse_kl": lambda alpha: lambda u: u,
+    "forward_kl": lambda alpha: lambda u: 1 - _bounded_exp(-u),
+    "js_divergence": lambda alpha: lambda u: math.log(2) + jax.nn.log_sigmoid(u),
+    "alpha_divergence": lambda alpha: lambda u: (_bounded_exp((alpha - 1) * u) - 1) / (alpha - 1),
+}
+
+
+def with_divergence(objective: Objective, kind: str, *, alpha: float = 0.5) -> Objective:
+    r"""The objective under another f-divergence from the reference: log-ratios become scores ``f'(pi / pi_ref)``.
+
+    .. math:: u = \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}, \qquad
+        u \to \begin{cases} u & \text{reverse KL} \\ 1 - e^{-u} & \text{forward KL} \\
+        \log 2 + \log \sigma(u) & \text{Jensen-Shannon} \\ (e^{(\alpha - 1) u} - 1) / (\alpha - 1) & \alpha
+        \end{cases}
+
+    Source: Wang et al. 2023, f-DPO (arXiv 2309.16240), theorem 1 and table 1; the alpha divergence in the form of
+    TRL 1.16, which differs by a factor from the paper's and is the reverse KL in the limit of alpha to 1. The paper's
+    constant ``f'`` terms cancel within a pair, which is why only objectives of the difference allow it. Exponents
+    above 43 count as 43, so that float32 does not overflow.
+
+    Args:
+      objective: of the difference of log-ratios (its traits say ``divergence``).
+      kind: ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``; TRL's ``f_divergence_type``.
+      alpha: of the alpha divergence; TRL's ``f_alpha_divergence_coef``.
+
+    Raises:
+      ValueError: no such divergence, or an objective that does not allow it.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([0.0]), jnp.array([0.0]), n, n)
+    >>> r = PairLogps(jnp.array([0.0]), jnp.array([-jnp.log(2.0)]), n, n)  # ratios 1 and 1/2 ... 1 - 1 and 1 - 1/2
+    >>> print(f"{with_divergence(hinge, 'forward_kl')(p, r)[0]:.4f}")  # 1 - 0.1 * (0 - 0.5)
+    1.0500
+    """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"with_divergence: no divergence {kind!r}; use one of {', '.join(DIVERGENCES)}")
+    if not traits_of(objective).divergence:
+        raise ValueError("with_divergence: the objective is not one of differences of log-ratios, and allows none")
+    score = DIVERGENCES["reverse_kl" if abs(alpha - 1) < 1e-6 and kind == "alpha_divergence" else kind](alpha)
+
+    def under(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+        return objective(dataclasses.replace(policy, divergence=score), ref)
+
+    return composed(under, traits_of(objective), divergence=False)
+
+
+def swapped(pair: PairLogps) -> PairLogps:
+    """The pairs with chosen and rejected exchanged, as if every label were flipped."""
+    sides = {f"chosen{s}": getattr(pair, f"rejected{s}") for s in SIDES}
+    sides |= {f"rejected{s}": getattr(pair, f"chosen{s}") for s in SIDES}
+    margin = None if pair.margin is None else -pair.margin
+    return dataclasses.replace(pair, **sides, margin=margin, mean_chosen_len=None)
+
+
+def with_label_smoothing(objective: Objective, label_smoothing: float) -> Objective:
+    r"""The expectation of an objective over labels that are flipped with probability epsilon.
+
+    .. math:: (1 - \epsilon)\, \ell(y_w, y_l) + \epsilon\, \ell(y_l, y_w)
+
+    Source: Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO", equation 3, there for the
+    sigmoid: conservative DPO.
+
+    Args:
+      objective: of pairs.
+      label_smoothing: epsilon, from 0 to below 0.5.
+
+    Raises:
+      ValueError: epsilon outside its range.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([2.0]), jnp.array([0.0]), n, n)
+    >>> r = PairLogps(jnp.array([0.0]), jnp.array([0.0]), n, n)
+    >>> print(f"{with_label_smoothing(hinge, 0.25)(p, r)[0]:.4f}")  # 0.75 * (1 - 0.2) + 0.25 * (1 + 0.2)
+    0.9000
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"with_label_smoothing: epsilon {label_smoothing} must be from 0 to below 0.5")
+
+    def smoothed(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+        flipped = objective(swapped(policy), swapped(ref))
+        return (1 - label_smoothing) * objective(policy, ref) + label_smoothing * flipped
+
+    return composed(smoothed, traits_of(objective))
+
+
+def _per_token(pair: PairLogps) -> PairLogps:
+    # A row that only fills up has no token and stays so.
+    lengths = {side: getattr(pair, f"{side}_len") for side in ("chosen", "rejected")}
+    divisor = {side: jnp.maximum(n, 1).astype(jnp.float32) for side, n in lengths.items()}
+    return dataclasses.replace(
+        pair,
+        **{side: getattr(pair, side) / divisor[side] for side in divisor},
+        **{f"{side}_len": jnp.minimum(n, 1) for side, n in lengths.items()},
+        mean_chosen_len=None,
+    )
+
+
+def length_normalized(objective: Objective) -> Objective:
+    r"""The objective on log-probabilities per token: every completion counts as one token.
+
+    .. math:: \log \pi(y|x) \to \frac{1}{|y|} \log \pi(y|x)
+
+    for policy and reference. Source: the normalisation of Meng et al. 2024, SimPO (arXiv 2405.14734), equation 4, and
+    of TRL's ``ipo`` and ``sigmoid_norm``.
+
+    Args:
+      objective: of pairs, that reads sums alone.
+
+    Raises:
+      ValueError: the objective reads single tokens.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge
+    >>> p = PairLogps(jnp.array([-4.0]), jnp.array([-12.0]), jnp.array([4]), jnp.array([3]))
+    >>> zero = PairLogps(jnp.array([0.0]), jnp.array([0.0]), jnp.array([4]), jnp.array([3]))
+    >>> print(f"{length_normalized(hinge)(p, zero)[0]:.4f}")  # 1 - 0.1 * (-1 + 4)
+    0.7000
+    """
+    if traits_of(objective).reads & {"tokens", "squares", "kl"}:
+        raise ValueError("length_normalized: the objective reads single tokens, which have no length")
+
+    def normalized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+        return objective(_per_token(policy), _per_token(ref))
+
+    return composed(normalized, traits_of(objective), lengths=True)
+
+
+def reference_free(objective: Objective) -> Objective:
+    r"""The objective with a uniform reference: its log-probabilities count as equal within a pair.
+
+    .. math:: \pi_\mathrm{ref}(y|x) \to 1
+
+    Source: the ``reference_free`` option of the original DPO repository and of earlier versions of TRL.
+
+    Args:
+      objective: of pairs.
+
+    Raises:
+      ValueError: the objective reads the reference's distributions, or no reference.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n)
+    >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-19.0]), n, n)
+    >>> print(f"{reference_free(hinge)(p, r)[0]:.4f}")  # 1 - 0.1 * 2
+    0.8000
+    """
+    if "kl" in traits_of(objective).reads:
+        raise ValueError("reference_free: the objective compares whole distributions with the reference's")
+
+    def free(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+        return objective(policy, without_reference(policy))
+
+    return composed(free, traits_of(objective), reference=False)
+
+
+def without_reference(policy: PairLogps) -> PairLogps:
+    """A reference that says nothing: log-probabilities of zero for the policy's completions."""
+    zero = lambda x: None if x is None else jnp.zeros_like(x)  # noqa: E731
+    names = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
+    return dataclasses.replace(policy, **{name: zero(getattr(policy, name)) for name in names})
+
+
+def with_weights(objective: Objective) -> Objective:
+    r"""The objective times the weight that the data gives each pair (the field ``weight`` of its rows).
+
+    .. math:: w\, \ell(y_w, y_l)
+
+    The mean over pairs still divides by their number, so weights of mean 1 keep the loss's scale.
+
+    Args:
+      objective: of pairs.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([2.0]), jnp.array([0.0]), n, n, weight=jnp.array([3.0]))
+    >>> zero = PairLogps(jnp.array([0.0]), jnp.array([0.0]), n, n)
+    >>> print(f"{with_weights(hinge)(p, zero)[0]:.4f}")  # 3 * (1 - 0.2)
+    2.4000
+    """
+
+    def weighted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+        return given(policy.weight, "weight") * objective(policy, ref)
+
+    traits = traits_of(objective)
+    return composed(weighted, traits, reads=traits.reads | {"weight"})
+
+
+def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
+    r"""The objective with its log-ratio margin lowered by what the data says of each pair (the rows' ``margin``).
+
+    .. math:: h \to h - s\, m
+
+    so that a pair of a greater margin is asked for more. The margin times ``scale`` is in nats; to give it in the
+    reward's units, as Touvron et al. 2023, Llama 2 (arXiv 2307.09288), equation 2, do for reward models, take
+    ``1 / beta`` for the scale.
+
+    Args:
+      objective: of pairs, that reads sums.
+      scale: nats for a unit of margin.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([5.0]), jnp.array([0.0]), n, n, margin=jnp.array([1.5]))
+    >>> zero = PairLogps(jnp.array([0.0]), jnp.array([0.0]), n, n)
+    >>> print(f"{with_margins(hinge, 2.0)(p, zero)[0]:.4f}")  # 1 - 0.1 * (5 - 3)
+    0.8000
+    """
+
+    def shifted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+        chosen = policy.chosen - scale * given(policy.margin, "margin")
+        return objective(dataclasses.replace(policy, chosen=chosen), ref)
+
+    traits = traits_of(objective)
+    return composed(shifted, traits, reads=traits.reads | {"margin"}, divergence=False)
+
+
+def given(field: Array | None, name: str) -> Array:
+    """An optional field of :class:`~dpojax.types.PairLogps`, which must be there.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if field is None:
+        raise ValueError(f"the objective reads {name!r}, which these log-probabilities do not carry")
+    return field

@@ -1,15 +1,18 @@
-"""The DPO loss and its hinge sibling: classification losses on the difference of log-ratios."""
+"""The DPO loss and its siblings: classification losses on the difference of log-ratios."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dpojax.losses.traits import traits
 from dpojax.types import PairLogps
 
 
 def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     r"""The log-ratios :math:`\log \pi(y|x) - \log \pi_\mathrm{ref}(y|x)` of the chosen and rejected completions.
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), the terms of equation 7.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), the terms of equation 7. Under another f-divergence
+    (:func:`~dpojax.losses.with_divergence`) they are its scores.
 
     Args:
       policy: sums of log-probabilities under the policy, ``[B]`` a field, nats.
@@ -25,7 +28,15 @@ def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], F
     >>> [x.tolist() for x in log_ratios(p, r)]
     [[1.0], [-1.0]]
     """
-    return policy.chosen - ref.chosen, policy.rejected - ref.rejected
+    return policy.divergence(policy.chosen - ref.chosen), policy.divergence(policy.rejected - ref.rejected)
+
+
+def log_ratios_per_token(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """:func:`log_ratios`, each divided by its completion's length, ``[B]``, nats per token."""
+    chosen, rejected = log_ratios(policy, ref)
+    # A completion is never empty, but a row that only fills up a batch may be.
+    lengths = (jnp.maximum(n, 1).astype(jnp.float32) for n in (policy.chosen_len, policy.rejected_len))
+    return chosen / next(lengths), rejected / next(lengths)
 
 
 def implicit_rewards(
@@ -55,6 +66,7 @@ def implicit_rewards(
     return beta * chosen, beta * rejected
 
 
+@traits(divergence=True)
 def sigmoid(
     policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
@@ -87,6 +99,7 @@ def sigmoid(
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
+@traits(divergence=True)
 def hinge(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
     r"""Hinge loss on the log-ratio margin: nothing is asked beyond a margin of ``1 / beta`` nats.
 
@@ -111,3 +124,94 @@ def hinge(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
     """
     chosen, rejected = log_ratios(policy, ref)
     return jax.nn.relu(1.0 - beta * (chosen - rejected))
+
+
+@traits(divergence=True, lengths=True)
+def sigmoid_norm(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+    r"""The DPO loss on log-ratios per token, which takes from longer completions their larger sums.
+
+    .. math:: -\log \sigma\left(\frac{\beta}{|y_w|} \log \frac{\pi(y_w|x)}{\pi_\mathrm{ref}(y_w|x)}
+              - \frac{\beta}{|y_l|} \log \frac{\pi(y_l|x)}{\pi_\mathrm{ref}(y_l|x)}\right)
+
+    Source: TRL 1.16's loss type of this name; Lambert et al. 2024, Tulu 3 (arXiv 2411.15124), section 5.1, equation 6
+    ("length-normalized DPO").
+
+    Args:
+      policy, ref: sums of log-probabilities, ``[B]`` a field, nats; lengths in tokens.
+      beta: strength of the KL penalty, above 0; as a margin counts per token, larger than in :func:`sigmoid`.
+
+    Returns:
+      One loss a pair, ``[B]``; exactly ``log 2`` where policy and reference agree.
+
+    >>> import jax.numpy as jnp
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n)
+    >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
+    >>> print(f"{sigmoid_norm(p, r, beta=2.0)[0]:.6f}")  # log(1 + exp(-1))
+    0.313262
+    """
+    chosen, rejected = log_ratios_per_token(policy, ref)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected))
+
+
+@traits(divergence=True)
+def robust(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Float[Array, " B"]:
+    r"""The DPO loss without the bias that flipped labels give it: its expectation over flips is the clean loss.
+
+    .. math:: \frac{-(1 - \epsilon) \log \sigma(\beta h) + \epsilon \log \sigma(-\beta h)}{1 - 2 \epsilon}
+
+    with ``h`` as in :func:`sigmoid`. Source: Chowdhury et al. 2024, "Provably robust DPO" (arXiv 2403.00409),
+    equation 12.
+
+    Args:
+      policy, ref: sums of log-probabilities, ``[B]`` a field, nats.
+      beta: strength of the KL penalty, above 0.
+      label_smoothing: epsilon, the share of flipped labels, from 0 to below 0.5; 0 is :func:`sigmoid`.
+
+    Returns:
+      One loss a pair, ``[B]``; may be negative.
+
+    Raises:
+      ValueError: ``label_smoothing`` outside its range.
+
+    >>> import jax.numpy as jnp
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n)
+    >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
+    >>> print(f"{robust(p, r, beta=0.5, label_smoothing=0.25)[0]:.6f}")  # (0.75 * 0.313262 - 0.25 * 1.313262) / 0.5
+    -0.186738
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"robust: label_smoothing {label_smoothing} must be from 0 to below 0.5")
+    chosen, rejected = log_ratios(policy, ref)
+    logits = beta * (chosen - rejected)
+    clean = -(1 - label_smoothing) * jax.nn.log_sigmoid(logits)
+    return (clean + label_smoothing * jax.nn.log_sigmoid(-logits)) / (1 - 2 * label_smoothing)
+
+
+@traits()
+def unweighted(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+    r"""An ablation: the DPO gradient without its weight, which says how wrong the implicit rewards order the pair.
+
+    .. math:: -\beta h, \qquad \nabla = -\beta\, (\nabla \log \pi(y_w|x) - \nabla \log \pi(y_l|x))
+
+    with ``h`` as in :func:`sigmoid`. Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO
+    update do?", whose gradient has the weight :math:`\sigma(\hat r_l - \hat r_w)` before the bracket. Without it
+    nothing stops the margin, and the policy degenerates (the paper's appendix, table 3, shows it for unlikelihood).
+
+    Args:
+      policy, ref: sums of log-probabilities, ``[B]`` a field, nats.
+      beta: scale of the gradient, above 0.
+
+    Returns:
+      One loss a pair, ``[B]``, without a lower bound; exactly 0 where policy and reference agree.
+
+    >>> import jax.numpy as jnp
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n)
+    >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
+    >>> unweighted(p, r, beta=0.5).tolist()  # -0.5 * 2
+    [-1.0]
+    """
+    chosen, rejected = log_ratios(policy, ref)
+    return -beta * (chosen - rejected)

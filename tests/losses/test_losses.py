@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax.losses import LOSSES, hinge, implicit_rewards, ipo, sft, sigmoid, weighted_sum
+from dpojax.losses import LOSSES, bound, hinge, implicit_rewards, ipo, sft, sigmoid, weighted_sum
 from dpojax.types import PairLogps
 from tests.conftest import GOLDENS
 
 CASES = json.loads((GOLDENS / "trl_losses.json").read_text())["cases"]
 BOUND = {
-    name: functools.partial(f, beta=0.1) if name != "sft" else f for name, f in LOSSES.items()
+    name: bound(f, beta=0.1) for name, f in LOSSES.items()
 }  # every objective by name, so that a new one cannot miss these tests
 
 
