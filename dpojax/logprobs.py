@@ -1,12 +1,16 @@
 """From hidden states to log-probabilities of completions: the only place where tokens are shifted."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpojax.types import ApplyFn, PairBatch, PairLogps, PyTree, Rows, completion_mask
+from dpojax.types import ApplyFn, LabelledLogps, PairBatch, PairLogps, PyTree, Rows, States, completion_mask
 
 
 def pick(x: Array, index: Int[Array, "R n"]) -> Array:
@@ -151,10 +155,64 @@ def _token_logps_backward(
 token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 
-def completion_logps(
-    apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 512
-) -> Float[Array, "B N"]:
-    r"""``log pi(y|x) = sum_t log pi(y_t | x, y_<t)`` of every completion, ``[B, N]``, float32, nats."""
+def token_squares(h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], chunk_tokens: int) -> Float[Array, "R Z"]:
+    """``log sum_v p(v)^2`` of every token's distribution p, in chunks; without a gradient."""
+
+    def of_chunk(h: Float[Array, "R z D"]) -> Float[Array, "R z"]:
+        return jax.nn.logsumexp(2 * jax.nn.log_softmax(_logits(h, head_VD)), axis=-1)
+
+    h_RZD, head_VD = jax.lax.stop_gradient((h_RZD, head_VD))
+    R, Z = h_RZD.shape[:2]
+    return jnp.moveaxis(jax.lax.map(of_chunk, _chunks(h_RZD, chunk_tokens)), 0, 1).reshape(R, -1)[:, :Z]
+
+
+def token_kls(
+    ref: States, h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], chunk_tokens: int
+) -> Float[Array, "R Z"]:
+    """``KL(reference || policy)`` of every token's distributions, nats, in chunks that are computed again backward."""
+
+    @jax.checkpoint
+    def of_chunk(chunk: tuple[Array, Array]) -> Float[Array, "R z"]:
+        ref_h, h = chunk
+        ref_logp, logp = jax.nn.log_softmax(_logits(ref_h, ref.head)), jax.nn.log_softmax(_logits(h, head_VD))
+        return jnp.sum(jnp.exp(ref_logp) * (ref_logp - logp), axis=-1)
+
+    R, Z = h_RZD.shape[:2]
+    chunks = (_chunks(ref.hidden, chunk_tokens), _chunks(h_RZD, chunk_tokens))
+    return jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1).reshape(R, -1)[:, :Z]
+
+
+@struct.dataclass
+class CompletionStats:
+    """What one pass over a batch says of its completions: ``sums`` of their tokens' log-probabilities, and the optional
+    rest as in :class:`~dpojax.types.PairLogps`."""
+
+    sums: Float[Array, "B N"]
+    tokens: Float[Array, "B N C"] | None = None
+    squares: Float[Array, "B N"] | None = None
+    kl: Float[Array, "B N"] | None = None
+    states: States | None = None
+
+
+def completion_stats(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    batch: PairBatch,
+    *,
+    chunk_tokens: int = 512,
+    reads: frozenset[str] = frozenset(),
+    ref: States | None = None,
+) -> CompletionStats:
+    """Sums of log-probabilities of every completion, and from the same pass what else is asked for.
+
+    Args:
+      apply_fn: the model, as :class:`~dpojax.types.ApplyFn`.
+      params: its parameters.
+      batch: prompts with N completions each.
+      chunk_tokens: completion tokens whose logits exist at one time, counted over the batch.
+      reads: of ``tokens``, ``squares``, ``kl`` and ``states``.
+      ref: the reference's distributions, for ``kl``.
+    """
     B, N, C = batch.completions.shape
     rows = pack_rows(batch)
     h_RTD, head_VD = apply_fn(params, rows)
@@ -163,12 +221,76 @@ def completion_logps(
     real = pick(completion_mask(batch).reshape(R, -1), scored)
     h_RZD = jnp.take_along_axis(h_RTD, predictors(rows, scored, N)[..., None], axis=1, mode="clip")
     h_RZD = jnp.where(real[..., None], h_RZD, 0)  # a masked NaN would still have a NaN gradient
-    logps = token_logps(h_RZD, head_VD, pick(batch.completions.reshape(R, -1), scored), chunk_tokens)
-    grid = pick(jnp.where(real, logps, 0.0), inverse(scored, B // R * N * C))
-    return jnp.sum(grid.reshape(B, N, C), axis=-1)
+    places = inverse(scored, B // R * N * C)
+
+    def grid(values: Float[Array, "R Z"]) -> Float[Array, "B N C"]:
+        return pick(jnp.where(real, values, 0.0), places).reshape(B, N, C)
+
+    tokens = grid(token_logps(h_RZD, head_VD, pick(batch.completions.reshape(R, -1), scored), chunk_tokens))
+    stats = CompletionStats(jnp.sum(tokens, axis=-1), tokens if "tokens" in reads else None)
+    if "squares" in reads:
+        squares = jnp.sum(grid(token_squares(h_RZD, head_VD, chunk_tokens)), axis=-1)
+        stats = dataclasses.replace(stats, squares=squares)
+    if "kl" in reads:
+        assert ref is not None, "KL needs the reference's distributions"
+        stats = dataclasses.replace(stats, kl=jnp.sum(grid(token_kls(ref, h_RZD, head_VD, chunk_tokens)), axis=-1))
+    return dataclasses.replace(stats, states=States(h_RZD, head_VD)) if "states" in reads else stats
 
 
-def pair_logps(apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 512) -> PairLogps:
+def completion_logps(
+    apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 512
+) -> Float[Array, "B N"]:
+    r"""``log pi(y|x) = sum_t log pi(y_t | x, y_<t)`` of every completion, ``[B, N]``, float32, nats."""
+    return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens).sums
+
+
+def pair_up(stats: CompletionStats, batch: PairBatch) -> PairLogps:
+    """Every two completions of a prompt as a pair, the better one chosen, prompt by prompt: ``[B * N (N - 1) / 2]``.
+
+    Two of one rank, and what only fills up, are pairs without tokens. Arrays may be JAX's or NumPy's. Margins are the
+    differences of scores.
+    """
+    N = batch.completion_len.shape[1]
+    i, j = np.triu_indices(N, 1)
+
+    def sides(x: Array) -> tuple[Array, Array]:
+        return x[:, i].reshape(-1, *x.shape[2:]), x[:, j].reshape(-1, *x.shape[2:])
+
+    chosen_len, rejected_len = sides(batch.completion_len)
+    there = (chosen_len > 0) & (rejected_len > 0)
+    if batch.rank is not None:
+        better, worse = sides(batch.rank)
+        there &= better < worse
+    fields: dict[str, Any] = {"chosen_len": chosen_len * there, "rejected_len": rejected_len * there}
+    for name, suffix in {"sums": "", "tokens": "_tokens", "squares": "_squares", "kl": "_kl"}.items():
+        x = getattr(stats, name)
+        if x is not None:
+            fields[f"chosen{suffix}"], fields[f"rejected{suffix}"] = sides(x)
+    if batch.score is not None:
+        better, worse = sides(batch.score)
+        fields["margin"] = better - worse
+    for name in ("weight", "key"):
+        x = getattr(batch, name)
+        fields[name] = x if x is None or N == 2 else x.repeat(len(i), axis=0)
+    return PairLogps(**fields, states=stats.states)
+
+
+def label(stats: CompletionStats, batch: PairBatch) -> LabelledLogps:
+    """Each row's completion with its label; a second completion is the mismatched one."""
+    mismatched = stats.sums[:, 1] if stats.sums.shape[1] > 1 else None
+    assert batch.label is not None
+    return LabelledLogps(stats.sums[:, 0], batch.completion_len[:, 0], batch.label, mismatched)
+
+
+def pair_logps(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    batch: PairBatch,
+    *,
+    chunk_tokens: int = 512,
+    reads: frozenset[str] = frozenset(),
+    ref: States | None = None,
+) -> PairLogps:
     r"""Log-probabilities of both sides of every pair: sums over completion tokens, EOS included, prompt excluded.
 
     .. math:: \log \pi(y|x) = \sum_{t=1}^{|y|} \log \pi(y_t \mid x, y_{<t})
@@ -178,12 +300,13 @@ def pair_logps(apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tok
     Args:
       apply_fn: the model, as :class:`~dpojax.types.ApplyFn`.
       params: its parameters.
-      batch: pairs, ``completions [B, 2, C]``.
+      batch: pairs, ``completions [B, 2, C]``, or more completions of each prompt (:func:`pair_up`).
       chunk_tokens: completion tokens whose logits exist at one time, counted over the batch.
+      reads: what else an objective reads (:class:`~dpojax.losses.traits.Traits`).
+      ref: the reference's distributions, where ``kl`` is read.
 
     Returns:
       :class:`~dpojax.types.PairLogps`, ``[B]`` a field, float32, nats.
     """
-    sums = completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
-    chosen_len, rejected_len = batch.completion_len[:, 0], batch.completion_len[:, 1]
-    return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_len=chosen_len, rejected_len=rejected_len)
+    stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=ref)
+    return pair_up(stats, batch)

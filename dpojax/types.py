@@ -48,7 +48,8 @@ class PairLogps:
     - ``key``: a random key for every pair.
     - ``running``: by objective, what it keeps over the steps.
 
-    ``divergence`` turns log-ratios into scores (:func:`dpojax.losses.with_divergence`).
+    ``divergence`` turns log-ratios into scores (:func:`dpojax.losses.with_divergence`). ``states`` is what the
+    reference hands to the policy's pass where distributions are compared; no objective reads it.
     """
 
     chosen: Float[Array, " B"]
@@ -66,7 +67,16 @@ class PairLogps:
     rejected_kl: Float[Array, " B"] | None = None
     key: PRNGKeyArray | None = None
     running: dict[str, dict[str, Array]] | None = None
+    states: "States | None" = None
     divergence: Callable[[Array], Array] = struct.field(pytree_node=False, default=unchanged)
+
+
+@struct.dataclass
+class States:
+    """A model's distributions over the next token, as they leave it: hidden states, and the unembedding matrix."""
+
+    hidden: Float[Array, "R Z D"]
+    head: Float[Array, "V D"] | None
 
 
 @struct.dataclass
@@ -98,7 +108,10 @@ class PairBatch:
     among the rows' completion tokens that each of its Z log-probabilities is for. A place beyond the end is an empty
     slot. None is the whole grid.
 
-    ``hidden`` is what a frozen trunk has made of the streams' tokens; the layers above it go on from there.
+    ``hidden`` is what a frozen trunk has made of the streams' tokens; the layers above it go on from there. ``rank``
+    orders a prompt's completions (0 the best; two of one rank are no pair; None: as they stand), ``score`` says by how
+    much, ``weight`` what the row counts, ``label`` whether its completion is desirable, as the data has them. ``key``
+    is a random key for every row, where the objective draws.
     """
 
     prompt: Int[Array, "B P"]
@@ -109,6 +122,11 @@ class PairBatch:
     stream: Int[Array, "R T"] | None = None
     scored: Int[Array, "R Z"] | None = None
     hidden: Float[Array, "R T D"] | None = None
+    rank: Int[Array, "B N"] | None = None
+    score: Float[Array, "B N"] | None = None
+    weight: Float[Array, " B"] | None = None
+    label: Float[Array, " B"] | None = None
+    key: PRNGKeyArray | None = None
 
 
 @struct.dataclass

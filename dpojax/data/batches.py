@@ -60,10 +60,44 @@ def pack(
     return places(np.concatenate([prompt, completions], axis=1), T), places(completions, Z)
 
 
-def collate(examples: Sequence[Example | None], shape: Shape, streams: int = 1) -> PairBatch:
-    """Examples side by side, padded to ``shape``; None is a row that only fills up."""
+def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """``[n, N]`` completion tokens; 0 where an example has fewer completions than others."""
+    most = max(len(example.completions) for example in examples)
+    rows = [[len(completion) for completion in example.completions] for example in examples]
+    return np.array([row + [0] * (most - len(row)) for row in rows], np.int32)
+
+
+def values_of(examples: Sequence[Example | None], N: int) -> dict[str, np.ndarray]:
+    """What the rows say of their completions in numbers, as fields of :class:`~dpojax.types.PairBatch`."""
+    B = len(examples)
+    values = {"rank": np.zeros((B, N), np.int32), "score": np.zeros((B, N), np.float32)}
+    values |= {name: np.zeros((B,), np.float32) for name in ("weight", "label")}
+    for i, example in enumerate(examples):
+        if example is not None:
+            said = example.values
+            values["rank"][i, : len(said.ranks)], values["score"][i, : len(said.scores)] = said.ranks, said.scores
+            values["weight"][i], values["label"][i] = said.weight, said.label
+    return values
+
+
+def without_tokens(examples: Sequence[Example]) -> PairBatch:
+    """All examples side by side, with their lengths and values and none of their tokens."""
+    lengths = completion_lengths(examples)
+    n, N = lengths.shape
+    nothing = np.zeros((n, 0), np.int32), np.zeros((n,), np.int32), np.zeros((n, N, 0), np.int32)
+    return PairBatch(*nothing, lengths, np.ones((n,), np.float32), **values_of(examples, N))  # type: ignore[arg-type]
+
+
+def collate(
+    examples: Sequence[Example | None], shape: Shape, streams: int = 1, completions_each: int | None = None
+) -> PairBatch:
+    """Examples side by side, padded to ``shape``; None is a row that only fills up.
+
+    ``completions_each`` is N, where it is more than these examples have.
+    """
     P, C = shape.prompt, shape.completion
-    B, N = len(examples), next(len(e.completions) for e in examples if e is not None)
+    there = [example for example in examples if example is not None]
+    B, N = len(examples), completions_each or max(len(example.completions) for example in there)
     prompt, completions = np.zeros((B, P), np.int32), np.zeros((B, N, C), np.int32)
     prompt_len, completion_len = np.zeros((B,), np.int32), np.zeros((B, N), np.int32)
     for i, example in enumerate(examples):
@@ -76,7 +110,8 @@ def collate(examples: Sequence[Example | None], shape: Shape, streams: int = 1) 
             completions[i, n, : len(completion)] = completion
     real = np.array([example is not None for example in examples], np.float32)
     stream, scored = pack(prompt_len, completion_len, P, C, streams, shape.tokens, shape.scored)
-    return PairBatch(prompt, prompt_len, completions, completion_len, real, stream, scored)  # type: ignore[arg-type]
+    batch = (prompt, prompt_len, completions, completion_len, real, stream, scored)
+    return PairBatch(*batch, **values_of(examples, N))  # type: ignore[arg-type]
 
 
 def plan_shapes(
@@ -140,7 +175,7 @@ class Batches:
         self.examples, self.batch_size, self.streams = examples, batch_size, streams
         self.hidden: Callable[[int], np.ndarray] | None = None
         self.prompts = np.array([len(e.prompt) for e in examples])
-        self.completions = np.array([[len(c) for c in e.completions] for e in examples])  # [n, N]
+        self.completions = completion_lengths(examples)
         self.tokens = self.prompts + self.completions.sum(axis=1)
         if seed is None:
             indices = grain.MapDataset.source(self._even_order(max_shapes))
@@ -215,7 +250,7 @@ class Batches:
         rows = self._rows(index)
         examples = [self.examples[i] if i >= 0 else None for i in rows]
         shape = self._fit(self._need(rows))
-        batch = collate(examples, shape, self.streams)
+        batch = collate(examples, shape, self.streams, self.completions.shape[1])
         if self.hidden is not None:
             first = self.hidden(int(index[0]))
             hidden = np.zeros((self.streams, shape.tokens, first.shape[1]), first.dtype)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpojax.cachedir import cache_dir, write_arrays
-from dpojax.data.rows import BadRow
+from dpojax.data.rows import BadRow, Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of the cache's files; raise it when their layout changes
+FORMAT = 2  # of the cache's files; raise it when their layout changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class FileTokens:
     not_rendered: list[BadRow]  # unusable fields, or refused by the chat template
     not_encoded: list[BadRow]  # found unusable only as tokens
     numbers: list[int]  # of the usable rows, from 1
+    values: list[Values]  # of the usable rows
     tokens: list[tuple[np.ndarray, ...]]  # of the usable rows: prompt and completions, uncut
 
 
@@ -74,7 +75,7 @@ def token_path(file: str, kind: str, identity: str | None) -> Path | None:
 
     Args:
       file: the JSONL or Parquet file.
-      kind: "pairs" or "completions".
+      kind: as for :func:`~dpojax.data.rows.usable_part`.
       identity: the tokenizer's, from :func:`tokenizer_identity`.
 
     Returns:
@@ -97,10 +98,13 @@ def token_path(file: str, kind: str, identity: str | None) -> Path | None:
 def write_tokens(path: Path, kept: FileTokens) -> None:
     """Keep a file's tokens; a disk that does not take them is no error, as they can be made again."""
     parts = [part for row in kept.tokens for part in row]
+    most = max((len(row) for row in kept.tokens), default=0)
     arrays = {
         "flat": np.concatenate(parts) if parts else np.zeros(0, np.int32),
-        "lengths": np.array([list(map(len, row)) for row in kept.tokens], np.int32),
+        # A row of fewer completions than others has some of no length.
+        "lengths": np.array([[len(part) for part in row] + [0] * (most - len(row)) for row in kept.tokens], np.int32),
         "numbers": np.array(kept.numbers, np.int64),
+        "values": json.dumps([dataclasses.astuple(values) for values in kept.values]),
         "rows": np.int64(kept.rows),
     }
     bad = [[[row.number, row.why] for row in rows] for rows in (kept.not_rendered, kept.not_encoded)]
@@ -115,12 +119,14 @@ def read_tokens(path: Path, file: str) -> FileTokens | None:
         with path.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
             flat, lengths, numbers = arrays["flat"], arrays["lengths"], arrays["numbers"].tolist()
             rows, bad = int(arrays["rows"]), json.loads(str(arrays["bad"]))
-        if lengths.sum() != len(flat) or len(lengths) != len(numbers):
+            values = [Values(tuple(r), tuple(s), *v) for r, s, *v in json.loads(str(arrays["values"]))]
+        if lengths.sum() != len(flat) or not len(lengths) == len(numbers) == len(values):
             return None
         not_rendered, not_encoded = ([BadRow(file, number, why) for number, why in half] for half in bad)
         ends = np.cumsum(lengths.reshape(-1)).tolist()
         parts = iter([flat[start:end] for start, end in zip([0, *ends], ends, strict=False)])
-        tokens = list(zip(*[parts] * lengths.shape[1], strict=True)) if numbers else []
-        return FileTokens(rows, not_rendered, not_encoded, numbers, tokens)
+        padded = zip(*[parts] * lengths.shape[1], strict=True) if numbers else ()
+        tokens = [tuple([part for i, part in enumerate(row) if i == 0 or len(part)]) for row in padded]
+        return FileTokens(rows, not_rendered, not_encoded, numbers, values, tokens)
     except Exception:  # damage shows in as many ways as there are parsers on the way
         return None

@@ -18,7 +18,7 @@ def check_files(
     Args:
       files: JSONL or Parquet files.
       tokenizer: finds over-long rows too; None checks the fields alone.
-      kind: "pairs" or "completions".
+      kind: as for :func:`~dpojax.data.rows.usable_part`.
       max_length: tokens of prompt + completion.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,26 @@ Part = tuple[Text, tuple[Text, ...]]  # a prompt and its completions, both of on
 
 
 @dataclasses.dataclass(frozen=True)
+class Values:
+    """What a row says of its completions in numbers."""
+
+    ranks: tuple[int, ...] = (0, 1)
+    """Of every completion, 0 the best; two of one rank are no pair."""
+    scores: tuple[float, ...] = ()
+    """Of every completion, where the objective asks by how much one is better."""
+    weight: float = 1.0
+    label: float = 1.0
+    """1 for a desirable completion, 0 for an undesirable one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A row and its place: the line of a JSONL file, or the row of a Parquet file, from 1."""
 
     file: str
     number: int
     fields: dict[str, Any]
+    values: Values = Values()  # noqa: RUF009  # frozen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +151,7 @@ def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Part:
         if all(side[: len(prompt)] == prompt for side in sides):
             sides = [side[len(prompt) :] for side in sides]
     else:
-        shared = _shared(sides[0], sides[-1]) if len(sides) > 1 else len(sides[0]) - 1
+        shared = min((_shared(sides[0], side) for side in sides[1:]), default=len(sides[0]) - 1)
         if shared == 0:
             raise ValueError("chosen and rejected share no beginning; give the prompt or begin both with it")
         if prompt is not None and all(message["content"] != prompt for message in sides[0][:shared]):
@@ -162,6 +177,106 @@ def _part(fields: dict[str, Any], names: tuple[str, ...], needs: str) -> Part:
     if any(isinstance(side, str) for side in sides):
         raise ValueError(f"fields {' and '.join(names)} must both be text or both be chat messages")
     return _conversations(prompt, sides)  # type: ignore[arg-type]
+
+
+def _number(fields: dict[str, Any], name: str) -> float:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        shown = _name(value) if not isinstance(value, float) else str(value)
+        raise ValueError(f"field {name!r} is {shown}; it must be a finite number")
+    return float(value)
+
+
+def _margin(fields: dict[str, Any]) -> float:
+    """By how much chosen is better: the field margin, or the difference of the sides' scores."""
+    if "margin" in fields:
+        margin = _number(fields, "margin")
+    elif "score_chosen" in fields and "score_rejected" in fields:
+        margin = _number(fields, "score_chosen") - _number(fields, "score_rejected")
+    else:
+        raise ValueError("no field 'margin'; the objective asks for it, or for score_chosen and score_rejected")
+    if margin < 0:
+        raise ValueError(f"the margin is {margin:g}, so that rejected is better than chosen; exchange them")
+    return margin
+
+
+def _weight(fields: dict[str, Any]) -> float:
+    if "weight" not in fields:
+        raise ValueError("no field 'weight'; the objective asks for it")
+    weight = _number(fields, "weight")
+    if weight < 0:
+        raise ValueError(f"field 'weight' is {weight:g}; it must be at least 0")
+    return weight
+
+
+def _ranked_of(fields: dict[str, Any]) -> tuple[Part, Values]:
+    """A prompt with several completions and their scores, the best first."""
+    completions, scores = fields["completions"], fields.get("scores")
+    if not (isinstance(completions, list) and isinstance(scores, list) and len(completions) == len(scores)):
+        raise ValueError("fields 'completions' and 'scores' must be lists of one length")
+    values = [_number({"scores": score}, "scores") for score in scores]
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    levels = sorted(set(values), reverse=True)
+    if len(levels) < 2:
+        raise ValueError("the scores are all equal, or one; a preference needs two completions of different scores")
+    for i, completion in enumerate(completions):
+        if completion in completions[:i]:
+            raise ValueError(f"completion {i + 1} is there twice; leave one out")
+    sides = {f"completions[{i + 1}]": completions[i] for i in order}
+    needs = "a row has prompt, completions and scores"
+    part = _part({"prompt": fields.get("prompt"), **sides}, tuple(sides), needs)
+    ordered = [values[i] for i in order]
+    return part, Values(tuple(levels.index(score) for score in ordered), tuple(ordered))
+
+
+def preference_of(row: Row, asked: Sequence[str] = ()) -> tuple[Part, Values]:
+    """A preference row: a pair, or several completions with scores, and what the objective asks beside.
+
+    Args:
+      row: with prompt, chosen and rejected, or with prompt, completions and scores.
+      asked: of "margin" and "weight".
+
+    Raises:
+      ValueError: the row is not usable; the message says why.
+    """
+    fields = row.fields
+    if "completions" in fields and "chosen" not in fields:
+        part, values = _ranked_of(fields)
+    else:
+        part, values = pair_of(row), Values()
+        if "margin" in asked:
+            values = Values(scores=(_margin(fields), 0.0))
+    return part, dataclasses.replace(values, weight=_weight(fields)) if "weight" in asked else values
+
+
+def labelled_of(row: Row) -> tuple[Part, Values]:
+    """A prompt, one completion and its label: desirable or not.
+
+    Raises:
+      ValueError: the row is not usable; the message says why.
+    """
+    needs = "a row has prompt, completion and label"
+    part = _part(row.fields, ("completion",), needs)
+    label = row.fields.get("label")
+    if label not in (True, False):  # 1 and 0 too
+        raise ValueError("field 'label' must be true (desirable) or false; " + needs)
+    return part, Values(ranks=(0,), label=float(label))
+
+
+def usable_part(row: Row, kind: str) -> tuple[Part, Values]:
+    """Texts and numbers of a row.
+
+    Args:
+      row: of a file.
+      kind: "pairs", with "margin" and "weight" behind it where the objective asks for them, "completions", "labels".
+
+    Raises:
+      ValueError: the row is not usable; the message says why.
+    """
+    first, *asked = kind.split()
+    if first == "completions":
+        return completion_of(row), Values(ranks=(0,))
+    return labelled_of(row) if first == "labels" else preference_of(row, asked)
 
 
 def pair_of(row: Row) -> Part:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpojax.data.cache import FileTokens, read_tokens, token_path, tokenizer_identity, write_tokens
-from dpojax.data.rows import BadRow, Part, Row, Text, completion_of, pair_of, read_rows
+from dpojax.data.rows import BadRow, Part, Row, Text, Values, read_rows, usable_part
 from dpojax.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,16 +21,19 @@ TOKENIZE_AT_ONCE = 1024  # rows; a fast tokenizer spreads a list of texts over t
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A row in tokens: its prompt and its completions, EOS included."""
+    """A row in tokens: its prompt and its completions, EOS included, the best first."""
 
     prompt: np.ndarray
     completions: tuple[np.ndarray, ...]
+    values: Values = Values()  # noqa: RUF009  # frozen
 
 
-def fingerprint(examples: Iterable[Example]) -> bytes:
-    """A hash of every token, and of where each prompt and completion ends."""
+def fingerprint(examples: Iterable[Example], *, values: bool = False) -> bytes:
+    """A hash of every token, of where each prompt and completion ends and, if asked, of the rows' values."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
+        if values and example.values != Values():
+            digest.update(repr(example.values).encode())
         for tokens in (example.prompt, *example.completions):
             digest.update(len(tokens).to_bytes(4, "little") + tokens.tobytes())
     return digest.digest()
@@ -148,8 +151,9 @@ def render_rows(
             report.dropped.append(row)
             continue
         try:
-            part = pair_of(row) if kind == "pairs" else completion_of(row)
-            usable.append((row, encoder.render(part) if encoder else []))
+            part, values = usable_part(row, kind)
+            texts = encoder.render(part) if encoder else []
+            usable.append((dataclasses.replace(row, values=values), texts))
         except ValueError as error:
             report.dropped.append(BadRow(row.file, row.number, str(error)))
     return usable
@@ -191,7 +195,7 @@ def truncate_rows(
     examples = []
     for row, (prompt, *completions) in zip(rows, tokens, strict=True):
         example, prompt_cut, completion_cut = truncate(prompt, completions, max_length)
-        examples.append(example)
+        examples.append(dataclasses.replace(example, values=row.values))
         if prompt_cut:
             report.prompts_cut.append(row)
         if completion_cut:
@@ -235,8 +239,8 @@ class _File:
             return self.kept
         later = Report()
         rows, tokens = tokenize_rows(self.usable, encoder, later, progress)
-        numbers = [row.number for row in rows]
-        self.kept = FileTokens(self.report.rows, self.report.dropped, later.dropped, numbers, tokens)
+        numbers, values = [row.number for row in rows], [row.values for row in rows]
+        self.kept = FileTokens(self.report.rows, self.report.dropped, later.dropped, numbers, values, tokens)
         if self.kept_at:
             write_tokens(self.kept_at, self.kept)
         self.usable = []  # the texts are needed no more
@@ -259,7 +263,7 @@ def load_examples(
     Args:
       files: JSONL or Parquet files.
       encoder: the tokenizer's.
-      kind: "pairs" (chosen and rejected) or "completions" (one completion).
+      kind: as for :func:`~dpojax.data.rows.usable_part`.
       max_length: tokens of prompt + completion.
       skip_bad_rows: leave out unusable rows, which the report lists; None where the command has no such option.
       progress: called with the share that is done, from 0 to 1.
@@ -296,8 +300,30 @@ def load_examples(
     refuse_bad_rows()
     examples = []
     for name, kept in zip(files, in_tokens, strict=True):
-        places = (Row(name, number, {}) for number in kept.numbers)
+        places = (Row(name, number, {}, v) for number, v in zip(kept.numbers, kept.values, strict=True))
         examples += truncate_rows(places, kept.tokens, max_length, report)
     if not examples:
         raise UserError(f"{', '.join(files)}: no row is usable (the first: {report.dropped[0].why}); see check-data")
     return examples, report
+
+
+def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+    """Labelled examples, each with the completion of another prompt behind its own.
+
+    It is the completion of the last example before it, counted round the end, whose prompt is another, as in TRL; it
+    is cut to ``max_length`` behind this example's prompt. KTO estimates its KL divergence from these.
+
+    Raises:
+      UserError: all prompts are equal.
+    """
+    prompts = [example.prompt.tobytes() for example in examples]
+    if len(set(prompts)) == 1:
+        raise UserError("the objective compares completions of different prompts, and the data has one; see --loss bco")
+    out, other = [], next(i for i in range(len(examples) - 1, -1, -1) if prompts[i] != prompts[0])
+    for i, example in enumerate(examples):
+        if i and prompts[i - 1] != prompts[i]:
+            other = i - 1
+        room = max(1, max_length - len(example.prompt))
+        mismatched = examples[other].completions[0][:room]
+        out.append(dataclasses.replace(example, completions=(example.completions[0], mismatched)))
+    return out

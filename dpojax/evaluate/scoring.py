@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from dpojax.configs import MeshConfig, ScoringOptions
-from dpojax.data import Batches, Encoder, Example
+from dpojax.data import Batches, Encoder, Example, completion_lengths
 from dpojax.models import DecoderConfig, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
 from dpojax.startup import keep_memory
 from dpojax.train.checkpoint import load_policy, tokenizer_for
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.reference import collect_logps, completion_lengths, content_hash, make_logps_step, model_key
+from dpojax.train.reference import collect_logps, content_hash, make_logps_step, model_key
 from dpojax.train.setup import check_fit, read_examples
 from dpojax.types import PyTree
 
@@ -31,7 +31,7 @@ def make_scorer(
 ) -> Scorer:
     """``score(params, examples, label, cache=None) -> [n, N]``: completions' summed log-probabilities, in order, nats.
 
-    Batches hold rows of similar length, at least ``batch_size`` of them and a multiple of the devices. ``label``
+    Batches hold like numbers of tokens, in at least ``batch_size`` rows and a multiple of the devices. ``label``
     names the stage on the console.
     """
     devices = jax.device_count()
@@ -73,5 +73,5 @@ class FileScores:
             chunk_tokens=config.logprob_chunk_tokens,
         )
         key = model_key(model.config, content_hash(model.params), config.dtype)
-        cache = LogpsCache(config.data[0], key, len(self.examples[0].completions))
+        cache = LogpsCache(config.data[0], key, self.lengths.shape[1])
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

@@ -14,6 +14,7 @@ from dpojax.losses.traits import Objective, Traits, traits_of
 from dpojax.types import PairLogps
 
 EXPONENT = 43.0  # exp of it, squared, is still a float32
+DIVERGENCE_EXPONENT = 80.0  # as in TRL
 
 SIDES = ("", "_len", "_tokens", "_squares", "_kl")
 
@@ -68,8 +69,8 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
 
 
 def _bounded_exp(x: Float[Array, " B"]) -> Float[Array, " B"]:
-    """exp, constant above EXPONENT, where float32 and what is made of it would overflow."""
-    return jnp.exp(jnp.minimum(x, EXPONENT))
+    """exp, constant above DIVERGENCE_EXPONENT, where float32 and what is made of it would overflow."""
+    return jnp.exp(jnp.minimum(x, DIVERGENCE_EXPONENT))
 
 
 DIVERGENCES: dict[str, Callable[[float], Callable[[Array], Array]]] = {
@@ -91,7 +92,7 @@ def with_divergence(objective: Objective, kind: str, *, alpha: float = 0.5) -> O
     Source: Wang et al. 2023, f-DPO (arXiv 2309.16240), theorem 1 and table 1; the alpha divergence in the form of
     TRL 1.16, which differs by a factor from the paper's and is the reverse KL in the limit of alpha to 1. The paper's
     constant ``f'`` terms cancel within a pair, which is why only objectives of the difference allow it. Exponents
-    above 43 count as 43, so that float32 does not overflow.
+    above 80 count as 80, so that float32 does not overflow, as in TRL; a completion beyond has no gradient.
 
     Args:
       objective: of the difference of log-ratios (its traits say ``divergence``).
@@ -165,7 +166,7 @@ def with_label_smoothing(objective: Objective, label_smoothing: float) -> Object
 def _per_token(pair: PairLogps) -> PairLogps:
     # A row that only fills up has no token and stays so.
     lengths = {side: getattr(pair, f"{side}_len") for side in ("chosen", "rejected")}
-    divisor = {side: jnp.maximum(n, 1).astype(jnp.float32) for side, n in lengths.items()}
+    divisor = {side: jnp.maximum(n, 1).astype(pair.chosen.dtype) for side, n in lengths.items()}
     return dataclasses.replace(
         pair,
         **{side: getattr(pair, side) / divisor[side] for side in divisor},

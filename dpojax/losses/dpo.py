@@ -35,7 +35,7 @@ def log_ratios_per_token(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array
     """:func:`log_ratios`, each divided by its completion's length, ``[B]``, nats per token."""
     chosen, rejected = log_ratios(policy, ref)
     # A completion is never empty, but a row that only fills up a batch may be.
-    lengths = (jnp.maximum(n, 1).astype(jnp.float32) for n in (policy.chosen_len, policy.rejected_len))
+    lengths = (jnp.maximum(n, 1).astype(chosen.dtype) for n in (policy.chosen_len, policy.rejected_len))
     return chosen / next(lengths), rejected / next(lengths)
 
 

@@ -38,7 +38,8 @@ def ipo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, length_normaliz
     [1.0]
     """
     chosen, rejected = (log_ratios_per_token if length_normalize else log_ratios)(policy, ref)
-    return jnp.square(chosen - rejected - 1 / (2 * beta))
+    # Within what float32 can square; another divergence's scores may lie beyond.
+    return jnp.square(jnp.clip(chosen - rejected - 1 / (2 * beta), -1e18, 1e18))
 
 
 @traits()

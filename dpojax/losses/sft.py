@@ -33,7 +33,7 @@ def sft(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
     """
     mean_len = policy.mean_chosen_len
     if mean_len is None:
-        mean_len = jnp.mean(policy.chosen_len.astype(jnp.float32))
+        mean_len = jnp.mean(policy.chosen_len.astype(policy.chosen.dtype))
     return -policy.chosen / jnp.maximum(mean_len, 1.0)
 
 

@@ -17,11 +17,12 @@ class Traits:
 
     ``reference``: it reads the reference's log-probabilities. ``lengths``: it reads the completions' lengths. ``reads``
     names the optional fields of :class:`~dpojax.types.PairLogps` that it needs, without a side's prefix: ``tokens``,
-    ``squares``, ``kl``, ``margin``, ``weight``, ``key``. ``batch``: a pair's loss depends on the other pairs of its
-    batch. ``divergence``: only differences of log-ratios matter to it, so that another f-divergence may replace the
-    reverse KL. ``unpaired``: it reads :class:`~dpojax.types.LabelledLogps`. ``rewards``: what it calls
-    log-probabilities are a reward model's scores. ``running``: by objective, ``update(policy, ref, old) -> new`` of what it keeps over
-    the steps; ``old`` is None before the first.
+    ``squares``, ``kl``, ``margin``, ``weight``, ``key``; or ``mismatched``, of
+    :class:`~dpojax.types.LabelledLogps`. ``batch``: a pair's loss depends on the other pairs of its batch.
+    ``divergence``: only differences of log-ratios matter to it, so that another f-divergence may replace the reverse
+    KL. ``unpaired``: it reads LabelledLogps. ``rewards``: what it calls log-probabilities are a reward model's scores.
+    ``running``: by objective, ``update(policy, ref, old) -> new`` of what it keeps over the steps; ``old`` is None
+    before the first.
     """
 
     reference: bool = True

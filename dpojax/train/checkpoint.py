@@ -139,6 +139,8 @@ class Checkpoints:
         """Start writing; training goes on meanwhile. An error of the previous write is raised here."""
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         train = {"step": state.step, "opt_state": state.opt_state, "rng": jax.random.key_data(state.rng)}
+        if state.running:  # Orbax saves no empty tree
+            train["running"] = state.running
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(train),
@@ -161,6 +163,8 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, laid out as the abstract state ``like`` is, and the data position."""
         train = {"step": like.step, "opt_state": like.opt_state, "rng": jax.eval_shape(jax.random.key_data, like.rng)}
+        if like.running:
+            train["running"] = like.running
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
             train=ocp.args.StandardRestore(train),
@@ -169,7 +173,9 @@ class Checkpoints:
         with readable(self.directory / str(step)):
             items = self.manager.restore(step, args=args)
         rng = jax.random.wrap_key_data(items.train["rng"])
-        return TrainState(items.train["step"], items.params, items.train["opt_state"], rng), items.position
+        train = items.train
+        state = TrainState(train["step"], items.params, train["opt_state"], rng, running=train.get("running", {}))
+        return state, items.position
 
     def finish(self) -> None:
         """Wait until everything is on disk."""

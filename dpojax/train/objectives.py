@@ -2,17 +2,50 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import struct
+from jaxtyping import Array, Float, Int
 
-from dpojax.logprobs import completion_logps, pair_logps
-from dpojax.losses import Objective, implicit_rewards
-from dpojax.types import ApplyFn, Metric, PairBatch, PairLogps, PyTree, told_apart
+from dpojax.logprobs import CompletionStats, completion_logps, completion_stats, label, pair_up
+from dpojax.losses import Objective, Traits, implicit_rewards, traits_of, without_reference
+from dpojax.types import ApplyFn, LabelledLogps, Metric, PairBatch, PairLogps, PyTree, told_apart
 
 Metrics = dict[str, Metric]
-LossFn = Callable[[PyTree, PairBatch, PairLogps | None, Float[Array, ""]], tuple[Metric, Metrics]]
-"""(params, batch, reference, mean chosen length of the whole batch) -> (loss, metrics), all undivided."""
+Running = dict[str, dict[str, Array]]
+Logps = PairLogps | LabelledLogps
+
+
+@struct.dataclass
+class Whole:
+    """What a part of a batch must know of the whole, and of the steps before."""
+
+    mean_chosen_len: Float[Array, ""]
+    step: Int[Array, ""]
+    running: Running = struct.field(default_factory=dict)
+
+
+LossFn = Callable[[PyTree, PairBatch, Logps | None, Whole], tuple[Metric, Metrics, Running]]
+"""(params, batch, reference, whole) -> (loss, metrics, running statistics), loss and metrics undivided."""
+
+
+def logps_of(stats: CompletionStats, batch: PairBatch, traits: Traits) -> Logps:
+    """What an objective reads, made of completions' log-probabilities."""
+    if traits.unpaired:
+        return label(stats, batch)
+    pairs = pair_up(stats, batch)
+    unread = {name: None for name in ("margin", "weight", "key") if name not in traits.reads and not traits.rewards}
+    return dataclasses.replace(pairs, **unread)
+
+
+def mean_chosen_len(batch: PairBatch) -> Float[Array, ""]:
+    """Mean length of the chosen sides of a batch's pairs, tokens."""
+    if batch.completion_len.shape[1] == 1:
+        return jnp.float32(0)  # there are no pairs
+    lengths = pair_up(CompletionStats(jnp.zeros(batch.completion_len.shape)), batch).chosen_len
+    return jnp.sum(lengths) / jnp.maximum(jnp.sum(lengths > 0), 1).astype(jnp.float32)
 
 
 def preference_rows(
@@ -21,34 +54,83 @@ def preference_rows(
     """Loss and TRL's metrics of every pair, by name.
 
     ``rewards/accuracies`` counts a tie as half: rewards whose difference is below what float32 can tell, as all are
-    before the first update, whatever the batches in which the reference was computed.
+    before the first update, whatever the batches in which the reference was computed. Of a reward model, the rewards
+    are its scores.
     """
-    chosen, rejected = implicit_rewards(policy, ref, beta=beta)
-    told = told_apart(chosen - rejected, beta * (jnp.abs(policy.chosen) + jnp.abs(policy.rejected)))
-    preferred = jnp.where(told, jnp.sign(chosen - rejected), 0.0)
+    if traits_of(objective).rewards:
+        rewards = policy.chosen, policy.rejected
+        return {"loss": objective(policy, ref), **_ordering(*rewards, jnp.abs(rewards[0]) + jnp.abs(rewards[1]))}
+    rewards = implicit_rewards(policy, ref, beta=beta)
+    magnitude = beta * (jnp.abs(policy.chosen) + jnp.abs(policy.rejected))
+    logps = {"logps/chosen": policy.chosen, "logps/rejected": policy.rejected}
+    return {"loss": objective(policy, ref), **_ordering(*rewards, magnitude), **logps}
+
+
+def _ordering(chosen: Array, rejected: Array, magnitude: Array) -> dict[str, Float[Array, " B"]]:
+    margins = chosen - rejected
+    preferred = jnp.where(told_apart(margins, magnitude), jnp.sign(margins), 0.0)
     return {
-        "loss": objective(policy, ref),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (preferred + 1) / 2,
-        "rewards/margins": chosen - rejected,
-        "logps/chosen": policy.chosen,
-        "logps/rejected": policy.rejected,
+        "rewards/margins": margins,
     }
 
 
-def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chunk_tokens: int) -> LossFn:
-    """The loss of :mod:`dpojax.losses` objectives; the weight of a batch is its pairs."""
+def summed(rows: dict[str, Float[Array, " B"]], real: Float[Array, " B"]) -> Metrics:
+    """Undivided means over what is real; what is not may hold anything."""
+    return {name: Metric(jnp.sum(jnp.where(real > 0, x, 0.0)), jnp.sum(real)) for name, x in rows.items()}
 
-    def loss_fn(
-        params: PyTree, batch: PairBatch, ref: PairLogps | None, mean_chosen_len: Float[Array, ""]
-    ) -> tuple[Metric, Metrics]:
-        assert ref is not None
-        policy = pair_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
-        rows = preference_rows(dataclasses.replace(policy, mean_chosen_len=mean_chosen_len), ref, objective, beta)
-        real = batch.real
-        terms = {name: Metric(jnp.sum(jnp.where(real > 0, x, 0.0)), jnp.sum(real)) for name, x in rows.items()}
-        return terms.pop("loss"), terms
+
+def preference_metrics(policy: Logps, ref: Logps | None, objective: Objective, beta: float) -> Metrics:
+    """Loss and TRL's metrics of a batch, undivided, by name; without a reference, rewards are of the policy alone."""
+    if isinstance(policy, PairLogps):
+        ref = without_reference(policy) if ref is None else ref
+        assert isinstance(ref, PairLogps)
+        rows = preference_rows(policy, ref, objective, beta)
+        return summed(rows, (policy.chosen_len > 0).astype(jnp.float32))
+    assert isinstance(ref, LabelledLogps)
+    real = (policy.lengths > 0).astype(jnp.float32)
+    rows = {"rewards": beta * (policy.logps - ref.logps), "logps": policy.logps}
+    sides = {"chosen": real * policy.label, "rejected": real * (1 - policy.label)}
+    metrics = {f"{name}/{side}": summed({"": x}, mask)[""] for name, x in rows.items() for side, mask in sides.items()}
+    return summed({"loss": objective(policy, ref)}, real) | metrics
+
+
+def update_running(traits: Traits, policy: Logps, ref: Logps | None, whole: Whole) -> Running:
+    """What the objective keeps over the steps, after this one; there is no old value before the first."""
+    policy, ref = jax.lax.stop_gradient((policy, ref))
+
+    def update(function: Callable, name: str) -> dict[str, Array]:
+        first, later = function(policy, ref, None), function(policy, ref, whole.running[name])
+        return jax.tree.map(lambda a, b: jnp.where(whole.step == 0, a, b), first, later)
+
+    return {name: update(function, name) for name, function in traits.running.items()}
+
+
+def empty_running(objective: Objective) -> Running:
+    """Zeros in the structure of what the objective keeps."""
+    traits, x, n = traits_of(objective), jnp.zeros((1,)), jnp.ones((1,), jnp.int32)
+    policy: Any = LabelledLogps(x, n, x, x) if traits.unpaired else PairLogps(x, x, n, n)
+    shapes = {name: jax.eval_shape(update, policy, policy, None) for name, update in traits.running.items()}
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chunk_tokens: int) -> LossFn:
+    """The loss of :mod:`dpojax.losses` objectives; the weight of a batch is its pairs, or its labelled completions."""
+    traits = traits_of(objective)
+
+    def loss_fn(params: PyTree, batch: PairBatch, ref: Logps | None, whole: Whole) -> tuple[Metric, Metrics, Running]:
+        states = ref.states if isinstance(ref, PairLogps) else None
+        stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=traits.reads, ref=states)
+        policy, running = logps_of(stats, batch, traits), whole.running
+        if isinstance(policy, PairLogps):
+            policy = dataclasses.replace(policy, mean_chosen_len=whole.mean_chosen_len)
+        if traits.running:
+            running = update_running(traits, policy, ref, whole)
+            policy = dataclasses.replace(policy, running=running)
+        metrics = preference_metrics(policy, ref, objective, beta)
+        return metrics.pop("loss"), metrics, running
 
     return loss_fn
 
@@ -56,12 +138,10 @@ def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chu
 def imitation_loss(apply_fn: ApplyFn, *, chunk_tokens: int) -> LossFn:
     """Cross-entropy of the completions' tokens; the weight of a batch is its completion tokens."""
 
-    def loss_fn(
-        params: PyTree, batch: PairBatch, ref: PairLogps | None, mean_chosen_len: Float[Array, ""]
-    ) -> tuple[Metric, Metrics]:
+    def loss_fn(params: PyTree, batch: PairBatch, ref: Logps | None, whole: Whole) -> tuple[Metric, Metrics, Running]:
         logps = completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)[:, 0]
         tokens = batch.completion_len[:, 0].astype(jnp.float32)
         rows = Metric(jnp.sum(logps * batch.real), jnp.sum(batch.real))
-        return Metric(-rows.sum, jnp.sum(tokens * batch.real)), {"logps/chosen": rows}
+        return Metric(-rows.sum, jnp.sum(tokens * batch.real)), {"logps/chosen": rows}, {}
 
     return loss_fn

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dpojax.configs import DPOConfig, TrainOptions
-from dpojax.data import Batches, Example, IndexedBatch
-from dpojax.logprobs import completion_logps
+from dpojax.data import Batches, IndexedBatch
+from dpojax.logprobs import CompletionStats, completion_logps, completion_stats
+from dpojax.losses import Traits
 from dpojax.models import DecoderConfig, Model
 from dpojax.progress import console, track
 from dpojax.sharding import batch_sharding, param_shardings, put_global
 from dpojax.train.logps_cache import LogpsCache
+from dpojax.train.objectives import Logps, logps_of
 from dpojax.train.step import jit_forward
-from dpojax.types import ApplyFn, PairBatch, PairLogps, PyTree
+from dpojax.types import ApplyFn, PairBatch, PyTree
 
 LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
+RefStep = Callable[[PyTree, PairBatch], Logps]
 
 
 def content_hash(params: PyTree) -> str:
@@ -44,15 +47,34 @@ def make_logps_step(
     return jit_forward(logps, mesh, config, micro_batches)
 
 
-def pair_of_sums(sums: Float[Array | np.ndarray, "B 2"], lengths: Array | np.ndarray) -> PairLogps:
-    """``[B, 2]`` sums and lengths as :class:`~dpojax.types.PairLogps`."""
-    chosen, rejected = sums[:, 0], sums[:, 1]
-    return PairLogps(chosen, rejected, lengths[:, 0], lengths[:, 1])  # type: ignore[arg-type]  # NumPy too
+def make_ref_step(
+    apply_fn: ApplyFn,
+    mesh: Mesh,
+    config: DecoderConfig,
+    traits: Traits,
+    *,
+    chunk_tokens: int,
+    micro_batches: int = 1,
+) -> RefStep:
+    """A jitted ``ref_step(params, batch)``: what an objective of these traits reads of a live reference."""
+    reads = (traits.reads & {"tokens"}) | ({"states"} if "kl" in traits.reads else set())
 
+    def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
+        stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
+        # The unembedding is a parameter, not a row's.
+        return stats.replace(states=stats.states and stats.states.replace(head=None))
 
-def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """``[n, N]`` completion tokens."""
-    return np.array([[len(completion) for completion in example.completions] for example in examples], np.int32)
+    forward = jit_forward(stats, mesh, config, micro_batches)
+    shape = jax.jit(lambda stats, batch: logps_of(stats, batch, traits), out_shardings=batch_sharding(mesh))
+
+    def ref_step(params: PyTree, batch: PairBatch) -> Logps:
+        ref = shape(forward(params, batch), batch)
+        if "kl" in traits.reads:
+            head = params["embed" if config.tied else "head"]
+            ref = dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=head))
+        return ref
+
+    return ref_step
 
 
 def collect_logps(
@@ -69,7 +91,7 @@ def collect_logps(
     Each example is computed once, however many epochs the batches run over, and not at all if the cache has it.
     ``params`` may be a function, which is called if anything is to be computed.
     """
-    n, N = len(batches.examples), len(batches.examples[0].completions)
+    n, N = batches.completions.shape
     sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(batches.examples)
     rows = batch_sharding(mesh)
     todo = [i for i in range(batches.first_pass(limit)) if np.isnan(sums[batches.indices[i]]).any()]
@@ -98,6 +120,16 @@ def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
     return f"{config}/{content}/{dtype}"
 
 
+def reads_tokens(traits: Traits) -> bool:
+    """Whether an objective reads more than sums of log-probabilities, or draws."""
+    return bool(traits.reads & {"tokens", "squares", "kl", "key"} or traits.rewards)
+
+
+def is_live(config: DPOConfig, traits: Traits) -> bool:
+    """Whether the reference runs in every step: asked for, or because the cache holds sums alone."""
+    return config.reference == "live" or bool(traits.reads & {"tokens", "kl"})
+
+
 class Reference:
     """The frozen reference as the train step meets it: log-probabilities of a batch, cached or live.
 
@@ -106,10 +138,19 @@ class Reference:
     stay, and every batch costs one more forward pass.
     """
 
-    def __init__(self, config: TrainOptions, logps_step: LogpsStep, mesh: Mesh, model: Model, model_hash: str):
-        self.needed = isinstance(config, DPOConfig)
-        self.live = isinstance(config, DPOConfig) and config.reference == "live"
-        self.logps_step, self.mesh, self.config = logps_step, mesh, config
+    def __init__(
+        self,
+        config: TrainOptions,
+        traits: Traits,
+        logps_step: LogpsStep,
+        ref_step: RefStep,
+        mesh: Mesh,
+        model: Model,
+        model_hash: str,
+    ):
+        self.needed = isinstance(config, DPOConfig) and traits.reference
+        self.live = isinstance(config, DPOConfig) and is_live(config, traits)
+        self.traits, self.logps_step, self.ref_step, self.mesh, self.config = traits, logps_step, ref_step, mesh, config
         self.model: Model | None = model
         self.key = model_key(model.config, model_hash, config.dtype)
         self.params: PyTree = None
@@ -126,7 +167,7 @@ class Reference:
         else:
             # First, and so in the run's own batches, whose rounding is then the steps' own.
             self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
-        if eval_batches is not None:
+        if eval_batches is not None and not reads_tokens(self.traits):
             label = "Reference log-probabilities, held-out"
             self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
         if not self.live:
@@ -143,22 +184,17 @@ class Reference:
         return self.params
 
     def _collect(self, batches: Batches, file: str, label: str, limit: int | None = None) -> np.ndarray:
-        cache = LogpsCache(file, self.key, len(batches.examples[0].completions))
+        cache = LogpsCache(file, self.key, batches.completions.shape[1])
         return collect_logps(self.logps_step, self._on_devices, batches, self.mesh, label, limit, cache)
 
-    def of(self, item: IndexedBatch) -> PairLogps | None:
-        """The reference's log-probabilities of a batch; None where no objective reads them (SFT)."""
+    def of(self, item: IndexedBatch) -> Logps | None:
+        """The reference's log-probabilities of a batch; None where no objective reads them."""
         if not self.needed:
             return None
         rows = batch_sharding(self.mesh)
         if self.live:
             whole = dataclasses.replace(item.batch, hidden=None)  # the reference may have another trunk
-            return ref_step(self.logps_step, self.params, put_global(whole, rows))
+            return self.ref_step(self.params, put_global(whole, rows))
         assert self.sums is not None
         sums = np.where(item.index[:, None] >= 0, self.sums[item.index], 0.0)
-        return put_global(pair_of_sums(sums, item.batch.completion_len), rows)
-
-
-def ref_step(logps_step: LogpsStep, ref_params: PyTree, batch: PairBatch) -> PairLogps:
-    """A live reference's log-probabilities of a batch that lies on the mesh."""
-    return pair_of_sums(logps_step(ref_params, batch), batch.completion_len)
+        return put_global(logps_of(CompletionStats(sums), item.batch, self.traits), rows)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dpojax.logprobs import streams
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import split
 from dpojax.sharding import batch_sharding, param_shardings, put_global, replicated
-from dpojax.train.objectives import LossFn, Metrics
+from dpojax.train.objectives import Logps, LossFn, Metrics, Running, Whole, mean_chosen_len
 from dpojax.types import Metric, PairBatch, PairLogps, PyTree
 
 
@@ -26,9 +27,11 @@ class TrainState:
     params: PyTree
     opt_state: PyTree
     rng: PRNGKeyArray
-    """For objectives that draw; today's draw nothing, and the data order has a state of its own."""
+    """For objectives that draw; the data order has a state of its own."""
     frozen: dict[str, PyTree] = struct.field(default_factory=dict)
     """Parameters that the model reads and no step changes: no gradient, no moments, in no checkpoint."""
+    running: Running = struct.field(default_factory=dict)
+    """What the objective keeps over the steps, by its name."""
 
     @property
     def policy(self) -> PyTree:
@@ -36,15 +39,19 @@ class TrainState:
         return {**self.params, **self.frozen} if self.frozen else self.params
 
 
-StepFn = Callable[[TrainState, PairBatch, PairLogps | None], tuple[TrainState, Metrics]]
+StepFn = Callable[[TrainState, PairBatch, Logps | None], tuple[TrainState, Metrics]]
 
 
 def init_state(
-    params: PyTree, optimizer: optax.GradientTransformation, seed: int, frozen: Iterable[str] = ()
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    frozen: Iterable[str] = (),
+    running: Running | None = None,
 ) -> TrainState:
     """The state before the first step; ``seed`` seeds its random key, ``frozen`` names what is not trained."""
     trained, kept = part(params, frozen)
-    return TrainState(jnp.int32(0), trained, optimizer.init(trained), jax.random.key(seed), kept)
+    return TrainState(jnp.int32(0), trained, optimizer.init(trained), jax.random.key(seed), kept, running or {})
 
 
 def part(params: PyTree, frozen: Iterable[str]) -> tuple[PyTree, dict[str, PyTree]]:
@@ -54,23 +61,36 @@ def part(params: PyTree, frozen: Iterable[str]) -> tuple[PyTree, dict[str, PyTre
 
 
 def initial_state(
-    params: PyTree, optimizer: optax.GradientTransformation, seed: int, shardings: TrainState
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    shardings: TrainState,
+    running: Running | None = None,
 ) -> TrainState:
     """The state before the first step, laid out over the mesh; ``params`` are host arrays and are not kept."""
-    whole = lambda p: init_state(p, optimizer, seed, shardings.frozen)  # noqa: E731
+    whole = lambda p: init_state(p, optimizer, seed, shardings.frozen, running)  # noqa: E731
     init = jax.jit(whole, out_shardings=shardings, donate_argnums=0)
     return init(put_global(params, shardings.policy))
 
 
-def abstract_state(config: DecoderConfig, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+def abstract_state(
+    config: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    running: Running | None = None,
+) -> TrainState:
     """Shapes, dtypes and placement of the state, to restore into."""
     _, params = split(config)
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, 0, shardings.frozen), params)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, 0, shardings.frozen, running), params)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def state_shardings(
-    mesh: Mesh, config: DecoderConfig, optimizer: optax.GradientTransformation, frozen: Iterable[str] = ()
+    mesh: Mesh,
+    config: DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    frozen: Iterable[str] = (),
+    running: Running | None = None,
 ) -> TrainState:
     """A sharding for every leaf of the state: optimizer moments lie where their parameters lie."""
     params, kept = part(param_shardings(mesh, config), frozen)
@@ -79,7 +99,9 @@ def state_shardings(
     moments = optax.tree.map_params(
         optimizer, lambda _, s: s, opt_shapes, params, transform_non_params=lambda _: replicated(mesh)
     )
-    return TrainState(replicated(mesh), params, moments, replicated(mesh), kept)  # type: ignore[arg-type]
+    whole = replicated(mesh)
+    kept_by_losses = jax.tree.map(lambda _: whole, running or {})
+    return TrainState(whole, params, moments, whole, kept, kept_by_losses)  # type: ignore[arg-type]
 
 
 def split_micro(tree: PyTree, n: int, streams: int) -> PyTree:
@@ -99,18 +121,19 @@ def join_micro(x: Array, streams: int) -> Array:
 
 
 def jit_forward(
-    forward: Callable[[PyTree, PairBatch], Array], mesh: Mesh, config: DecoderConfig, micro_batches: int = 1
-) -> Callable[[PyTree, PairBatch], Array]:
-    """``forward(params, batch)``, an array ``[B, ...]`` or ``[R, ...]``, compiled for a mesh.
+    forward: Callable[[PyTree, PairBatch], Any], mesh: Mesh, config: DecoderConfig, micro_batches: int = 1
+) -> Callable[[PyTree, PairBatch], Any]:
+    """``forward(params, batch)``, arrays ``[B, ...]`` or ``[R, ...]``, compiled for a mesh.
 
     It goes through a batch in the train step's micro-batches, so that both see the same shapes.
     """
 
-    def whole(params: PyTree, batch: PairBatch) -> Array:
+    def whole(params: PyTree, batch: PairBatch) -> Any:
         if micro_batches == 1:
             return forward(params, batch)
         R = streams(batch)[0].shape[0]
-        return join_micro(jax.lax.map(lambda micro: forward(params, micro), split_micro(batch, micro_batches, R)), R)
+        parts = jax.lax.map(lambda micro: forward(params, micro), split_micro(batch, micro_batches, R))
+        return jax.tree.map(lambda x: join_micro(x, R), parts)
 
     rows = batch_sharding(mesh)
     return jax.jit(whole, in_shardings=(param_shardings(mesh, config), rows), out_shardings=rows)
@@ -125,24 +148,29 @@ def make_train_step(
     batch gives the same update in one piece or in many. Metrics come back undivided.
     """
 
-    def train_step(state: TrainState, batch: PairBatch, ref: PairLogps | None) -> tuple[TrainState, Metrics]:
-        mean_chosen_len = jnp.sum(batch.completion_len[:, 0] * batch.real) / jnp.maximum(jnp.sum(batch.real), 1.0)
+    def train_step(state: TrainState, batch: PairBatch, ref: Logps | None) -> tuple[TrainState, Metrics]:
+        whole = Whole(mean_chosen_len(batch), state.step, state.running)
+        batch = dataclasses.replace(batch, key=row_keys(state, batch))
+        ref, head = without_head(ref)
 
-        def undivided(params: PyTree, micro: tuple[PairBatch, PairLogps | None]) -> tuple[Array, Metrics]:
-            loss, metrics = loss_fn(dataclasses.replace(state, params=params).policy, *micro, mean_chosen_len)
-            return loss.sum, {"loss": loss, **metrics}
+        def undivided(params: PyTree, micro: tuple[PairBatch, Logps | None]) -> tuple[Array, tuple[Metrics, Running]]:
+            policy = dataclasses.replace(state, params=params).policy
+            loss, metrics, running = loss_fn(policy, micro[0], with_head(micro[1], head), whole)
+            return loss.sum, ({"loss": loss, **metrics}, running)
 
         grad_fn = jax.grad(undivided, has_aux=True)
         if micro_batches == 1:
-            grads, metrics = grad_fn(state.params, (batch, ref))
+            grads, (metrics, running) = grad_fn(state.params, (batch, ref))
         else:
+            running = state.running  # an objective that keeps any sees whole batches
 
-            def add(total: PyTree, micro: tuple[PairBatch, PairLogps | None]) -> tuple[PyTree, None]:
-                return jax.tree.map(jnp.add, total, grad_fn(state.params, micro)), None
+            def add(total: PyTree, micro: tuple[PairBatch, Logps | None]) -> tuple[PyTree, None]:
+                grads, (metrics, _) = grad_fn(state.params, micro)
+                return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
             micros = split_micro((batch, ref), micro_batches, streams(batch)[0].shape[0])
-            shapes = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], micros))
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            grads, (metrics, _) = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], micros))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
             (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
 
         share = 1 / jnp.maximum(metrics["loss"].weight, 1e-30)  # products fuse into their readers, quotients do not
@@ -152,14 +180,35 @@ def make_train_step(
         metrics["grad_norm"] = Metric(optax.tree.norm(grads), one)
         metrics["learning_rate"] = Metric(jnp.asarray(schedule(state.step), jnp.float32), one)
         params = optax.apply_updates(state.params, updates)
-        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+        step = state.step + 1
+        return dataclasses.replace(state, step=step, params=params, opt_state=opt_state, running=running), metrics
 
     return train_step
+
+
+def row_keys(state: TrainState, batch: PairBatch) -> PRNGKeyArray:
+    """A random key for every row of the batch, of this step's own; where no objective draws, none is computed."""
+    return jax.random.split(jax.random.fold_in(state.rng, state.step), len(batch.prompt_len))
+
+
+def without_head(ref: Logps | None) -> tuple[Logps | None, Array | None]:
+    """The reference's rows, and its unembedding matrix, which is no row's and in no micro-batch."""
+    if not isinstance(ref, PairLogps) or ref.states is None:
+        return ref, None
+    return dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=None)), ref.states.head
+
+
+def with_head(ref: Logps | None, head: Array | None) -> Logps | None:
+    """The inverse of :func:`without_head`."""
+    if head is None or not isinstance(ref, PairLogps) or ref.states is None:
+        return ref
+    return dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=head))
 
 
 def jit_train_step(step: StepFn, mesh: Mesh, shardings: TrainState) -> StepFn:
     """The step compiled for a mesh: state and batch laid out over it, the old state's memory reused for the new."""
     rows = batch_sharding(mesh)
+    # The reference's log-probabilities lie as the batch does, its unembedding as it lies among its parameters.
     return jax.jit(
-        step, in_shardings=(shardings, rows, rows), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
+        step, in_shardings=(shardings, rows, None), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
     )

@@ -1,0 +1,205 @@
+"""Objectives as the command line spells them: ``sigmoid+0.2*sft``, ``ipo(beta=0.3)``, ``path/to/file.py:name``."""
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpojax.losses.catalogue import LOSSES, WRAPPERS
+from dpojax.losses.compose import weighted_sum
+from dpojax.losses.traits import Objective, traits_of
+from dpojax.types import LabelledLogps, PairLogps
+
+IN_FILE = re.compile(r"([^\s+*(),=]+\.py):([A-Za-z_]\w*)")
+CONSTANT_NAMES = {"true": True, "false": False, "True": True, "False": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spelled:
+    """An objective and what its spelling says beside."""
+
+    objective: Objective
+    beta: float
+    """Of its first term that has one, else 0.1; it scales the rewards that are logged."""
+    unused: tuple[str, ...]
+    """Options that were given for every term and that none took."""
+    files: tuple[str, ...]
+    """Files of the user's that it comes from."""
+
+
+def spelled(text: str, **options: float | None) -> Spelled:
+    """The objective of a spelling.
+
+    Args:
+      text: names of :data:`~dpojax.losses.LOSSES`, calls that bind their options, wrappers around objectives, sums and
+        numbers times objectives, and ``file.py:name`` for a function of the user's.
+      **options: for every term that takes them and does not bind them itself; None is not given.
+
+    Raises:
+      ValueError: the text spells no objective; the message says why.
+
+    >>> spelled("sigmoid+0.2*ipo(beta=0.3)", beta=0.5).beta
+    0.5
+    >>> spelled("length_normalized(hinge)", label_smoothing=0.1).unused
+    ('label_smoothing',)
+    """
+    reader = _Reader({name: value for name, value in options.items() if value is not None})
+    try:
+        tree = ast.parse(IN_FILE.sub(reader.keep, text.strip()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{text!r} cannot be read; write for example sigmoid+0.2*sft or ipo(beta=0.3)") from None
+    objective = reader.objective(tree)
+    _check_shape(objective, text)
+    unused = tuple(name for name in reader.options if name not in reader.used)
+    files = tuple(path for path, _ in reader.in_files.values())
+    return Spelled(objective, reader.betas[0] if reader.betas else 0.1, unused, files)
+
+
+class _Reader:
+    """Walks a spelling's syntax tree; remembers which options were used and which betas met."""
+
+    def __init__(self, options: dict[str, float]):
+        self.options = options
+        self.used: set[str] = set()
+        self.betas: list[float] = []
+        self.in_files: dict[str, tuple[str, str]] = {}
+
+    def keep(self, match: re.Match) -> str:
+        """A name that Python's grammar takes, for ``file.py:name``."""
+        name = f"_in_file_{len(self.in_files)}"
+        self.in_files[name] = (match[1], match[2])
+        return name
+
+    def objective(self, node: ast.expr) -> Objective:
+        terms = self.terms(node)
+        return terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else weighted_sum(*terms)
+
+    def terms(self, node: ast.expr) -> list[tuple[float, Objective]]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self.terms(node.left) + self.terms(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            number, other = (node.left, node.right) if _number(node.left) is not None else (node.right, node.left)
+            weight = _number(number)
+            if weight is None:
+                raise ValueError(f"{ast.unparse(node)!r}: one side of * must be a number")
+            return [(weight * inner, loss) for inner, loss in self.terms(other)]
+        if isinstance(node, ast.Call):
+            return [(1.0, self.call(node))]
+        if isinstance(node, ast.Name):
+            return [(1.0, self.bind(self.function(node.id), node.id, {}))]
+        raise ValueError(f"{ast.unparse(node)!r} is no objective; use names, name(option=value), + and number *")
+
+    def call(self, node: ast.Call) -> Objective:
+        if not isinstance(node.func, ast.Name) or any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError(f"{ast.unparse(node)!r} is no objective; write name(option=value)")
+        name = node.func.id
+        given = {str(keyword.arg): _constant(keyword.value) for keyword in node.keywords}
+        if name in WRAPPERS:
+            if not node.args:
+                raise ValueError(f"{name} goes around an objective; write {name}(sigmoid)")
+            try:
+                return WRAPPERS[name](self.objective(node.args[0]), *map(_constant, node.args[1:]), **given)
+            except TypeError:
+                raise ValueError(f"{name} takes {_options(WRAPPERS[name])}") from None
+        if node.args:
+            raise ValueError(f"{name}: give its options by name, as in ipo(beta=0.3)")
+        return self.bind(self.function(name), name, given)
+
+    def function(self, name: str) -> Callable:
+        if name in self.in_files:
+            return from_file(*self.in_files[name])
+        if name in WRAPPERS:
+            raise ValueError(f"{name} goes around an objective; write {name}(sigmoid)")
+        if name not in LOSSES:
+            raise ValueError(f"no objective {name!r}; use one of {', '.join(LOSSES)}, or file.py:name")
+        return LOSSES[name]
+
+    def bind(self, function: Callable, name: str, given: dict[str, Any]) -> Objective:
+        takes = inspect.signature(function).parameters
+        for option in given:
+            if option not in takes:
+                raise ValueError(f"{function.__name__} has no option {option!r}; it takes {_options(function)}")
+        common = {option: value for option, value in self.options.items() if option in takes}
+        self.used |= common.keys()
+        bound = {**common, **given}
+        if "beta" in takes:
+            self.betas.append(bound.get("beta", takes["beta"].default))
+        return functools.partial(function, **bound) if bound else function
+
+
+def _options(function: Callable) -> str:
+    names = list(inspect.signature(function).parameters)
+    skipped = 1 if function in WRAPPERS.values() else 2
+    return ", ".join(names[skipped:]) or "none"
+
+
+def _number(node: ast.expr) -> float | None:
+    value = _constant(node, strict=False)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _constant(node: ast.expr, *, strict: bool = True) -> Any:
+    """A number, a truth value or a word; words need no quotes."""
+    if isinstance(node, ast.Name) and strict:
+        return CONSTANT_NAMES.get(node.id, node.id)
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        value = None
+    if strict and not isinstance(value, int | float | str):
+        raise ValueError(f"{ast.unparse(node)!r} is no value for an option; give a number or a word")
+    return value
+
+
+def from_file(path: str, name: str) -> Objective:
+    """A function of a Python file of the user's.
+
+    Raises:
+      ValueError: no such file or function, or the file cannot be run.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{path}: no such file; give a Python file that defines {name}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is anybody's code
+        raise ValueError(f"{path}: cannot be run ({type(error).__name__}: {error})") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{path}: defines no function {name}")
+    return function
+
+
+def probe(objective: Objective, B: int = 3, C: int = 4) -> tuple[Any, Any]:
+    """Log-probabilities with every optional field that an objective may ask for, of B pairs of up to C tokens."""
+    x, n = jnp.full((B,), -1.0), jnp.full((B,), C, jnp.int32)
+    if traits_of(objective).unpaired:
+        labelled = LabelledLogps(x, n, jnp.ones((B,)), x)
+        return labelled, labelled
+    sides = {f"{side}_{name}": x for side in ("chosen", "rejected") for name in ("squares", "kl")}
+    sides |= {f"{side}_tokens": jnp.full((B, C), -1.0) for side in ("chosen", "rejected")}
+    ones = jnp.ones((B,))
+    policy = PairLogps(x, x, n, n, jnp.float32(C), ones, ones, **sides, key=jax.random.split(jax.random.key(0), B))  # type: ignore[arg-type]
+    return policy, policy
+
+
+def _check_shape(objective: Objective, text: str) -> None:
+    """Refuse, before anything is read, what does not give one loss a pair."""
+    policy, ref = probe(objective)
+    try:
+        out = jax.eval_shape(objective, policy, ref)
+    except Exception as error:  # of anybody's code
+        raise ValueError(f"{text!r} fails on a batch of pairs ({str(error).splitlines()[0][:200]})") from None
+    if getattr(out, "shape", None) != (3,):
+        raise ValueError(f"{text!r} gives {getattr(out, 'shape', out)} for 3 pairs; it must give one loss a pair")
