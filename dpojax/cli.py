@@ -16,6 +16,7 @@ from dpojax.configs import (
     EvalConfig,
     ExportConfig,
     LogpsConfig,
+    LossesConfig,
     SampleConfig,
     SFTConfig,
     TrainOptions,
@@ -25,7 +26,7 @@ from dpojax.errors import UserError
 if TYPE_CHECKING:
     from dpojax.data import Encoder
 
-Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | ExportConfig | CheckDataConfig
+Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | ExportConfig | CheckDataConfig | LossesConfig
 
 
 def run_train(config: TrainOptions) -> int:
@@ -48,9 +49,7 @@ def run_logps(config: LogpsConfig) -> int:
     if not config.output:
         console.print(f"{len(sums)} rows are in the cache beside {config.data[0]}")
         return 0
-    names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
-    columns = zip(*sums.T.tolist(), *scores.lengths.T.tolist(), strict=True)
-    rows = (dict(zip(names, row, strict=True)) for row in columns)
+    rows = map(scores.line, range(len(sums)), sums)
     write_whole(Path(config.output), "".join(json.dumps(row) + "\n" for row in rows))
     console.print(f"{len(sums)} rows written to {config.output}")
     return 0
@@ -68,17 +67,27 @@ def run_eval(config: EvalConfig) -> int:
     scores = FileScores(config)
     own = options_of_run(config.model)
     ref_name = config.ref_model or own.get("ref_model") or own.get("model")
-    beta = config.beta or own.get("beta", 0.1)
-    policy = scores.of(config.model)
-    ref = scores.of(ref_name) if ref_name else None
-    figures = preference_estimates(policy, ref, scores.lengths, beta=beta, groups=scores.prompts)
+    beta = config.beta or own.get("beta") or beta_of_run(own)
+    policy, lengths, prompts = scores.pairs(scores.of(config.model))
+    ref = scores.pairs(scores.of(ref_name))[0] if ref_name else None
+    figures = preference_estimates(policy, ref, lengths, beta=beta, groups=prompts)
     for name, figure in sorted(figures.items()):
         console.print(f"{name:30} {figure}")
-    console.print(f"{len(policy)} pairs of {len(set(scores.prompts))} prompts; ± is the standard error over prompts")
+    console.print(f"{len(policy)} pairs of {len(set(prompts))} prompts; ± is the standard error over prompts")
     if config.output:
         plain = {name: {"mean": f.mean, "standard_error": f.error, "prompts": f.n} for name, f in figures.items()}
         write_whole(Path(config.output), json.dumps(plain, indent=2) + "\n")
     return 0
+
+
+def beta_of_run(own: dict[str, Any]) -> float:
+    """Of the objective that a run was trained with; 0.1 of what is no run."""
+    from dpojax.losses import spelled
+
+    try:
+        return spelled(own["loss"]).beta if "loss" in own else 0.1
+    except ValueError as error:
+        raise UserError(f"--loss {own['loss']} of the run: {error}; give --beta") from None
 
 
 def run_sample(config: SampleConfig) -> int:
@@ -159,6 +168,31 @@ def run_check_data(config: CheckDataConfig) -> int:
     return 1 if wrong else 0
 
 
+def run_losses(config: LossesConfig) -> int:
+    """``dpojax losses``."""
+    from dpojax.progress import console
+    from dpojax.show import check_matplotlib, curves_named, draw, print_catalogue, table
+
+    if not config.names:
+        for option in ("output", "beta", "span"):
+            if (value := getattr(config, option)) != getattr(LossesConfig, option):
+                raise UserError(
+                    f"--{option} {value}: is for a plot; name objectives, as in dpojax losses sigmoid hinge"
+                )
+        print_catalogue(console)
+        return 0
+    check_file(config.output)
+    if not config.output.endswith(".png"):
+        raise UserError(f"--output {config.output}: the plot is a PNG file; name it so, as in losses.png")
+    check_matplotlib()
+    curves = curves_named(config.names, config.beta, config.span)
+    draw(curves, Path(config.output))
+    console.print("where policy and reference agree:")
+    for line in [*table(curves), f"plotted in {config.output}"]:
+        console.print(line)
+    return 0
+
+
 def check_file(name: str) -> None:
     """Refuse an output file that could not be written, before the work is done."""
     path = Path(name)
@@ -181,6 +215,7 @@ COMMANDS = {
     "sample": (SampleConfig, run_sample),
     "export": (ExportConfig, run_export),
     "check-data": (CheckDataConfig, run_check_data),
+    "losses": (LossesConfig, run_losses),
 }
 
 

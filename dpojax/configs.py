@@ -104,15 +104,17 @@ class DPOConfig(TrainOptions):
     """Align a model to preference pairs."""
 
     loss: str = "sigmoid"
-    """Objective: sigmoid (DPO), hinge, ipo or sft."""
-    beta: float = 0.1
-    """Strength of the KL penalty (the paper: 0.1; 0.5 for summarization)."""
-    label_smoothing: float = 0.0
-    """Probability that a label is flipped, from 0 to below 0.5 (conservative DPO; sigmoid only)."""
+    """Objective: a name that `dpojax losses` lists, as in sigmoid+0.2*sft or "ipo(beta=0.3)", or path/to/file.py:name
+    for one of your own."""
+    beta: float | None = None
+    """Strength of the KL penalty (default: the objective's own, mostly 0.1; the paper: 0.1, for summarization 0.5)."""
+    label_smoothing: float | None = None
+    """Probability that a label is flipped, from 0 to below 0.5, for objectives that have it (default: their own)."""
     ref_model: str | None = None
     """Reference model, as for --model (default: --model itself as it is before training)."""
-    reference: Literal["cached", "live"] = "cached"
-    """Reference log-probabilities: computed once for all runs on these rows, or again in every step."""
+    reference: Literal["auto", "cached", "live"] = "auto"
+    """Reference log-probabilities: computed once for all runs on these rows, or again in every step; auto is cached
+    unless the objective reads single tokens of the reference."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,5 +202,21 @@ class CheckDataConfig:
     """Where the tokenizer comes from, if not from --model."""
     max_length: int = 1024
     """Tokens of prompt + completion."""
-    kind: Literal["pairs", "completions"] = "pairs"
-    """What the rows are for: `dpo` (pairs) or `sft` (completions)."""
+    kind: Literal["pairs", "completions", "labels"] = "pairs"
+    """What the rows are for: `dpo` (pairs, or several completions with scores), `sft` (completions), or `dpo` with an
+    unpaired objective such as kto (completions with labels)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossesConfig:
+    """List the objectives: name, equation, paper, needs. Or, with names, plot loss and slope against the log-ratio
+    margin of a pair."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Objectives to plot, spelled as for --loss: sigmoid, "ipo(beta=0.3)", sigmoid+0.2*sft, path/to/file.py:name."""
+    output: str = "losses.png"
+    """PNG file for the plot."""
+    beta: float | None = None
+    """Strength of the KL penalty, for objectives that have it and do not bind it (default: their own)."""
+    span: float | None = None
+    """Largest margin plotted, nats (default: 4 over the smallest beta)."""

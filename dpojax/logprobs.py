@@ -171,10 +171,13 @@ def token_kls(
 ) -> Float[Array, "R Z"]:
     """``KL(reference || policy)`` of every token's distributions, nats, in chunks that are computed again backward."""
 
+    assert ref.head is not None
+    ref_head = ref.head
+
     @jax.checkpoint
     def of_chunk(chunk: tuple[Array, Array]) -> Float[Array, "R z"]:
         ref_h, h = chunk
-        ref_logp, logp = jax.nn.log_softmax(_logits(ref_h, ref.head)), jax.nn.log_softmax(_logits(h, head_VD))
+        ref_logp, logp = jax.nn.log_softmax(_logits(ref_h, ref_head)), jax.nn.log_softmax(_logits(h, head_VD))
         return jnp.sum(jnp.exp(ref_logp) * (ref_logp - logp), axis=-1)
 
     R, Z = h_RZD.shape[:2]
@@ -235,6 +238,22 @@ def completion_stats(
         assert ref is not None, "KL needs the reference's distributions"
         stats = dataclasses.replace(stats, kl=jnp.sum(grid(token_kls(ref, h_RZD, head_VD, chunk_tokens)), axis=-1))
     return dataclasses.replace(stats, states=States(h_RZD, head_VD)) if "states" in reads else stats
+
+
+def completion_rewards(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
+    """A reward model's score of every completion: ``w . h`` of the hidden state at its last token, the EOS."""
+    B, N, C = batch.completions.shape
+    P = batch.prompt.shape[1]
+    rows = pack_rows(batch)
+    h_RTD, score_1D = apply_fn(params, rows)
+    R = rows.tokens.shape[0]
+    start = (jnp.arange(B) % (B // R))[:, None] * (P + N * C) + P + jnp.arange(N)[None] * C
+    places = (start + jnp.maximum(batch.completion_len, 1) - 1).reshape(R, -1)
+    slots = jnp.take_along_axis(rows.slots, places, axis=1)
+    # What only fills up has no slot; its score is masked.
+    last_RZD = jnp.take_along_axis(h_RTD, jnp.minimum(slots, h_RTD.shape[1] - 1)[..., None], axis=1)
+    scores = jnp.einsum("rzd,vd->rzv", last_RZD.astype(jnp.float32), score_1D.astype(jnp.float32))
+    return scores.reshape(B, N)
 
 
 def completion_logps(

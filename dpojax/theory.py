@@ -13,7 +13,7 @@ Bradley-Terry preferences (:func:`preference_probability`) over all pairs of a p
 - ``unweighted``: none. Its gradient never changes; log-ratios diverge and the policy collapses.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,16 @@ from jaxtyping import Array, Float, Int
 from dpojax.losses import Objective, traits_of
 from dpojax.types import PairLogps
 
+Scalar: TypeAlias = Float[Array, ""]
+PerPrompt: TypeAlias = Float[Array, " X"]
+Table: TypeAlias = Float[Array, "X Y"]
+Pairwise: TypeAlias = Float[Array, "X Y Y"]
+
 STEPS = 10_000
 PEAK = 0.3  # nats a step at first; decayed to nothing, so that a policy can travel some 1500 nats and still settle
 
 
-def log_partition(reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], beta: float) -> Float[Array, " X"]:
+def log_partition(reward: Table, ref_logps: Table, beta: float | Scalar) -> PerPrompt:
     r"""The logarithm of the partition function of the KL-constrained optimum.
 
     .. math:: Z(x) = \sum_y \pi_\mathrm{ref}(y|x)\, e^{r(x, y) / \beta}
@@ -36,8 +41,7 @@ def log_partition(reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], b
     Source: Rafailov et al. 2023 (arXiv 2305.18290), below equation 4.
 
     Args:
-      reward: ``[X, Y]``.
-      ref_logps: the reference's log-probabilities, ``[X, Y]``, nats.
+      reward, ref_logps: rewards, and the reference's log-probabilities in nats, ``[X, Y]``.
       beta: strength of the KL penalty, above 0.
 
     Returns:
@@ -50,34 +54,23 @@ def log_partition(reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], b
     return jax.nn.logsumexp(ref_logps + reward / beta, axis=-1)
 
 
-def optimal_policy(reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], beta: float) -> Float[Array, "X Y"]:
-    r"""The policy of the greatest expected reward under a KL penalty, in closed form.
+def optimal_policy(reward: Table, ref_logps: Table, beta: float | Scalar) -> Table:
+    r"""The policy of the greatest expected reward under a KL penalty, in closed form: log-probabilities, ``[X, Y]``.
 
     .. math:: \log \pi_r(y|x) = \log \pi_\mathrm{ref}(y|x) + r(x, y) / \beta - \log Z(x)
 
-    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 4, the maximum of equation 3.
-
-    Args:
-      reward, ref_logps: ``[X, Y]``.
-      beta: strength of the KL penalty, above 0.
-
-    Returns:
-      Log-probabilities, ``[X, Y]``, nats.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 4, the maximum of equation 3. Arguments as in
+    :func:`log_partition`.
 
     >>> reward, ref = jnp.log(jnp.array([[2.0, 4.0]])), jnp.log(jnp.array([[0.5, 0.5]]))
     >>> [f"{p:.6f}" for p in jnp.exp(optimal_policy(reward, ref, beta=1.0))[0]]  # 1 / 3 and 2 / 3
     ['0.333333', '0.666667']
     """
-    return ref_logps + reward / beta - log_partition(reward, ref_logps, beta)[:, None]
+    return jax.nn.log_softmax(ref_logps + reward / beta, axis=-1)
 
 
-def implied_reward(
-    logps: Float[Array, "X Y"],
-    ref_logps: Float[Array, "X Y"],
-    beta: float,
-    log_z: Float[Array, " X"] | None = None,
-) -> Float[Array, "X Y"]:
-    r"""The reward that a policy is the optimum of, with or without its term of the prompt alone.
+def implied_reward(logps: Table, ref_logps: Table, beta: float, log_z: PerPrompt | None = None) -> Table:
+    r"""The reward that a policy is the optimum of, ``[X, Y]``, with or without its term of the prompt alone.
 
     .. math:: r(x, y) = \beta \log \frac{\pi_r(y|x)}{\pi_\mathrm{ref}(y|x)} + \beta \log Z(x)
 
@@ -86,10 +79,7 @@ def implied_reward(
     Args:
       logps, ref_logps: log-probabilities, ``[X, Y]``, nats.
       beta: strength of the KL penalty, above 0.
-      log_z: :func:`log_partition` of the reward; None leaves its term out.
-
-    Returns:
-      ``[X, Y]``, in the reward's units.
+      log_z: :func:`log_partition` of the reward, ``[X]``; None leaves its term out.
 
     >>> logps, ref = jnp.log(jnp.array([[0.25, 0.75]])), jnp.log(jnp.array([[0.5, 0.5]]))
     >>> [f"{r:.6f}" for r in implied_reward(logps, ref, beta=2.0)[0]]  # 2 log 0.5 and 2 log 1.5
@@ -99,19 +89,13 @@ def implied_reward(
     return reward if log_z is None else reward + beta * log_z[:, None]
 
 
-def preference_probability(reward: Float[Array, "X Y"]) -> Float[Array, "X Y Y"]:
-    r"""The Bradley-Terry probability that each completion is preferred to each other one.
+def preference_probability(reward: Table) -> Pairwise:
+    r"""The Bradley-Terry probability that completion y is preferred to completion z, ``[X, y, z]``.
 
     .. math:: p(y \succ z \mid x) = \sigma(r(x, y) - r(x, z))
 
     Of implied rewards it is the same with and without ``beta log Z(x)``, which cancels. Source: Rafailov et al. 2023
     (arXiv 2305.18290), equation 1, and equation 6 for implied rewards.
-
-    Args:
-      reward: ``[X, Y]``.
-
-    Returns:
-      ``[X, Y, Y]``; ``[x, y, z]`` is of y over z, and 1/2 on the diagonal.
 
     >>> p = preference_probability(jnp.log(jnp.array([[1.0, 3.0]])))
     >>> [f"{p[0, 0, 1]:.4f}", f"{p[0, 1, 0]:.4f}"]  # 1 / (1 + 3) and 3 / (3 + 1)
@@ -120,31 +104,20 @@ def preference_probability(reward: Float[Array, "X Y"]) -> Float[Array, "X Y Y"]
     return jax.nn.sigmoid(reward[:, :, None] - reward[:, None, :])
 
 
-def kl(logps: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"]) -> Float[Array, " X"]:
-    r"""The Kullback-Leibler divergence :math:`\sum_y \pi(y|x) \log (\pi(y|x) / \pi_\mathrm{ref}(y|x))` of each prompt.
+def kl(logps: Table, ref_logps: Table) -> PerPrompt:
+    r"""The divergence :math:`\sum_y \pi(y|x) \log (\pi(y|x) / \pi_\mathrm{ref}(y|x))` of each prompt, ``[X]``, nats.
 
     Source: the penalty of Rafailov et al. 2023 (arXiv 2305.18290), equation 3.
-
-    Args:
-      logps, ref_logps: log-probabilities, ``[X, Y]``, nats; the expectation is under the first.
-
-    Returns:
-      ``[X]``, nats.
 
     >>> print(f"{kl(jnp.log(jnp.array([[0.25, 0.75]])), jnp.log(jnp.array([[0.5, 0.5]])))[0]:.6f}")
     0.130812
     """
-    return jnp.sum(jnp.exp(logps) * (logps - ref_logps), axis=-1)
+    # A probability of zero counts for nothing, though its logarithm is infinite.
+    return jnp.sum(jnp.exp(logps) * jnp.where(logps == -jnp.inf, 0.0, logps - ref_logps), axis=-1)
 
 
-def total_variation(logps: Float[Array, "X Y"], other: Float[Array, "X Y"]) -> Float[Array, " X"]:
-    r"""Half the sum of absolute differences of two policies' probabilities, from 0 to 1.
-
-    Args:
-      logps, other: log-probabilities, ``[X, Y]``, nats.
-
-    Returns:
-      ``[X]``.
+def total_variation(logps: Table, other: Table) -> PerPrompt:
+    r"""Half the sum of absolute differences of two policies' probabilities, from 0 to 1, ``[X]``.
 
     >>> total_variation(jnp.log(jnp.array([[0.25, 0.75]])), jnp.log(jnp.array([[0.5, 0.5]]))).tolist()
     [0.25]
@@ -152,7 +125,7 @@ def total_variation(logps: Float[Array, "X Y"], other: Float[Array, "X Y"]) -> F
     return jnp.sum(jnp.abs(jnp.exp(logps) - jnp.exp(other)), axis=-1) / 2
 
 
-def expected_reward(logps: Float[Array, "X Y"], reward: Float[Array, "X Y"]) -> Float[Array, " X"]:
+def expected_reward(logps: Table, reward: Table) -> PerPrompt:
     r"""The expectation :math:`\sum_y \pi(y|x)\, r(x, y)` of each prompt, ``[X]``.
 
     >>> expected_reward(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([[0.0, 4.0]])).tolist()
@@ -161,23 +134,14 @@ def expected_reward(logps: Float[Array, "X Y"], reward: Float[Array, "X Y"]) -> 
     return jnp.sum(jnp.exp(logps) * reward, axis=-1)
 
 
-def regularised_objective(
-    logps: Float[Array, "X Y"], reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], beta: float
-) -> Float[Array, " X"]:
-    r"""What :func:`optimal_policy` maximises: expected reward less the KL penalty.
+def regularised_objective(logps: Table, reward: Table, ref_logps: Table, beta: float) -> PerPrompt:
+    r"""What :func:`optimal_policy` maximises, expected reward less the KL penalty, ``[X]``.
 
     .. math:: J(\pi) = \mathbb{E}_\pi[r(x, y)] - \beta\, \mathrm{KL}(\pi \| \pi_\mathrm{ref})
               = \beta \log Z(x) - \beta\, \mathrm{KL}(\pi \| \pi_r)
 
     The second form is Gibbs' inequality: no policy beats ``pi_r``, and by how much one falls short. Source: Rafailov et
     al. 2023 (arXiv 2305.18290), equation 3 and appendix A.1.
-
-    Args:
-      logps, reward, ref_logps: ``[X, Y]``.
-      beta: strength of the KL penalty, above 0.
-
-    Returns:
-      ``[X]``, in the reward's units.
 
     >>> reward, ref = jnp.log(jnp.array([[2.0, 4.0]])), jnp.log(jnp.array([[0.5, 0.5]]))
     >>> best = optimal_policy(reward, ref, beta=1.0)
@@ -187,17 +151,14 @@ def regularised_objective(
     return expected_reward(logps, reward) - beta * kl(logps, ref_logps)
 
 
-def frontier(
-    reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], betas: Float[Array, " K"]
-) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
-    r"""The analytic frontier of reward against KL: no policy has more mean reward at the same mean KL.
+def frontier(reward: Table, ref_logps: Table, betas: Float[Array, " K"]) -> tuple[Array, Array]:
+    r"""The analytic frontier: no policy has more mean reward over the prompts at the same mean KL.
 
     .. math:: \beta \mapsto \left(\mathrm{KL}(\pi_{r,\beta} \| \pi_\mathrm{ref}),\;
               \mathbb{E}_{\pi_{r,\beta}}[r]\right)
 
-    Means are over the prompts, which share a beta: the multiplier of their common KL. As beta falls, KL and reward
-    rise; the curve is concave, and its slope is beta. Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 4; the
-    curve is that of their figure 2.
+    Prompts share a beta, the multiplier of their common KL. As it falls, KL and reward rise; the curve is concave, and
+    its slope is beta. Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 4; their figure 2 has such a curve.
 
     Args:
       reward, ref_logps: ``[X, Y]``.
@@ -212,59 +173,50 @@ def frontier(
     0.056633 1.155245
     """
 
-    def point(beta: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        logps = optimal_policy(reward, ref_logps, beta)  # type: ignore[arg-type]
+    def point(beta: Scalar) -> tuple[Array, Array]:
+        logps = optimal_policy(reward, ref_logps, beta)
         return kl(logps, ref_logps).mean(), expected_reward(logps, reward).mean()
 
     return jax.vmap(point)(betas)
 
 
-def frontier_reward(
-    reward: Float[Array, "X Y"], ref_logps: Float[Array, "X Y"], at: Float[Array, ""]
-) -> Float[Array, ""]:
+def frontier_reward(reward: Table, ref_logps: Table, at: float | Scalar) -> Scalar:
     """The mean reward that :func:`frontier` has where its mean KL is ``at``, by bisection in log beta.
 
     Args:
       reward, ref_logps: ``[X, Y]``.
       at: mean KL over prompts, nats, 0 or more; beyond the frontier's end, its last reward, the greatest there is.
 
-    Returns:
-      A scalar, in the reward's units.
-
     >>> reward, ref = jnp.log(jnp.array([[2.0, 4.0]])), jnp.log(jnp.array([[0.5, 0.5]]))
-    >>> print(f"{frontier_reward(reward, ref, jnp.array(0.0566330)):.5f}")  # the point at beta = 1
+    >>> print(f"{frontier_reward(reward, ref, 0.0566330):.5f}")  # the point at beta = 1
     1.15525
     """
     spread = jnp.maximum(jnp.max(reward) - jnp.min(reward), 1e-6)
 
-    def at_log_beta(log_beta: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        x, y = frontier(reward, ref_logps, (spread * jnp.exp(log_beta))[None])
-        return x[0], y[0]
+    def point(log_beta: Array) -> tuple[Array, Array]:
+        return frontier(reward, ref_logps, (spread * jnp.exp(log_beta))[None])
 
-    def halve(_: int, ends: tuple[Float[Array, ""], Float[Array, ""]]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
-        far = at_log_beta(middle)[0] > at  # beta is too small
+        far = point(middle)[0][0] > at  # this beta is too small
         return jnp.where(far, middle, low), jnp.where(far, high, middle)
 
-    ends = (jnp.full_like(spread, -12.0), jnp.full_like(spread, 8.0))
-    return at_log_beta(jax.lax.fori_loop(0, 60, halve, ends)[1])[1]
+    ends = jax.lax.fori_loop(0, 60, halve, (jnp.full_like(spread, -12.0), jnp.full_like(spread, 14.0)))
+    return point(ends[1])[1][0]
 
 
-def pair_probabilities(logps: Float[Array, "X Y"]) -> Float[Array, "X Y Y"]:
-    r"""The probability of each ordered pair of unlike completions that are drawn from a policy, prompts uniformly.
+def pair_probabilities(logps: Table) -> Pairwise:
+    r"""The probability of each ordered pair of unlike completions, drawn from a policy for a uniform prompt.
 
     .. math:: m(x, y, z) \propto \pi(y|x)\, \pi(z|x)\, [y \ne z], \qquad \sum_{y, z} m(x, y, z) = 1 / X
 
     Args:
       logps: of the policy that draws, ``[X, Y]``, nats; equal ones make all pairs equally likely.
 
-    Returns:
-      ``[X, Y, Y]``, symmetric, 0 on the diagonal; its sum is 1.
-
-    >>> pair_probabilities(jnp.log(jnp.array([[0.5, 0.25, 0.25]])))[0].round(4).tolist()  # 2 : 2 : 1
-    [[0.0, 0.20000000298023224, 0.20000000298023224], [0.20000000298023224, 0.0, 0.10000000149011612], \
-[0.20000000298023224, 0.10000000149011612, 0.0]]
+    >>> m = pair_probabilities(jnp.log(jnp.array([[0.5, 0.25, 0.25]])))
+    >>> [f"{m[0, i, j]:.3f}" for i, j in ((0, 0), (0, 1), (1, 0), (0, 2), (1, 2))]  # 0 : 2 : 2 : 2 : 1 of ten
+    ['0.000', '0.200', '0.200', '0.200', '0.100']
     """
     X, Y = logps.shape
     both = jnp.exp(logps[:, :, None] + logps[:, None, :]) * (1 - jnp.eye(Y, dtype=logps.dtype))[None]
@@ -272,10 +224,10 @@ def pair_probabilities(logps: Float[Array, "X Y"]) -> Float[Array, "X Y Y"]:
 
 
 def all_pairs(
-    logps: Float[Array, "X Y"],
-    ref_logps: Float[Array, "X Y"],
-    preferences: Float[Array, "X Y Y"],
-    pair_weights: Float[Array, "X Y Y"] | None = None,
+    logps: Table,
+    ref_logps: Table,
+    preferences: Pairwise,
+    pair_weights: Pairwise | None = None,
     lengths: Int[Array, "X Y"] | None = None,
 ) -> tuple[PairLogps, PairLogps, Float[Array, " B"]]:
     r"""Every ordered pair of unlike completions as an objective sees it, and how often it is a (chosen, rejected) pair.
@@ -285,17 +237,16 @@ def all_pairs(
     Args:
       logps, ref_logps: log-probabilities of policy and reference, ``[X, Y]``, nats.
       preferences: ``[X, Y, Y]``, as :func:`preference_probability` has them.
-      pair_weights: m, the probability of each pair, symmetric, as :func:`pair_probabilities` has it (default: all
-        pairs of a prompt, and all prompts, equally likely).
+      pair_weights: m, symmetric, as :func:`pair_probabilities` has it (default: all pairs equally likely).
       lengths: tokens of each completion (default: 1 each, and then per-token fields are there too).
 
     Returns:
       ``(policy, ref, weights)``, with ``B = X * Y * (Y - 1)``; the weights sum to 1.
 
     >>> half = jnp.log(jnp.array([[0.5, 0.5]]))
-    >>> policy, ref, weights = all_pairs(half, half, jnp.array([[[0.5, 0.2], [0.8, 0.5]]]))
-    >>> weights.round(4).tolist()  # the first completion is the chosen one, then the second
-    [0.20000000298023224, 0.800000011920929]
+    >>> policy, ref, weights = all_pairs(half, half, jnp.array([[[0.5, 0.25], [0.75, 0.5]]]))
+    >>> weights.tolist()  # the first completion is the chosen one, then the second
+    [0.25, 0.75]
     """
     X, Y = logps.shape
     first, second = (jnp.asarray(i) for i in np.nonzero(~np.eye(Y, dtype=bool)))
@@ -304,7 +255,7 @@ def all_pairs(
     n = jnp.ones((X, Y), jnp.int32) if lengths is None else lengths
     weights = (2 * pair_weights * preferences)[:, first, second].ravel()
 
-    def sides(values: Float[Array, "X Y"]) -> PairLogps:
+    def sides(values: Table) -> PairLogps:
         chosen, rejected = values[:, first].ravel(), values[:, second].ravel()
         n_chosen, n_rejected = n[:, first].ravel(), n[:, second].ravel()
         mean = jnp.sum(weights * n_chosen.astype(values.dtype))
@@ -320,14 +271,7 @@ def all_pairs(
     return sides(logps), sides(ref_logps), weights
 
 
-def expected_loss(
-    objective: Objective,
-    logits: Float[Array, "X Y"],
-    ref_logps: Float[Array, "X Y"],
-    preferences: Float[Array, "X Y Y"],
-    pair_weights: Float[Array, "X Y Y"] | None = None,
-    lengths: Int[Array, "X Y"] | None = None,
-) -> Float[Array, ""]:
+def expected_loss(objective: Objective, logits: Table, ref_logps: Table, *pairs: Any) -> Scalar:
     r"""An objective's exact expectation over all pairs, as a function of a tabular softmax policy's logits.
 
     .. math:: \mathcal{L}(\theta) = \sum_{x, y_w, y_l} P(x, y_w, y_l)\, \ell(x, y_w, y_l), \qquad
@@ -338,10 +282,7 @@ def expected_loss(
     Args:
       objective: of pairs, one that judges each pair by itself; bind its options with ``functools.partial``.
       logits: ``[X, Y]``.
-      ref_logps, preferences, pair_weights, lengths: as :func:`all_pairs` takes them.
-
-    Returns:
-      A scalar.
+      ref_logps, *pairs: ``preferences`` and, if wanted, ``pair_weights`` and ``lengths``, as in :func:`all_pairs`.
 
     Raises:
       ValueError: the objective's loss of a pair depends on other pairs, or it is not of pairs of log-probabilities.
@@ -353,21 +294,15 @@ def expected_loss(
     """
     declared = traits_of(objective)
     if declared.batch or declared.unpaired or declared.rewards or declared.running:
-        raise ValueError(
-            "expected_loss: the objective must be one that judges each pair of log-probabilities by itself"
-        )
-    logps = jax.nn.log_softmax(logits, axis=-1)
-    policy, ref, weights = all_pairs(logps, ref_logps, preferences, pair_weights, lengths)
+        raise ValueError("expected_loss: the objective must be one that judges each pair of log-probabilities alone")
+    policy, ref, weights = all_pairs(jax.nn.log_softmax(logits, axis=-1), ref_logps, *pairs)
     return jnp.sum(weights * objective(policy, ref))
 
 
 def train(
     objective: Objective,
-    ref_logps: Float[Array, "X Y"],
-    preferences: Float[Array, "X Y Y"],
-    pair_weights: Float[Array, "X Y Y"] | None = None,
-    lengths: Int[Array, "X Y"] | None = None,
-    *,
+    ref_logps: Table,
+    *pairs: Any,
     steps: int = STEPS,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Float[Array, "T X Y"]:
@@ -377,7 +312,7 @@ def train(
     along a cosine, so that also the hinge loss settles in its kinks.
 
     Args:
-      objective, ref_logps, preferences, pair_weights, lengths: as :func:`expected_loss` takes them.
+      objective, ref_logps, *pairs: as :func:`expected_loss` takes them.
       steps: number of updates.
       optimizer: another one; ``optax.sgd(rate)`` is gradient descent.
 
@@ -392,42 +327,28 @@ def train(
     ['0.3333', '0.6667']
     """
     chain = optimizer or optax.adam(optax.cosine_decay_schedule(PEAK, steps), eps=1e-20)
-    gradient = jax.grad(lambda logits: expected_loss(objective, logits, ref_logps, preferences, pair_weights, lengths))
+    gradient = jax.grad(lambda logits: expected_loss(objective, logits, ref_logps, *pairs))
 
     def step(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], Array]:
         updates, state = chain.update(gradient(carry[0]), carry[1], carry[0])
         logits = optax.apply_updates(carry[0], updates)
         return (logits, state), jax.nn.log_softmax(logits, axis=-1)
 
-    @jax.jit
-    def run(logits: Array) -> Array:
-        return jax.lax.scan(step, (logits, chain.init(logits)), None, length=steps)[1]
-
     start = jax.nn.log_softmax(ref_logps, axis=-1)
-    return jnp.concatenate([start[None], run(start)])
+    path = jax.jit(lambda logits: jax.lax.scan(step, (logits, chain.init(logits)), None, length=steps)[1])(start)
+    return jnp.concatenate([start[None], path])
 
 
 def dpo_gradient(
-    logits: Float[Array, "X Y"],
-    ref_logps: Float[Array, "X Y"],
-    preferences: Float[Array, "X Y Y"],
-    beta: float,
-    pair_weights: Float[Array, "X Y Y"] | None = None,
-) -> Float[Array, "X Y"]:
-    r"""The DPO loss's gradient by its formula, with respect to a tabular softmax policy's logits.
+    logits: Table, ref_logps: Table, preferences: Pairwise, beta: float, pair_weights: Pairwise | None = None
+) -> Table:
+    r"""The DPO loss's gradient by its formula, with respect to a tabular softmax policy's logits, ``[X, Y]``.
 
     .. math:: -\beta\, \mathbb{E}\left[\sigma(\hat r_l - \hat r_w)
               \left(\nabla \log \pi(y_w|x) - \nabla \log \pi(y_l|x)\right)\right], \qquad
               \frac{\partial \log \pi(y|x)}{\partial \theta_{xz}} = [y = z] - \pi(z|x)
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO update do?", and appendix A.4.
-
-    Args:
-      logits, ref_logps, preferences, pair_weights: as :func:`expected_loss` takes them.
-      beta: strength of the KL penalty, above 0.
-
-    Returns:
-      ``[X, Y]``.
 
     >>> half = jnp.log(jnp.array([[0.5, 0.5]]))
     >>> dpo_gradient(half, half, jnp.array([[[0.5, 0.0], [1.0, 0.5]]]), beta=0.5).tolist()  # -0.5 * 0.5 * (-1, 1)
@@ -440,3 +361,60 @@ def dpo_gradient(
     wrong = jnp.swapaxes(preference_probability(implied_reward(logps, ref_logps, beta)), 1, 2)  # sigma(r_l - r_w)
     weight = 2 * pair_weights * preferences * wrong
     return -beta * jnp.einsum("xwl,xwlk->xk", weight, score[:, :, None, :] - score[:, None, :, :])
+
+
+def ipo_optimum(ref_logps: Table, preferences: Pairwise, beta: float, pair_weights: Pairwise | None = None) -> Table:
+    r"""The policy that IPO (with ``length_normalize=False``) has on exact preferences: log-probabilities, ``[X, Y]``.
+
+    .. math:: \min_u \sum_{y, z} m(y, z) \left(u_y - u_z - \frac{2 p(y \succ z) - 1}{2 \beta}\right)^2, \qquad
+              \pi(y|x) \propto \pi_\mathrm{ref}(y|x)\, e^{u_y}
+
+    ``p (h - c)^2 + (1 - p) (-h - c)^2`` with ``c = 1 / (2 beta)`` is ``(h - (2 p - 1) c)^2`` and a constant. Setting
+    the derivative to zero gives the linear system of the pairs' graph Laplacian; for equally likely pairs ``u_y`` is
+    the mean over all z, y included, of ``(2 p(y, z) - 1) / (2 beta)``. Source: Azar et al. 2023 (arXiv 2310.12036),
+    whose equation 17 is the loss; the projection is derived here. Arguments as in :func:`all_pairs`.
+
+    >>> ref, p = jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[[0.5, 0.75], [0.25, 0.5]]])
+    >>> logps = ipo_optimum(ref, p, beta=0.25)
+    >>> print(f"{logps[0, 0] - logps[0, 1]:.4f}")  # one pair: (2 * 0.75 - 1) / 0.5
+    1.0000
+    """
+    if pair_weights is None:
+        pair_weights = pair_probabilities(jnp.zeros_like(ref_logps))
+    m = pair_weights / jnp.sum(pair_weights, axis=(1, 2), keepdims=True)
+    pull = jnp.sum(m * (2 * preferences - 1) / (2 * beta), axis=-1)
+    laplacian = jnp.sum(m, axis=-1)[:, :, None] * jnp.eye(m.shape[1], dtype=m.dtype)[None] - m
+    # The constant vector is the Laplacian's null space; adding 1 to every entry makes its sum zero the solution.
+    u = jnp.linalg.solve(laplacian + 1, pull[:, :, None])[:, :, 0]
+    return jax.nn.log_softmax(ref_logps + u, axis=-1)
+
+
+def hinge_optimum(ref_logps: Table, preferences: Pairwise, beta: float, pair_weights: Pairwise | None = None) -> Table:
+    r"""The policy that the hinge loss has on exact preferences, by a linear program, log-probabilities ``[X, Y]``.
+
+    .. math:: \min_{k, s} \sum_{y \ne z} m(y, z)\, p(y \succ z)\, s_{yz}, \qquad
+              s_{yz} \ge 1 - (k_y - k_z),\; s_{yz} \ge 0, \qquad
+              \pi(y|x) \propto \pi_\mathrm{ref}(y|x)\, e^{k_y / \beta}
+
+    Its constraints are a network's, so there is a solution of whole numbers k. Of two completions alone the one
+    preferred more often has k greater by 1: ``h = sign(p - 1/2) / beta``. Ties leave more than one solution, of which
+    this is one. Derived here. Arguments as in :func:`all_pairs`; not to be traced, as scipy solves it.
+
+    >>> ref, p = jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[[0.5, 0.75], [0.25, 0.5]]])
+    >>> logps = hinge_optimum(ref, p, beta=0.25)
+    >>> print(f"{logps[0, 0] - logps[0, 1]:.4f}")  # 1 / 0.25
+    4.0000
+    """
+    from scipy.optimize import linprog  # type: ignore[import-untyped]
+
+    X, Y = ref_logps.shape
+    if pair_weights is None:
+        pair_weights = pair_probabilities(jnp.zeros_like(ref_logps))
+    first, second = np.nonzero(~np.eye(Y, dtype=bool))
+    pairs = np.arange(len(first))
+    cost = np.asarray(X * pair_weights * preferences, np.float64)[:, first, second]
+    bound = np.zeros((len(first), Y + len(first)))  # -(k_y - k_z) - s <= -1
+    bound[pairs, first], bound[pairs, second], bound[pairs, Y + pairs] = -1, 1, -1
+    limits = [(0, 0)] + [(None, None)] * (Y - 1) + [(0, None)] * len(first)  # k of the first completion is 0
+    best = [linprog(np.r_[np.zeros(Y), c], bound, -np.ones(len(first)), bounds=limits).x[:Y] for c in cost]
+    return jax.nn.log_softmax(ref_logps + jnp.asarray(np.array(best), ref_logps.dtype) / beta, axis=-1)

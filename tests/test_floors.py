@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
-    *("errors", "configs", "progress", "cachedir", "startup", "types", "losses", "logprobs", "models", "data"),
-    *("sharding", "train", "generate", "evaluate", "cli", "__main__"),
+    *("errors", "configs", "progress", "cachedir", "startup", "types", "losses", "show", "theory", "logprobs"),
+    *("models", "data", "sharding", "train", "generate", "evaluate", "cli", "__main__"),
 ]
 
 

@@ -34,7 +34,7 @@ class Row:
     file: str
     number: int
     fields: dict[str, Any]
-    values: Values = Values()  # noqa: RUF009  # frozen
+    values: Values = Values()  # frozen
 
 
 @dataclasses.dataclass(frozen=True)

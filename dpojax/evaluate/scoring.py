@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from dpojax.configs import MeshConfig, ScoringOptions
-from dpojax.data import Batches, Encoder, Example, completion_lengths
+from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
+from dpojax.logprobs import CompletionStats, pair_up
 from dpojax.models import DecoderConfig, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
 from dpojax.startup import keep_memory
@@ -57,10 +59,28 @@ class FileScores:
         self.config = config
         self.examples = read_examples(config.data, Encoder(tokenizer), "pairs", config)
         self.lengths = completion_lengths(self.examples)
-        self.prompts = [example.prompt.tobytes() for example in self.examples]
+
+    def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+        """``[n, N]`` log-probabilities as those of pairs (chosen, rejected): ``[pairs, 2]``, their lengths, prompts."""
+        both = pair_up(CompletionStats(sums), without_tokens(self.examples))  # type: ignore[arg-type]  # NumPy's
+        there = np.asarray(both.chosen_len) > 0
+        logps = np.stack([both.chosen, both.rejected], axis=1)[there]
+        lengths = np.stack([both.chosen_len, both.rejected_len], axis=1)[there]
+        each = len(there) // len(self.examples)
+        prompts = [example.prompt.tobytes() for example in self.examples for _ in range(each)]
+        return logps, lengths, [prompt for prompt, kept in zip(prompts, there, strict=True) if kept]
+
+    def line(self, i: int, sums: np.ndarray) -> dict[str, Any]:
+        """What `dpojax logps` writes of row i: of a pair, or of several completions, the best first."""
+        n = len(self.examples[i].completions)
+        logps, lengths = sums[:n].tolist(), self.lengths[i, :n].tolist()
+        if n > 2:
+            return {"logps": logps, "len": lengths}
+        names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
+        return dict(zip(names, (*logps, *lengths), strict=True))
 
     def of(self, name: str) -> np.ndarray:
-        """``[n, 2]`` log-probabilities (chosen, rejected) under the model of this name, nats."""
+        """``[n, N]`` log-probabilities of the completions under the model of this name, nats."""
         config, model = self.config, load_policy(name)
         keep_memory()
         check_fit(model, self.examples, config.tokenizer or name)

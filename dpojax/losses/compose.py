@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,17 @@ def composed(objective: Callable, traits: Traits, **changed: object) -> Objectiv
     """An objective that carries the traits of what it is made of."""
     objective.traits = dataclasses.replace(traits, **changed)  # type: ignore[attr-defined, arg-type]
     return objective
+
+
+def _of_pairs(name: str, objective: Objective) -> Traits:
+    """The traits of an objective.
+
+    Raises:
+      ValueError: it is not of pairs, but of labelled completions.
+    """
+    if traits_of(objective).unpaired:
+        raise ValueError(f"{name}: the objective is of labelled completions; give one of pairs")
+    return traits_of(objective)
 
 
 def bound(objective: Objective, **options: float) -> Objective:
@@ -63,7 +75,7 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
         raise ValueError("weighted_sum: its terms must be all of pairs, all of labelled completions, or all of rewards")
 
     def objective(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return sum(weight * loss(policy, ref) for weight, loss in terms)  # type: ignore[return-value]
+        return sum(weight * loss(policy, ref) for weight, loss in terms)
 
     return composed(objective, functools.reduce(Traits.__or__, kinds))
 
@@ -143,7 +155,7 @@ def with_label_smoothing(objective: Objective, label_smoothing: float) -> Object
       label_smoothing: epsilon, from 0 to below 0.5.
 
     Raises:
-      ValueError: epsilon outside its range.
+      ValueError: epsilon outside its range, or an objective of labelled completions.
 
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
@@ -153,6 +165,7 @@ def with_label_smoothing(objective: Objective, label_smoothing: float) -> Object
     >>> print(f"{with_label_smoothing(hinge, 0.25)(p, r)[0]:.4f}")  # 0.75 * (1 - 0.2) + 0.25 * (1 + 0.2)
     0.9000
     """
+    traits = _of_pairs("with_label_smoothing", objective)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"with_label_smoothing: epsilon {label_smoothing} must be from 0 to below 0.5")
 
@@ -160,19 +173,16 @@ def with_label_smoothing(objective: Objective, label_smoothing: float) -> Object
         flipped = objective(swapped(policy), swapped(ref))
         return (1 - label_smoothing) * objective(policy, ref) + label_smoothing * flipped
 
-    return composed(smoothed, traits_of(objective))
+    return composed(smoothed, traits)
 
 
 def _per_token(pair: PairLogps) -> PairLogps:
     # A row that only fills up has no token and stays so.
     lengths = {side: getattr(pair, f"{side}_len") for side in ("chosen", "rejected")}
     divisor = {side: jnp.maximum(n, 1).astype(pair.chosen.dtype) for side, n in lengths.items()}
-    return dataclasses.replace(
-        pair,
-        **{side: getattr(pair, side) / divisor[side] for side in divisor},
-        **{f"{side}_len": jnp.minimum(n, 1) for side, n in lengths.items()},
-        mean_chosen_len=None,
-    )
+    fields: dict[str, Any] = {side: getattr(pair, side) / divisor[side] for side in divisor}
+    fields |= {f"{side}_len": jnp.minimum(n, 1) for side, n in lengths.items()}
+    return dataclasses.replace(pair, **fields, mean_chosen_len=None)
 
 
 def length_normalized(objective: Objective) -> Objective:
@@ -187,7 +197,7 @@ def length_normalized(objective: Objective) -> Objective:
       objective: of pairs, that reads sums alone.
 
     Raises:
-      ValueError: the objective reads single tokens.
+      ValueError: the objective reads single tokens, or is not of pairs of completions.
 
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
@@ -196,13 +206,16 @@ def length_normalized(objective: Objective) -> Objective:
     >>> print(f"{length_normalized(hinge)(p, zero)[0]:.4f}")  # 1 - 0.1 * (-1 + 4)
     0.7000
     """
-    if traits_of(objective).reads & {"tokens", "squares", "kl"}:
+    traits = _of_pairs("length_normalized", objective)
+    if traits.reads & {"tokens", "squares", "kl"}:
         raise ValueError("length_normalized: the objective reads single tokens, which have no length")
+    if traits.rewards:
+        raise ValueError("length_normalized: the objective is of rewards, which are not sums over tokens")
 
     def normalized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
         return objective(_per_token(policy), _per_token(ref))
 
-    return composed(normalized, traits_of(objective), lengths=True)
+    return composed(normalized, traits, lengths=True)
 
 
 def reference_free(objective: Objective) -> Objective:
@@ -216,7 +229,7 @@ def reference_free(objective: Objective) -> Objective:
       objective: of pairs.
 
     Raises:
-      ValueError: the objective reads the reference's distributions, or no reference.
+      ValueError: the objective reads the reference's distributions, or no reference, or is not of pairs.
 
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
@@ -226,20 +239,24 @@ def reference_free(objective: Objective) -> Objective:
     >>> print(f"{reference_free(hinge)(p, r)[0]:.4f}")  # 1 - 0.1 * 2
     0.8000
     """
-    if "kl" in traits_of(objective).reads:
+    traits = _of_pairs("reference_free", objective)
+    if not traits.reference:
+        raise ValueError("reference_free: the objective reads no reference already; leave the wrapper out")
+    if "kl" in traits.reads:
         raise ValueError("reference_free: the objective compares whole distributions with the reference's")
 
     def free(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
         return objective(policy, without_reference(policy))
 
-    return composed(free, traits_of(objective), reference=False)
+    return composed(free, traits, reference=False)
 
 
 def without_reference(policy: PairLogps) -> PairLogps:
     """A reference that says nothing: log-probabilities of zero for the policy's completions."""
     zero = lambda x: None if x is None else jnp.zeros_like(x)  # noqa: E731
     names = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
-    return dataclasses.replace(policy, **{name: zero(getattr(policy, name)) for name in names})
+    fields: dict[str, Any] = {name: zero(getattr(policy, name)) for name in names}
+    return dataclasses.replace(policy, **fields)
 
 
 def with_weights(objective: Objective) -> Objective:
@@ -252,6 +269,9 @@ def with_weights(objective: Objective) -> Objective:
     Args:
       objective: of pairs.
 
+    Raises:
+      ValueError: an objective of labelled completions.
+
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
     >>> n = jnp.array([4])
@@ -260,11 +280,11 @@ def with_weights(objective: Objective) -> Objective:
     >>> print(f"{with_weights(hinge)(p, zero)[0]:.4f}")  # 3 * (1 - 0.2)
     2.4000
     """
+    traits = _of_pairs("with_weights", objective)
 
     def weighted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
         return given(policy.weight, "weight") * objective(policy, ref)
 
-    traits = traits_of(objective)
     return composed(weighted, traits, reads=traits.reads | {"weight"})
 
 
@@ -281,6 +301,9 @@ def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
       objective: of pairs, that reads sums.
       scale: nats for a unit of margin.
 
+    Raises:
+      ValueError: the objective makes its sums anew of single tokens, or is not of pairs.
+
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
     >>> n = jnp.array([4])
@@ -289,12 +312,14 @@ def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
     >>> print(f"{with_margins(hinge, 2.0)(p, zero)[0]:.4f}")  # 1 - 0.1 * (5 - 3)
     0.8000
     """
+    traits = _of_pairs("with_margins", objective)
+    if traits.reads & {"tokens", "squares"}:
+        raise ValueError("with_margins: the objective reads single tokens; put with_margins around what it wraps")
 
     def shifted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
         chosen = policy.chosen - scale * given(policy.margin, "margin")
         return objective(dataclasses.replace(policy, chosen=chosen), ref)
 
-    traits = traits_of(objective)
     return composed(shifted, traits, reads=traits.reads | {"margin"}, divergence=False)
 
 

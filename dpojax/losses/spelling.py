@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,15 @@ def spelled(text: str, **options: float | None) -> Spelled:
     try:
         tree = ast.parse(IN_FILE.sub(reader.keep, text.strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{text!r} cannot be read; write for example sigmoid+0.2*sft or ipo(beta=0.3)") from None
-    objective = reader.objective(tree)
-    _check_shape(objective, text)
+        hint = "; a file's path may hold no spaces, brackets, commas, +, * or =" if ".py:" in text else ""
+        raise ValueError(
+            f"{_cut(text)} cannot be read; write for example sigmoid+0.2*sft or ipo(beta=0.3){hint}"
+        ) from None
+    try:
+        objective = reader.objective(tree)
+        _check_shape(objective, text)
+    except RecursionError:
+        raise ValueError(f"{_cut(text)} is nested too deeply; write fewer terms") from None
     unused = tuple(name for name in reader.options if name not in reader.used)
     files = tuple(path for path, _ in reader.in_files.values())
     return Spelled(objective, reader.betas[0] if reader.betas else 0.1, unused, files)
@@ -89,18 +96,20 @@ class _Reader:
             number, other = (node.left, node.right) if _number(node.left) is not None else (node.right, node.left)
             weight = _number(number)
             if weight is None:
-                raise ValueError(f"{ast.unparse(node)!r}: one side of * must be a number")
+                raise ValueError(f"{self.shown(node)}: one side of * must be a number")
             return [(weight * inner, loss) for inner, loss in self.terms(other)]
         if isinstance(node, ast.Call):
             return [(1.0, self.call(node))]
         if isinstance(node, ast.Name):
             return [(1.0, self.bind(self.function(node.id), node.id, {}))]
-        raise ValueError(f"{ast.unparse(node)!r} is no objective; use names, name(option=value), + and number *")
+        raise ValueError(f"{self.shown(node)} is no objective; use names, name(option=value), + and number *")
 
     def call(self, node: ast.Call) -> Objective:
         if not isinstance(node.func, ast.Name) or any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError(f"{ast.unparse(node)!r} is no objective; write name(option=value)")
+            raise ValueError(f"{self.shown(node)} is no objective; write name(option=value)")
         name = node.func.id
+        if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
+            raise ValueError(f"{self.shown(node)} gives an option twice; give it once")
         given = {str(keyword.arg): _constant(keyword.value) for keyword in node.keywords}
         if name in WRAPPERS:
             if not node.args:
@@ -110,7 +119,7 @@ class _Reader:
             except TypeError:
                 raise ValueError(f"{name} takes {_options(WRAPPERS[name])}") from None
         if node.args:
-            raise ValueError(f"{name}: give its options by name, as in ipo(beta=0.3)")
+            raise ValueError(f"{self.name(name)}: give its options by name, as in ipo(beta=0.3)")
         return self.bind(self.function(name), name, given)
 
     def function(self, name: str) -> Callable:
@@ -119,20 +128,32 @@ class _Reader:
         if name in WRAPPERS:
             raise ValueError(f"{name} goes around an objective; write {name}(sigmoid)")
         if name not in LOSSES:
-            raise ValueError(f"no objective {name!r}; use one of {', '.join(LOSSES)}, or file.py:name")
+            raise ValueError(f"no objective {_cut(name)}; use one of {', '.join(LOSSES)}, or file.py:name")
         return LOSSES[name]
 
+    def name(self, name: str) -> str:
+        """A name as it was written."""
+        return ":".join(self.in_files[name]) if name in self.in_files else name
+
+    def shown(self, node: ast.expr) -> str:
+        """A part of the spelling, quoted."""
+        return _cut(re.sub(r"_in_file_\d+", lambda match: self.name(match[0]), ast.unparse(node)))
+
     def bind(self, function: Callable, name: str, given: dict[str, Any]) -> Objective:
-        takes = inspect.signature(function).parameters
+        takes = dict(list(inspect.signature(function).parameters.items())[2:])  # without policy and ref
         for option in given:
             if option not in takes:
-                raise ValueError(f"{function.__name__} has no option {option!r}; it takes {_options(function)}")
+                raise ValueError(f"{self.name(name)} has no option {option!r}; it takes {_options(function)}")
         common = {option: value for option, value in self.options.items() if option in takes}
         self.used |= common.keys()
         bound = {**common, **given}
         if "beta" in takes:
             self.betas.append(bound.get("beta", takes["beta"].default))
         return functools.partial(function, **bound) if bound else function
+
+
+def _cut(text: str) -> str:
+    return repr(text if len(text) <= 100 else f"{text[:100]}...")
 
 
 def _options(function: Callable) -> str:
@@ -143,7 +164,7 @@ def _options(function: Callable) -> str:
 
 def _number(node: ast.expr) -> float | None:
     value = _constant(node, strict=False)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _constant(node: ast.expr, *, strict: bool = True) -> Any:
@@ -154,8 +175,10 @@ def _constant(node: ast.expr, *, strict: bool = True) -> Any:
         value = ast.literal_eval(node)
     except (ValueError, TypeError):
         value = None
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{_cut(ast.unparse(node))} is no finite number; give a smaller one")
     if strict and not isinstance(value, int | float | str):
-        raise ValueError(f"{ast.unparse(node)!r} is no value for an option; give a number or a word")
+        raise ValueError(f"{_cut(ast.unparse(node))} is no value for an option; give a number or a word")
     return value
 
 
@@ -199,7 +222,10 @@ def _check_shape(objective: Objective, text: str) -> None:
     policy, ref = probe(objective)
     try:
         out = jax.eval_shape(objective, policy, ref)
+    except RecursionError:
+        raise
     except Exception as error:  # of anybody's code
-        raise ValueError(f"{text!r} fails on a batch of pairs ({str(error).splitlines()[0][:200]})") from None
+        said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise ValueError(f"{_cut(text)} fails on a batch of pairs ({said})") from None
     if getattr(out, "shape", None) != (3,):
-        raise ValueError(f"{text!r} gives {getattr(out, 'shape', out)} for 3 pairs; it must give one loss a pair")
+        raise ValueError(f"{_cut(text)} gives {getattr(out, 'shape', out)} for 3 pairs; it must give one loss a pair")

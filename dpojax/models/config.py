@@ -33,6 +33,8 @@ class DecoderConfig:
     max_positions: int
     tied: bool
     rope_scaling: RopeScaling | None = None
+    reward: bool = False
+    """A reward model: in place of the unembedding, one score of the hidden state at a completion's end."""
 
 
 def _rope(raw: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
@@ -61,6 +63,9 @@ def llama_config(raw: dict[str, Any], source: str) -> DecoderConfig:
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; Llama models use 'silu'")
     theta, scaling = _rope(raw, source)
+    reward = "LlamaForSequenceClassification" in (raw.get("architectures") or ())
+    if reward and raw.get("num_labels", len(raw.get("id2label", "ab"))) != 1:
+        raise UserError(f"{source}: a classifier of several labels is no reward model; use one with num_labels 1")
     try:
         heads = int(raw["num_attention_heads"])
         return DecoderConfig(
@@ -76,6 +81,7 @@ def llama_config(raw: dict[str, Any], source: str) -> DecoderConfig:
             rope_scaling=scaling,
             max_positions=int(raw.get("max_position_embeddings", 2048)),
             tied=bool(raw.get("tie_word_embeddings", False)),
+            reward=reward,
         )
     except KeyError as missing:
         raise UserError(f"{source}: no field {missing}; a Llama config.json has it") from None

@@ -38,6 +38,7 @@ PARAM_AXES: dict[str, PyTree] = {
     },
     "final_norm": ("norm",),
     "head": ("vocab", "embed"),
+    "score": (None, "embed"),
 }
 
 REMAT = {
@@ -154,7 +155,9 @@ class Decoder(nnx.Module):
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (V, D)))
         self.blocks = Blocks(config, rngs)
         self.final_norm = nnx.Param(jnp.ones((D,)))
-        if not config.tied:
+        if config.reward:
+            self.score = nnx.Param(jnp.zeros((1, D)))
+        elif not config.tied:
             self.head = nnx.Param(0.02 * jax.random.normal(rngs.params(), (V, D)))
 
     def __call__(
@@ -199,7 +202,12 @@ class Decoder(nnx.Module):
                 kept.append(cache)
         if normed:
             x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
-        return x, (self.embed if self.config.tied else self.head)[...], kept
+        return x, getattr(self, unembedding(self.config))[...], kept
+
+
+def unembedding(config: DecoderConfig) -> str:
+    """Which parameter turns hidden states into logits or, in a reward model, into scores."""
+    return "score" if config.reward else "embed" if config.tied else "head"
 
 
 def unstack(params: PyTree) -> list[PyTree]:
@@ -221,7 +229,8 @@ def init_params(config: DecoderConfig, seed: int) -> PyTree:
 
 def param_axes(config: DecoderConfig) -> PyTree:
     """Logical axis names of every parameter, in the parameters' structure."""
-    return {name: axes for name, axes in PARAM_AXES.items() if name != "head" or not config.tied}
+    absent = {"head", "score"} - {unembedding(config)}
+    return {name: axes for name, axes in PARAM_AXES.items() if name not in absent}
 
 
 def make_apply(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dpojax.errors import UserError, first_line
 from dpojax.models.config import DecoderConfig, config_from_hf
 from dpojax.models.gguf import GGUFFile, gguf_tokenizer, load_gguf
@@ -22,6 +24,22 @@ class Model:
     config: DecoderConfig
     params: PyTree
     hf_config: dict[str, Any]
+
+
+def as_reward_model(model: Model) -> Model:
+    """The model with a head that scores completions, which starts at zero, in place of its unembedding.
+
+    It is exported as ``LlamaForSequenceClassification`` of one label.
+    """
+    if model.config.reward:
+        return model
+    params = {name: x for name, x in model.params.items() if name != "head"}
+    params["score"] = np.zeros((1, model.config.width), np.float32)
+    raw = {**model.hf_config, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    raw |= {"label2id": {"reward": 0}, "num_labels": 1}
+    if raw.get("pad_token_id") is None:  # transformers finds a row's end by it
+        raw["pad_token_id"] = raw.get("eos_token_id")
+    return Model(dataclasses.replace(model.config, reward=True), params, raw)
 
 
 def resolve(name: str) -> Path:

@@ -14,7 +14,12 @@ from dpojax.models.config import DecoderConfig, config_from_hf
 from dpojax.types import PyTree
 
 # Our name -> Hugging Face's, for the Llama layout; {} is the layer.
-TOP_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+TOP_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "score": "score.weight",  # a reward model's
+}
 BLOCK_NAMES = {
     "attn_norm": "model.layers.{}.input_layernorm.weight",
     "q": "model.layers.{}.self_attn.q_proj.weight",
@@ -59,7 +64,9 @@ def assemble(
             target[...] = fit(read(name.format(layer)), name.format(layer), target.shape, key in TURNED)
         progress((layer + 1) / config.layers)
     tops = {"embed": (config.vocab_size, config.width), "final_norm": (config.width,)}
-    if not config.tied:
+    if config.reward:
+        tops["score"] = (1, config.width)
+    elif not config.tied:
         tops["head"] = tops["embed"]
     for key, shape in tops.items():
         params[key] = np.ascontiguousarray(fit(read(TOP_NAMES[key]), TOP_NAMES[key], shape), np.float32)

@@ -10,6 +10,7 @@ checkpoints/N/    params (those that are trained) | train (step, optimizer state
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import shutil
@@ -25,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dpojax.configs import ModelOptions, TrainOptions
 from dpojax.errors import UserError, first_line
-from dpojax.models import Model, check_model, load_model, load_tokenizer
+from dpojax.models import Model, as_reward_model, check_model, load_model, load_tokenizer
 from dpojax.models.config import config_from_hf
 from dpojax.models.decoder import split
 from dpojax.models.safetensors import read_json
@@ -46,6 +47,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}" if name else key).items()}
     return {name: list(value) if isinstance(value, tuple) else value}
+
+
+def file_hash(path: str) -> str:
+    """A fingerprint of a file's bytes."""
+    return hashlib.blake2b(Path(path).expanduser().read_bytes(), digest_size=16).hexdigest()
 
 
 def claim_directory(config: TrainOptions, facts: dict[str, str]) -> None:
@@ -253,14 +259,22 @@ def _restore_params(directory: Path, shapes: PyTree) -> PyTree:
         return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy))
 
 
-def load_policy(name: str) -> Model:
-    """A model by name, where the name may also be a run's directory (its latest checkpoint)."""
+def load_policy(name: str, *, reward: bool = False) -> Model:
+    """A model by name, where the name may also be a run's directory (its latest checkpoint).
+
+    Raises:
+      UserError: no such model; or it is a reward model, which writes no text, and none is asked for.
+    """
     from dpojax.progress import Stage
 
     if is_run(name):
-        return load_run(name)[0]
-    with Stage(f"Loading {Path(name).name}", 1.0) as stage:
-        return load_model(name, stage.reach)
+        model = load_run(name)[0]
+    else:
+        with Stage(f"Loading {Path(name).name}", 1.0) as stage:
+            model = load_model(name, stage.reach)
+    if model.config.reward and not reward:
+        raise UserError(f"{name}: is a reward model, which has no vocabulary; use it with --loss reward_model")
+    return as_reward_model(model) if reward else model
 
 
 def tokenizer_for(options: ModelOptions) -> "PreTrainedTokenizerBase":

@@ -14,13 +14,15 @@ from dpojax.models import Model
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.startup import keep_memory
-from dpojax.train.checkpoint import Checkpoints, claim_directory, load_policy, save_model_files
+from dpojax.train.checkpoint import Checkpoints, claim_directory, file_hash, load_policy, save_model_files
 from dpojax.train.freeze import UNTRAINED, Trunk, check_freeze, cut, separate
+from dpojax.train.heldout import HeldOut
 from dpojax.train.metrics import MetricsLog
+from dpojax.train.objectives import empty_running
 from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.options import check_options
-from dpojax.train.reference import Reference, collect_logps, content_hash
-from dpojax.train.setup import Data, Program, check_fit, load_data, make_program
+from dpojax.train.options import check_options, make_objective
+from dpojax.train.reference import Reference, content_hash
+from dpojax.train.setup import Data, Program, check_fit, data_kind, load_data, make_program
 from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, part, state_shardings
 
 
@@ -36,7 +38,7 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[st
     """Read data, policy and reference, check that all fits together, and only then claim the output directory."""
     check_options(config)
     data = load_data(config)
-    model = load_policy(config.model)
+    model = load_policy(config.model, reward=data_kind(config)[1].rewards)
     check_fit(model, data.examples, config.tokenizer or config.model)
     check_freeze(config.freeze, model.config)
     program = make_program(config, model)
@@ -47,6 +49,7 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[st
             ref_model = load_policy(config.ref_model)
             if ref_model.config != model.config:
                 raise UserError(f"--ref-model {config.ref_model}: differs from --model in shape; use one of its kind")
+        facts |= {f"hash of {path}": file_hash(path) for path in make_objective(config).files}
         facts["reference_hash"] = facts["model_hash"] if ref_model is model else content_hash(ref_model.params)
     claim_directory(config, facts)
     save_model_files(model, data.tokenizer, Path(config.output) / "model")
@@ -74,48 +77,48 @@ def train(config: TrainOptions) -> Result:
 
     # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
     ref_hash = facts.get("reference_hash", facts["model_hash"])
-    reference = Reference(config, program.logps_step, program.mesh, ref_model, ref_hash)
+    steps = (program.logps_step, program.ref_step)
+    reference = Reference(config, program.traits, *steps, program.mesh, ref_model, ref_hash)
     reference.prepare(data.batches, data.eval_batches, total_steps)
 
     # ---- frozen layers: what leaves them, once for every row ------------------------------------------------------
-    batches, held_out = data.batches, data.eval_batches
+    batches, eval_batches = data.batches, data.eval_batches
     frozen: tuple[str, ...] = ()
     if config.freeze is not None:
         below, model = cut(model, config.freeze)
         trunk, frozen = Trunk(config, program.mesh, below), UNTRAINED
         batches = trunk.under(batches, "Frozen layers", total_steps)
-        held_out = held_out and trunk.under(held_out, "Frozen layers, held-out")
+        eval_batches = eval_batches and trunk.under(eval_batches, "Frozen layers, held-out")
         del trunk, below
 
     # ---- state and step -------------------------------------------------------------------------------------------
     schedule = make_schedule(config, total_steps)
     optimizer = make_optimizer(config, schedule)
-    shardings = state_shardings(program.mesh, model.config, optimizer, frozen)
+    running = empty_running(program.objective) if program.objective else {}
+    shardings = state_shardings(program.mesh, model.config, optimizer, frozen, running)
     step_fn = make_train_step(program.loss_fn, optimizer, schedule, config.gradient_accumulation_steps)
     step_fn = jit_train_step(step_fn, program.mesh, shardings)
     iterator = batches.iterator()
     if done:
-        state, position = checkpoints.restore(done, abstract_state(model.config, optimizer, shardings))
+        state, position = checkpoints.restore(done, abstract_state(model.config, optimizer, shardings, running))
         kept = part(model.params, frozen)[1]
         state = dataclasses.replace(state, frozen=put_global(kept, shardings.frozen))
         iterator.set_state(position)
         console.print(f"{run}: continuing from step {done}")
     else:
-        state = initial_state(model.params, optimizer, config.seed, shardings)
+        state = initial_state(model.params, optimizer, config.seed, shardings, running)
     del model, ref_model
 
     # ---- steps ----------------------------------------------------------------------------------------------------
     log = MetricsLog(run, done, total_steps, len(batches.examples))
     rows = batch_sharding(program.mesh)
+    held_out = None if eval_batches is None else HeldOut(program, eval_batches, reference)
 
     def evaluate(step: int) -> float | None:
         if held_out is None:
             return None
-        if step == 0 and reference.eval_sums is not None and ref_hash == facts["model_hash"]:
-            sums = reference.eval_sums  # the policy is its reference
-        else:
-            sums = collect_logps(program.policy_logps, state.policy, held_out, program.mesh, "Evaluating")
-        figures = program.evaluate(sums, held_out.examples, reference.eval_sums)
+        unchanged = step == 0 and ref_hash == facts["model_hash"]  # the policy is its reference
+        figures = held_out.figures(state, reference.eval_sums if unchanged else None)
         log.write(step, figures)
         log.show(step, figures)
         return figures["eval_loss"]

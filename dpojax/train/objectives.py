@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpojax.logprobs import CompletionStats, completion_logps, completion_stats, label, pair_up
+from dpojax.logprobs import CompletionStats, completion_logps, completion_rewards, completion_stats, label, pair_up
 from dpojax.losses import Objective, Traits, implicit_rewards, traits_of, without_reference
 from dpojax.types import ApplyFn, LabelledLogps, Metric, PairBatch, PairLogps, PyTree, told_apart
 
@@ -25,6 +25,7 @@ class Whole:
     mean_chosen_len: Float[Array, ""]
     step: Int[Array, ""]
     running: Running = struct.field(default_factory=dict)
+    training: bool = struct.field(pytree_node=False, default=True)
 
 
 LossFn = Callable[[PyTree, PairBatch, Logps | None, Whole], tuple[Metric, Metrics, Running]]
@@ -36,7 +37,9 @@ def logps_of(stats: CompletionStats, batch: PairBatch, traits: Traits) -> Logps:
     if traits.unpaired:
         return label(stats, batch)
     pairs = pair_up(stats, batch)
-    unread = {name: None for name in ("margin", "weight", "key") if name not in traits.reads and not traits.rewards}
+    unread: dict[str, Any] = {
+        name: None for name in ("margin", "weight", "key") if name not in traits.reads and not traits.rewards
+    }
     return dataclasses.replace(pairs, **unread)
 
 
@@ -122,12 +125,16 @@ def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chu
 
     def loss_fn(params: PyTree, batch: PairBatch, ref: Logps | None, whole: Whole) -> tuple[Metric, Metrics, Running]:
         states = ref.states if isinstance(ref, PairLogps) else None
-        stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=traits.reads, ref=states)
+        if traits.rewards:
+            stats = CompletionStats(completion_rewards(apply_fn, params, batch))
+        else:
+            reads = traits.reads
+            stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=states)
         policy, running = logps_of(stats, batch, traits), whole.running
         if isinstance(policy, PairLogps):
             policy = dataclasses.replace(policy, mean_chosen_len=whole.mean_chosen_len)
         if traits.running:
-            running = update_running(traits, policy, ref, whole)
+            running = update_running(traits, policy, ref, whole) if whole.training else running
             policy = dataclasses.replace(policy, running=running)
         metrics = preference_metrics(policy, ref, objective, beta)
         return metrics.pop("loss"), metrics, running

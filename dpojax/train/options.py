@@ -1,14 +1,12 @@
-"""Options that make no sense, each refused in one sentence before anything is read; objectives from their names."""
+"""Options that make no sense, each refused in one sentence before anything is read; objectives from their spelling."""
 
 import dataclasses
-import functools
-import inspect
 from math import inf
 from typing import Any
 
 from dpojax.configs import DPOConfig
 from dpojax.errors import UserError
-from dpojax.losses import LOSSES, Objective
+from dpojax.losses import Spelled, spelled, traits_of
 
 # field -> (what it must be, whether a value is)
 RANGES: dict[str, tuple[str, Any]] = {
@@ -57,19 +55,42 @@ def check_options(config: Any) -> None:
         n = config.gradient_accumulation_steps
         raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
     if isinstance(config, DPOConfig):
-        make_objective(config)
+        check_objective(config)
 
 
-def make_objective(config: DPOConfig) -> Objective:
-    """The objective that ``--loss`` names, with the options that it has.
+def make_objective(config: DPOConfig) -> Spelled:
+    """The objective that ``--loss`` spells, with the options that it has.
 
     Raises:
-      UserError: no such loss, or an option is given that it does not have.
+      UserError: it spells none, or an option is given that none of its terms has.
     """
-    if config.loss not in LOSSES:
-        raise UserError(f"--loss {config.loss}: no such objective; use one of {', '.join(LOSSES)}")
-    takes = inspect.signature(LOSSES[config.loss]).parameters
-    if config.label_smoothing and "label_smoothing" not in takes:
-        raise UserError(f"--label-smoothing {config.label_smoothing}: {config.loss} has none; use --loss sigmoid")
-    options = {name: getattr(config, name) for name in ("beta", "label_smoothing") if name in takes}
-    return functools.partial(LOSSES[config.loss], **options)
+    try:
+        made = spelled(config.loss, beta=config.beta, label_smoothing=config.label_smoothing)
+    except ValueError as error:
+        raise UserError(f"--loss {config.loss}: {error}") from None
+    if "label_smoothing" in made.unused:
+        say = f"no term of --loss {config.loss} has it; write with_label_smoothing({config.loss}, 0.1)"
+        raise UserError(f"--label-smoothing {config.label_smoothing}: {say}")
+    return made
+
+
+def check_objective(config: DPOConfig) -> None:
+    """Refuse what the objective has no use for, or cannot be computed with.
+
+    Raises:
+      UserError: naming the flag and the mend.
+    """
+    traits = traits_of(make_objective(config).objective)
+    micro = config.gradient_accumulation_steps
+    if traits.rewards and config.freeze is not None:
+        raise UserError(f"--freeze {config.freeze}: --loss {config.loss} trains whole models; leave it out")
+    if traits.batch and micro > 1:
+        say = f"--loss {config.loss} compares all pairs of a batch, which is then computed in one piece"
+        raise UserError(f"--gradient-accumulation-steps {micro}: {say}; leave it at 1")
+    if not traits.reference and config.ref_model is not None:
+        raise UserError(f"--ref-model {config.ref_model}: --loss {config.loss} reads no reference; leave it out")
+    if not traits.reference and config.reference != "auto":
+        raise UserError(f"--reference {config.reference}: --loss {config.loss} reads no reference; leave it out")
+    if traits.reads & {"tokens", "kl"} and config.reference == "cached":
+        say = f"--loss {config.loss} reads single tokens of the reference, and the cache holds sums"
+        raise UserError(f"--reference cached: {say}; use live or auto")

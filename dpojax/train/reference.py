@@ -15,6 +15,7 @@ from dpojax.data import Batches, IndexedBatch
 from dpojax.logprobs import CompletionStats, completion_logps, completion_stats
 from dpojax.losses import Traits
 from dpojax.models import DecoderConfig, Model
+from dpojax.models.decoder import unembedding
 from dpojax.progress import console, track
 from dpojax.sharding import batch_sharding, param_shardings, put_global
 from dpojax.train.logps_cache import LogpsCache
@@ -62,7 +63,8 @@ def make_ref_step(
     def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
         stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
         # The unembedding is a parameter, not a row's.
-        return stats.replace(states=stats.states and stats.states.replace(head=None))
+        states = stats.states and dataclasses.replace(stats.states, head=None)
+        return dataclasses.replace(stats, states=states)
 
     forward = jit_forward(stats, mesh, config, micro_batches)
     shape = jax.jit(lambda stats, batch: logps_of(stats, batch, traits), out_shardings=batch_sharding(mesh))
@@ -70,7 +72,7 @@ def make_ref_step(
     def ref_step(params: PyTree, batch: PairBatch) -> Logps:
         ref = shape(forward(params, batch), batch)
         if "kl" in traits.reads:
-            head = params["embed" if config.tied else "head"]
+            head = params[unembedding(config)]
             ref = dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=head))
         return ref
 
@@ -167,7 +169,7 @@ class Reference:
         else:
             # First, and so in the run's own batches, whose rounding is then the steps' own.
             self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
-        if eval_batches is not None and not reads_tokens(self.traits):
+        if eval_batches is not None and not (self.live and reads_tokens(self.traits)):
             label = "Reference log-probabilities, held-out"
             self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
         if not self.live:
@@ -187,7 +189,7 @@ class Reference:
         cache = LogpsCache(file, self.key, batches.completions.shape[1])
         return collect_logps(self.logps_step, self._on_devices, batches, self.mesh, label, limit, cache)
 
-    def of(self, item: IndexedBatch) -> Logps | None:
+    def of(self, item: IndexedBatch, *, held_out: bool = False) -> Logps | None:
         """The reference's log-probabilities of a batch; None where no objective reads them."""
         if not self.needed:
             return None
@@ -195,6 +197,7 @@ class Reference:
         if self.live:
             whole = dataclasses.replace(item.batch, hidden=None)  # the reference may have another trunk
             return self.ref_step(self.params, put_global(whole, rows))
-        assert self.sums is not None
-        sums = np.where(item.index[:, None] >= 0, self.sums[item.index], 0.0)
+        known = self.eval_sums if held_out else self.sums
+        assert known is not None
+        sums = np.where(item.index[:, None] >= 0, known[item.index], 0.0)
         return put_global(logps_of(CompletionStats(sums), item.batch, self.traits), rows)  # type: ignore[arg-type]

@@ -1,25 +1,24 @@
 """Everything a run needs before its first step, made from its options."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from dpojax.configs import DataOptions, DPOConfig, TrainOptions
-from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples
+from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples, with_mismatched
 from dpojax.errors import UserError
+from dpojax.losses import Objective, Traits, traits_of
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.train.checkpoint import tokenizer_for
 from dpojax.train.freeze import top_config
-from dpojax.train.objectives import LossFn, imitation_loss, preference_loss, preference_rows
+from dpojax.train.objectives import LossFn, imitation_loss, preference_loss
 from dpojax.train.options import make_objective
-from dpojax.train.reference import LogpsStep, completion_lengths, make_logps_step, pair_of_sums
+from dpojax.train.reference import LogpsStep, RefStep, make_logps_step, make_ref_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +40,7 @@ class Data:
 
     @property
     def content_hash(self) -> str:
-        return fingerprint(self.examples).hex()
+        return fingerprint(self.examples, values=True).hex()
 
 
 def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: DataOptions) -> list[Example]:
@@ -61,12 +60,28 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: D
     return examples
 
 
+def data_kind(config: TrainOptions) -> tuple[str, Traits]:
+    """What rows a run reads (:func:`~dpojax.data.rows.usable_part`), and its objective's traits."""
+    if not isinstance(config, DPOConfig):
+        return "completions", Traits(reference=False)
+    traits = traits_of(make_objective(config).objective)
+    if traits.unpaired:
+        return "labels", traits
+    asked = [name for name in ("margin", "weight") if name in traits.reads]
+    return " ".join(["pairs", *asked]), traits
+
+
 def load_data(config: TrainOptions) -> Data:
     """Read, tokenize and batch training and held-out data, and say what became of them."""
-    kind = "pairs" if isinstance(config, DPOConfig) else "completions"
+    kind, traits = data_kind(config)
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
-    examples = read_examples(config.data, encoder, kind, config)
+
+    def read(files: tuple[str, ...]) -> list[Example]:
+        examples = read_examples(files, encoder, kind, config)
+        return with_mismatched(examples, config.max_length) if "mismatched" in traits.reads else examples
+
+    examples = read(config.data)
     epochs = config.epochs
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
@@ -83,8 +98,7 @@ def load_data(config: TrainOptions) -> Data:
         console.print(f"  the warmup of {config.warmup_steps} steps is longer than the run of {total_steps}")
     eval_batches = None
     if config.eval_data:
-        held_out = read_examples(config.eval_data, encoder, kind, config)
-        eval_batches = Batches(held_out, config.batch_size, **shape_options)
+        eval_batches = Batches(read(config.eval_data), config.batch_size, **shape_options)
     return Data(tokenizer, batches, eval_batches, total_steps)
 
 
@@ -94,12 +108,20 @@ class Program:
 
     mesh: Mesh
     loss_fn: LossFn
+    objective: Objective | None
+    """None for imitation."""
+    beta: float
+    """Scales the rewards that are logged."""
     logps_step: LogpsStep
     """Of a whole model; the reference's."""
     policy_logps: LogpsStep
     """Of the policy: with --freeze, of its top alone, on batches that carry hidden states."""
-    evaluate: Callable[[np.ndarray, Sequence[Example], np.ndarray | None], dict[str, float]]
-    """(policy sums, examples, reference sums) -> figures, by name"""
+    ref_step: RefStep
+    """What the objective reads of a live reference."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(reference=False) if self.objective is None else traits_of(self.objective)
 
 
 def check_fit(model: Model, examples: Sequence[Example], name: str) -> None:
@@ -136,23 +158,12 @@ def make_program(config: TrainOptions, model: Model) -> Program:
 
     logps_step = logps_of(model.config)
     policy_logps = logps_step if config.freeze is None else logps_of(policy)
-
+    objective, beta, loss_fn = None, 1.0, imitation_loss(apply_fn, chunk_tokens=chunk)
     if isinstance(config, DPOConfig):
-        objective, beta = make_objective(config), config.beta
+        made = make_objective(config)
+        objective, beta = made.objective, made.beta
         loss_fn = preference_loss(apply_fn, objective, beta=beta, chunk_tokens=chunk)
-
-        def evaluate(sums: np.ndarray, examples: Sequence[Example], ref: np.ndarray | None) -> dict[str, float]:
-            assert ref is not None
-            lengths = completion_lengths(examples)
-            policy, reference = (pair_of_sums(jax.numpy.asarray(x), jax.numpy.asarray(lengths)) for x in (sums, ref))
-            by_name = preference_rows(policy, reference, objective, beta)
-            return {f"eval_{name}": float(np.mean(np.asarray(x), dtype=np.float64)) for name, x in by_name.items()}
-
-    else:
-        loss_fn = imitation_loss(apply_fn, chunk_tokens=chunk)
-
-        def evaluate(sums: np.ndarray, examples: Sequence[Example], ref: np.ndarray | None) -> dict[str, float]:
-            tokens = completion_lengths(examples).sum()
-            return {"eval_loss": float(-sums.sum() / tokens), "eval_logps/chosen": float(sums.mean())}
-
-    return Program(mesh, loss_fn, logps_step, policy_logps, evaluate)
+    traits = Traits() if objective is None else traits_of(objective)
+    whole = make_apply(model.config, dtype=config.dtype, constrain=place, attention=attention)
+    ref_step = make_ref_step(whole, mesh, model.config, traits, chunk_tokens=chunk, micro_batches=micro)
+    return Program(mesh, loss_fn, objective, beta, logps_step, policy_logps, ref_step)

@@ -1,0 +1,18 @@
+"""Objectives for the eye: their equations as plain text, the catalogue as a table, their curves as a picture."""
+
+from dpojax.show.curves import Curve, check_matplotlib, curves_named, curves_of, draw, table
+from dpojax.show.equations import readable
+from dpojax.show.listing import FAMILIES, paper, print_catalogue
+
+__all__ = [
+    "FAMILIES",
+    "Curve",
+    "check_matplotlib",
+    "curves_named",
+    "curves_of",
+    "draw",
+    "paper",
+    "print_catalogue",
+    "readable",
+    "table",
+]
