@@ -187,7 +187,6 @@ def run_losses(config: LossesConfig) -> int:
     check_matplotlib()
     curves = curves_named(config.names, config.beta, config.span)
     draw(curves, Path(config.output))
-    console.print("where policy and reference agree:")
     for line in [*table(curves), f"plotted in {config.output}"]:
         console.print(line)
     return 0

@@ -7,10 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpojax.types import ApplyFn, LabelledLogps, PairBatch, PairLogps, PyTree, Rows, States, completion_mask
+from dpojax.types import (
+    ApplyFn,
+    CompletionStats,
+    LabelledLogps,
+    PairBatch,
+    PairLogps,
+    PyTree,
+    Rows,
+    States,
+    completion_mask,
+)
 
 
 def pick(x: Array, index: Int[Array, "R n"]) -> Array:
@@ -185,18 +194,6 @@ def token_kls(
     return jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1).reshape(R, -1)[:, :Z]
 
 
-@struct.dataclass
-class CompletionStats:
-    """What one pass over a batch says of its completions: ``sums`` of their tokens' log-probabilities, and the optional
-    rest as in :class:`~dpojax.types.PairLogps`."""
-
-    sums: Float[Array, "B N"]
-    tokens: Float[Array, "B N C"] | None = None
-    squares: Float[Array, "B N"] | None = None
-    kl: Float[Array, "B N"] | None = None
-    states: States | None = None
-
-
 def completion_stats(
     apply_fn: ApplyFn,
     params: PyTree,
@@ -272,11 +269,11 @@ def pair_up(stats: CompletionStats, batch: PairBatch) -> PairLogps:
     N = batch.completion_len.shape[1]
     i, j = np.triu_indices(N, 1)
 
-    def sides(x: Array) -> tuple[Array, Array]:
+    def sides(x: Any) -> tuple[Any, Any]:
         return x[:, i].reshape(-1, *x.shape[2:]), x[:, j].reshape(-1, *x.shape[2:])
 
     chosen_len, rejected_len = sides(batch.completion_len)
-    there = (chosen_len > 0) & (rejected_len > 0)
+    there = (chosen_len > 0) & (rejected_len > 0) & (batch.real.repeat(len(i), axis=0) > 0)
     if batch.rank is not None:
         better, worse = sides(batch.rank)
         there &= better < worse
@@ -298,7 +295,8 @@ def label(stats: CompletionStats, batch: PairBatch) -> LabelledLogps:
     """Each row's completion with its label; a second completion is the mismatched one."""
     mismatched = stats.sums[:, 1] if stats.sums.shape[1] > 1 else None
     assert batch.label is not None
-    return LabelledLogps(stats.sums[:, 0], batch.completion_len[:, 0], batch.label, mismatched)
+    lengths = batch.completion_len[:, 0] * (batch.real > 0)
+    return LabelledLogps(stats.sums[:, 0], lengths, batch.label, mismatched)
 
 
 def pair_logps(

@@ -96,6 +96,18 @@ class LabelledLogps:
 
 
 @struct.dataclass
+class CompletionStats:
+    """What one pass over a batch says of its completions: ``sums`` of their tokens' log-probabilities, and the optional
+    rest as in :class:`PairLogps`. The arrays may be NumPy's too."""
+
+    sums: Float[Array, "B N"]
+    tokens: Float[Array, "B N C"] | None = None
+    squares: Float[Array, "B N"] | None = None
+    kl: Float[Array, "B N"] | None = None
+    states: States | None = None
+
+
+@struct.dataclass
 class PairBatch:
     """Prompts, each with N completions: N = 2 is (chosen, rejected), N = 1 is SFT's one completion.
 

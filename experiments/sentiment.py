@@ -113,11 +113,10 @@ def make_draw(config: SentimentConfig, model: Any, tokenizer: Any, prompts: list
 
 def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[str, Any]:
     """Figures before and after, with standard errors over openings, and three prompts' texts."""
-    from dpojax.data import Encoder, load_examples
+    from dpojax.data import Encoder, completion_lengths, load_examples
     from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
     from dpojax.evaluate.scoring import make_scorer
     from dpojax.train.checkpoint import load_policy_tokenizer, load_run
-    from dpojax.train.reference import completion_lengths
 
     policy, _ = load_run(run)
     tokenizer = load_policy_tokenizer(str(run))

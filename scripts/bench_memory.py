@@ -34,12 +34,13 @@ sys.path.insert(0, str(ROOT))
 
 from dpojax.configs import DPOConfig
 from dpojax.data import Batches, Example
+from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, Model
 from dpojax.sharding import batch_sharding, param_shardings
 from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.reference import pair_of_sums
 from dpojax.train.setup import Program, make_program
 from dpojax.train.step import abstract_state, jit_train_step, make_train_step, state_shardings
+from dpojax.types import CompletionStats
 
 MODEL = DecoderConfig(**SMOLLM2)
 CHOICES = {
@@ -83,7 +84,7 @@ def abstract_batch(program: Program, setting: Setting) -> Any:
     side = np.zeros(setting.completion, np.int32)
     examples = [Example(np.zeros(setting.prompt, np.int32), (side, side))] * setting.pairs
     batch = Batches(examples, setting.pairs, max_shapes=1, seed=0).collate(np.arange(setting.pairs)).batch
-    reference = pair_of_sums(np.zeros((setting.pairs, 2), np.float32), batch.completion_len)
+    reference = pair_up(CompletionStats(np.zeros((setting.pairs, 2), np.float32)), batch)
     rows = batch_sharding(program.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), (batch, reference))
 

@@ -133,17 +133,18 @@ def our_references(config: Any, program: Any, model: Any, items: list[Any]) -> A
     import jax.numpy as jnp
     import numpy as np
 
+    from dpojax.logprobs import pair_up
     from dpojax.sharding import batch_sharding, param_shardings, put_global
-    from dpojax.train.reference import pair_of_sums
+    from dpojax.types import CompletionStats
 
     rows, shardings = batch_sharding(program.mesh), param_shardings(program.mesh, model.config)
     params = put_global(model.params, shardings)
     if config.reference == "live":
         # A copy of its own, as the library makes it: the policy's buffers may be the same host memory.
         params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
-        return lambda i, batch: pair_of_sums(program.logps_step(params, batch), batch.completion_len)
+        return lambda i, batch: program.ref_step(params, batch)
     sums = [np.asarray(program.logps_step(params, put_global(item.batch, rows))) for item in items]
-    return lambda i, batch: put_global(pair_of_sums(sums[i], items[i].batch.completion_len), rows)
+    return lambda i, batch: put_global(pair_up(CompletionStats(sums[i]), items[i].batch), rows)
 
 
 def child_ours(spec: dict[str, Any]) -> dict[str, Any]:

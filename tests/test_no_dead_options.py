@@ -165,6 +165,10 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "kind": ("completions", {"data": (str(root / "completions.jsonl"),)}),
             },
         ),
+        "LossesConfig": (
+            {"names": ("sigmoid",), "output": "curves.png"},
+            {"names": ("hinge",), "output": "elsewhere.png", "beta": 0.7, "span": 9.0},
+        ),
     }[name]
 
 

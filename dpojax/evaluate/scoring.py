@@ -9,7 +9,7 @@ import numpy as np
 
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
-from dpojax.logprobs import CompletionStats, pair_up
+from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
 from dpojax.startup import keep_memory
@@ -17,7 +17,7 @@ from dpojax.train.checkpoint import load_policy, tokenizer_for
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.reference import collect_logps, content_hash, make_logps_step, model_key
 from dpojax.train.setup import check_fit, read_examples
-from dpojax.types import PyTree
+from dpojax.types import CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
 

@@ -7,6 +7,7 @@ from dpojax.losses.compose import (
     composed,
     given,
     length_normalized,
+    per_token,
     reference_free,
     weighted_sum,
     with_divergence,

@@ -176,7 +176,8 @@ def with_label_smoothing(objective: Objective, label_smoothing: float) -> Object
     return composed(smoothed, traits)
 
 
-def _per_token(pair: PairLogps) -> PairLogps:
+def per_token(pair: PairLogps) -> PairLogps:
+    """The pairs with mean log-probabilities of their tokens, as of completions of one token."""
     # A row that only fills up has no token and stays so.
     lengths = {side: getattr(pair, f"{side}_len") for side in ("chosen", "rejected")}
     divisor = {side: jnp.maximum(n, 1).astype(pair.chosen.dtype) for side, n in lengths.items()}
@@ -213,7 +214,7 @@ def length_normalized(objective: Objective) -> Objective:
         raise ValueError("length_normalized: the objective is of rewards, which are not sums over tokens")
 
     def normalized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return objective(_per_token(policy), _per_token(ref))
+        return objective(per_token(policy), per_token(ref))
 
     return composed(normalized, traits, lengths=True)
 

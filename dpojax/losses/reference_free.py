@@ -26,7 +26,7 @@ def _log_odds(mean: Float[Array, " B"]) -> Float[Array, " B"]:
     return mean - jnp.log(-jnp.expm1(mean))
 
 
-@traits(reference=False, lengths=True)
+@traits(reference=False, lengths=True, per_token=True)
 def orpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
     r"""Odds ratio preference optimization: imitation of the chosen side, and better odds for it than for the rejected.
 
@@ -63,7 +63,7 @@ def orpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array
     return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
-@traits(reference=False, lengths=True)
+@traits(reference=False, lengths=True, per_token=True)
 def simpo(policy: PairLogps, ref: PairLogps, *, beta: float = 2.0, simpo_gamma: float = 1.0) -> Float[Array, " B"]:
     r"""Simple preference optimization: the mean log-probability is the reward, and a margin of it is asked for.
 
@@ -134,7 +134,7 @@ def _shaped(mean: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
     return -jnp.expm1(jnp.minimum(-alpha * mean, EXPONENT)) / alpha
 
 
-@traits(reference=False, lengths=True)
+@traits(reference=False, lengths=True, per_token=True)
 def alphapo(
     policy: PairLogps, ref: PairLogps, *, beta: float = 2.5, alpha: float = 0.25, simpo_gamma: float = 0.1
 ) -> Float[Array, " B"]:

@@ -21,8 +21,8 @@ class Traits:
     :class:`~dpojax.types.LabelledLogps`. ``batch``: a pair's loss depends on the other pairs of its batch.
     ``divergence``: only differences of log-ratios matter to it, so that another f-divergence may replace the reverse
     KL. ``unpaired``: it reads LabelledLogps. ``rewards``: what it calls log-probabilities are a reward model's scores.
-    ``running``: by objective, ``update(policy, ref, old) -> new`` of what it keeps over the steps; ``old`` is None
-    before the first.
+    ``per_token``: the rewards that it implies are per token. ``running``: by objective,
+    ``update(policy, ref, old) -> new`` of what it keeps over the steps; ``old`` is None before the first.
     """
 
     reference: bool = True
@@ -32,6 +32,7 @@ class Traits:
     divergence: bool = False
     unpaired: bool = False
     rewards: bool = False
+    per_token: bool = False
     running: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
     def __or__(self, other: "Traits") -> "Traits":
@@ -44,6 +45,7 @@ class Traits:
             divergence=self.divergence and other.divergence,
             unpaired=self.unpaired or other.unpaired,
             rewards=self.rewards or other.rewards,
+            per_token=self.per_token and other.per_token,
             running=self.running | other.running,
         )
 

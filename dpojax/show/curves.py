@@ -4,12 +4,13 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.errors import UserError
+from dpojax.errors import UserError, first_line
 from dpojax.losses import Objective, spelled, traits_of
 from dpojax.types import LabelledLogps, PairLogps
 
@@ -38,28 +39,23 @@ def pair_at(margin: jax.Array, base: float, rewards: bool = False) -> tuple[Pair
     margin and a weight of 1 in the data. A reward model's scores have no margin in the data, which is optional there.
     """
     ones = jnp.ones((1,))
-    sums = {"chosen": base + margin[None] / 2, "rejected": base - margin[None] / 2}
-    fields = {f"{side}_tokens": x[:, None] for side, x in sums.items()}
+    sums: dict[str, Any] = {"chosen": base + margin[None] / 2, "rejected": base - margin[None] / 2}
+    fields: dict[str, Any] = {f"{side}_tokens": x[:, None] for side, x in sums.items()}
     fields |= {f"{side}_squares": x for side, x in sums.items()}
     fields |= {f"{side}_kl": 0.0 * x for side, x in sums.items()}
     fields |= {f"{side}_len": jnp.ones((1,), jnp.int32) for side in sums}
-    policy = PairLogps(
-        **sums,
-        **fields,
-        mean_chosen_len=jnp.float32(1),
-        margin=None if rewards else ones,
-        weight=ones,
-        key=jax.random.split(jax.random.key(0), 1),
-    )
-    at = {"chosen": base * ones, "rejected": base * ones}
-    return policy, policy.replace(**at, **{f"{side}_tokens": x[:, None] for side, x in at.items()})
+    fields |= {"margin": None if rewards else ones, "weight": ones, "mean_chosen_len": jnp.float32(1)}
+    policy = PairLogps(**sums, **fields, key=jax.random.split(jax.random.key(0), 1))
+    at: dict[str, Any] = {"chosen": base * ones, "rejected": base * ones}
+    at |= {f"{side}_tokens": x[:, None] for side, x in at.items()}
+    return policy, dataclasses.replace(policy, **at)
 
 
 def completion_at(log_ratio: jax.Array, base: float, label: float) -> tuple[LabelledLogps, LabelledLogps]:
     """Policy and reference of one labelled completion of one token; the two agree on another prompt's completion."""
     ones = jnp.ones((1,))
     ref = LabelledLogps(base * ones, jnp.ones((1,), jnp.int32), label * ones, base * ones)
-    return ref.replace(logps=base + log_ratio[None]), ref
+    return dataclasses.replace(ref, logps=base + log_ratio[None]), ref
 
 
 def curves_of(name: str, objective: Objective, span: float) -> list[Curve]:
@@ -84,14 +80,16 @@ def curves_of(name: str, objective: Objective, span: float) -> list[Curve]:
             f"{name}, desirable": lambda u: completion_at(u, base, 1.0),
             f"{name}, undesirable": lambda u: completion_at(u, base, 0.0),
         }
-    margins = jnp.linspace(-span, span, POINTS)
+    right = np.linspace(0, span, POINTS // 2 + 1, dtype=np.float32)
+    margins = np.concatenate([-right[:0:-1], right])  # 0 exactly in the middle
+    curves = []
     try:
-        return [
-            Curve(label, *map(np.asarray, (margins, *_along(objective, at)(margins))), single=traits.unpaired)
-            for label, at in points.items()
-        ]
+        for label, at in points.items():
+            losses, slopes = _along(objective, at)(margins)
+            curves.append(Curve(label, margins, np.asarray(losses), np.asarray(slopes), traits.unpaired))
     except Exception as error:  # of anybody's code
-        raise UserError(f"{name}: cannot be differentiated ({str(error).splitlines()[0][:200]})") from None
+        raise UserError(f"{name}: cannot be differentiated ({first_line(error)})") from None
+    return curves
 
 
 def curves_named(names: Sequence[str], beta: float | None = None, span: float | None = None) -> list[Curve]:
@@ -123,9 +121,13 @@ def curves_named(names: Sequence[str], beta: float | None = None, span: float | 
 def table(curves: Sequence[Curve]) -> list[str]:
     """A line a curve: its value and slope in the middle, where policy and reference agree."""
     width, middle = max(len(curve.name) for curve in curves), POINTS // 2
+    base = base_of(float(curves[0].margins[-1]))
     return [
-        f"{curve.name:{width}}  loss {curve.losses[middle]:10.4f}  slope {curve.slopes[middle]:10.4f} per nat"
-        for curve in curves
+        f"where policy and reference agree, completions of 1 token, {base:.4g} nats each (a reward model's scores: 0):",
+        *(
+            f"{curve.name:{width}}  loss {curve.losses[middle]:10.4f}  slope {curve.slopes[middle]:10.4f} per nat"
+            for curve in curves
+        ),
     ]
 
 
@@ -139,7 +141,7 @@ def _along(objective: Objective, at: Callable) -> Callable:
         policy, ref = at(margin)
         start = at(jnp.zeros_like(margin))
         running = {key: update(*start, None) for key, update in traits_of(objective).running.items()}
-        return objective(policy.replace(running=running or None), ref)[0]
+        return objective(dataclasses.replace(policy, running=running or None), ref)[0]
 
     return jax.jit(jax.vmap(jax.value_and_grad(loss)))
 
@@ -183,14 +185,9 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 
 
 def _margin_label(curves: Sequence[Curve]) -> str:
-    of_pairs = "log-ratio margin h = u_w - u_l of a pair"
-    of_one = "log-ratio u of a completion"
-    names = [
-        text
-        for text, there in ((of_pairs, not all(c.single for c in curves)), (of_one, any(c.single for c in curves)))
-        if there
-    ]
-    return ", or ".join(names) + " (nats)"
+    kinds = {curve.single for curve in curves}
+    names = {False: "log-ratio margin h of a pair", True: "log-ratio u of a completion"}
+    return " or ".join(text for single, text in names.items() if single in kinds) + ", nats"
 
 
 def limits(values: Sequence[np.ndarray]) -> tuple[float, float] | None:

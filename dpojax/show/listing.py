@@ -1,12 +1,13 @@
 """The catalogue of objectives as a table for a terminal, and as plain lines for everything else."""
 
 import re
+from collections.abc import Callable
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dpojax.losses import LOSSES, WRAPPERS
+from dpojax.losses import LOSSES, WRAPPERS, traits_of
 from dpojax.losses.catalogue import (
     ADAPTIVE,
     BASELINES,
@@ -17,6 +18,7 @@ from dpojax.losses.catalogue import (
     TRLS,
     UNPAIRED,
     entry,
+    needs,
 )
 from dpojax.show.equations import readable
 
@@ -67,9 +69,20 @@ def sections() -> dict[str, list[tuple[str, str, str, str]]]:
     return {title: [_row(functions[name]) for name in names] for title, names in grouped.items()}
 
 
-def _row(function: object) -> tuple[str, str, str, str]:
-    said = entry(function)  # type: ignore[arg-type]
-    return said.name, readable(said.equation), paper(said.source) or "ours", ", ".join(said.needs)
+def _row(function: Callable) -> Row:
+    said = entry(function)
+    asked = ", ".join(said.needs if said.name in LOSSES else added(said.name)) or "-"
+    return said.name, readable(said.equation), paper(said.source) or "-", asked
+
+
+def added(wrapper: str) -> tuple[str, ...]:
+    """What a wrapper asks for beyond the objective that it is around."""
+    options = {"with_divergence": ("forward_kl",), "with_label_smoothing": (0.1,)}.get(wrapper, ())
+    around = WRAPPERS[wrapper](LOSSES["sigmoid"], *options)
+    asked = [need for need in needs(around) if need not in needs(LOSSES["sigmoid"])]
+    asked += ["weights"] * ("weight" in traits_of(around).reads)
+    asked += ["no reference"] * (not traits_of(around).reference)
+    return tuple(asked)
 
 
 def print_catalogue(console: Console) -> None:

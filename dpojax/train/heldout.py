@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.data import Batches, without_tokens
-from dpojax.logprobs import CompletionStats
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.objectives import Logps, Metrics, Running, Whole, logps_of, mean_chosen_len, preference_metrics
 from dpojax.train.reference import Reference, collect_logps, reads_tokens
 from dpojax.train.setup import Program
 from dpojax.train.step import TrainState
-from dpojax.types import PairBatch, PyTree
+from dpojax.types import CompletionStats, PairBatch, PyTree
 
 
 class HeldOut:

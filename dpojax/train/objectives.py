@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpojax.logprobs import CompletionStats, completion_logps, completion_rewards, completion_stats, label, pair_up
-from dpojax.losses import Objective, Traits, implicit_rewards, traits_of, without_reference
-from dpojax.types import ApplyFn, LabelledLogps, Metric, PairBatch, PairLogps, PyTree, told_apart
+from dpojax.logprobs import completion_logps, completion_rewards, completion_stats, label, pair_up
+from dpojax.losses import Objective, Traits, implicit_rewards, per_token, traits_of, without_reference
+from dpojax.types import ApplyFn, CompletionStats, LabelledLogps, Metric, PairBatch, PairLogps, PyTree, told_apart
 
 Metrics = dict[str, Metric]
 Running = dict[str, dict[str, Array]]
@@ -58,13 +58,14 @@ def preference_rows(
 
     ``rewards/accuracies`` counts a tie as half: rewards whose difference is below what float32 can tell, as all are
     before the first update, whatever the batches in which the reference was computed. Of a reward model, the rewards
-    are its scores.
+    are its scores; of an objective of log-probabilities per token, they are per token.
     """
     if traits_of(objective).rewards:
         rewards = policy.chosen, policy.rejected
         return {"loss": objective(policy, ref), **_ordering(*rewards, jnp.abs(rewards[0]) + jnp.abs(rewards[1]))}
-    rewards = implicit_rewards(policy, ref, beta=beta)
-    magnitude = beta * (jnp.abs(policy.chosen) + jnp.abs(policy.rejected))
+    mine, theirs = (per_token(policy), per_token(ref)) if traits_of(objective).per_token else (policy, ref)
+    rewards = implicit_rewards(mine, theirs, beta=beta)
+    magnitude = beta * (jnp.abs(mine.chosen) + jnp.abs(mine.rejected))
     logps = {"logps/chosen": policy.chosen, "logps/rejected": policy.rejected}
     return {"loss": objective(policy, ref), **_ordering(*rewards, magnitude), **logps}
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from dpojax.configs import DPOConfig, TrainOptions
 from dpojax.data import Batches, IndexedBatch
-from dpojax.logprobs import CompletionStats, completion_logps, completion_stats
+from dpojax.logprobs import completion_logps, completion_stats
 from dpojax.losses import Traits
 from dpojax.models import DecoderConfig, Model
 from dpojax.models.decoder import unembedding
@@ -21,7 +21,7 @@ from dpojax.sharding import batch_sharding, param_shardings, put_global
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.objectives import Logps, logps_of
 from dpojax.train.step import jit_forward
-from dpojax.types import ApplyFn, PairBatch, PyTree
+from dpojax.types import ApplyFn, CompletionStats, PairBatch, PyTree
 
 LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
 RefStep = Callable[[PyTree, PairBatch], Logps]

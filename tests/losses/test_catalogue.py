@@ -4,7 +4,6 @@ import doctest
 import functools
 import inspect
 import itertools
-import math
 import re
 import sys
 
@@ -20,7 +19,7 @@ from dpojax.losses.catalogue import entry
 from dpojax.types import LabelledLogps, PairLogps
 
 ALL = pytest.mark.parametrize("name", LOSSES)
-B, C = 6, 5
+B, C = 5, 5
 SIDES = ("chosen", "rejected")
 LENGTHS = ("chosen_len", "rejected_len", "mean_chosen_len", "lengths")
 # Fields by the word with which traits declare that they are read.
@@ -56,9 +55,12 @@ def batch(name: str, seed: int, rows: int = B, dtype=jnp.float32):
     return moved_on(name, policy, ref), ref
 
 
-def moved_on(name: str, policy, ref):
-    """The policy's with what the objective keeps over the steps, after this first one."""
-    kept = {key: update(policy, ref, None) for key, update in traits_of(LOSSES[name]).running.items()}
+def moved_on(name: str, policy, ref, steps: int = 10):
+    """The policy's with what the objective keeps over the steps, after some with this batch."""
+    kept: dict = {}
+    for key, update in traits_of(LOSSES[name]).running.items():
+        for _ in range(steps):
+            kept[key] = jax.jit(update)(policy, ref, kept.get(key))
     return policy.replace(running=kept) if kept else policy
 
 
@@ -66,6 +68,11 @@ def floats(logps) -> dict:
     """The fields that a gradient could go to."""
     fields = {f.name: getattr(logps, f.name) for f in logps.__dataclass_fields__.values() if f.name not in LENGTHS}
     return {k: x for k, x in fields.items() if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)}
+
+
+def lengths_of(logps) -> dict:
+    """The fields of completions' lengths, one a row."""
+    return {name: getattr(logps, name) for name in ("chosen_len", "rejected_len", "lengths") if hasattr(logps, name)}
 
 
 def other(x, seed: int = 5):
@@ -90,7 +97,7 @@ def same(a, b) -> bool:
 def test_docstring_says_what_it_is_and_holds_a_hand_value(name):
     objective, said = LOSSES[name], entry(LOSSES[name])
     assert said.name == name == objective.__name__ and getattr(dpojax.losses, name) is objective
-    assert said.summary.endswith(".") and len(said.equation) > 10
+    assert said.summary[-1] in ".?" and len(said.equation) > 10
     assert re.search(r"arXiv \d{4}\.\d{5}|TRL 1\.16's|Mitchell 2023", said.source)
     # Found in its module, and so run by pytest; an expected output without a digit of its own proves nothing.
     found = {test.name: test for test in doctest.DocTestFinder().find(sys.modules[objective.__module__])}
@@ -144,7 +151,8 @@ def test_pairs_are_coupled_where_declared_and_nowhere_else(name):
         losses = LOSSES[name](policy, ref)
         first = lambda x, y: jnp.where((jnp.arange(B) == 0).reshape(-1, *[1] * (x.ndim - 1)), y, x)  # noqa: E731
         fields = {k: first(x, other(x)) for k, x in floats(policy).items() if k != "label"}
-        coupled |= not same(LOSSES[name](policy.replace(**fields), ref)[1:], losses[1:])
+        moved = moved_on(name, policy.replace(**fields), ref)  # as a run does before it computes the losses
+        coupled |= not same(LOSSES[name](moved, ref)[1:], losses[1:])
     assert coupled == traits_of(LOSSES[name]).batch
 
 
@@ -165,50 +173,58 @@ def test_divergences_are_for_those_that_declare_it(name, kind):
     assert traits_of(under).reads == traits_of(LOSSES[name]).reads and not traits_of(under).divergence
 
 
-def extremes(name: str):
-    """Rows of every sign combination of log-ratios of 1e4, reached by the policy and by the reference."""
-    signs = [1e4 * np.array(s, np.float32) for s in itertools.product((1, -1), repeat=2)]
-    policy, ref = batch(name, 0, 8)
-    first, second = (np.array([s[i] for s in signs] + [0.0] * 4, np.float32) for i in (0, 1))
-    by_ref = [np.roll(x, 4) for x in (first, second)]
-    if isinstance(policy, LabelledLogps):
-        label = jnp.asarray([1.0, 0.0] * 4)
-        for mismatched in (second, np.full(8, 1e4, np.float32), np.full(8, -1e4, np.float32)):
-            yield (
-                policy.replace(logps=jnp.asarray(first), mismatched=jnp.asarray(mismatched), label=label, running=None),
-                ref.replace(logps=jnp.asarray(by_ref[0]), mismatched=jnp.zeros(8)),
-            )
-        return
-    for lengths, squares in ((policy.chosen_len, 0.0), (jnp.ones(8, jnp.int32), -1e4), (jnp.ones(8, jnp.int32), 1e4)):
+@functools.cache
+def compiled(name: str, kind: str = "reverse_kl"):
+    """``(policy, ref, rows' weights) -> losses, gradients of their weighted sum by the policy's fields``."""
+    objective = LOSSES[name] if kind == "reverse_kl" else with_divergence(LOSSES[name], kind)
 
-        def fields(sums, n=lengths):
-            tokens = [jnp.asarray(x / n)[:, None] * (jnp.arange(C)[None] < n[:, None]) for x in sums]
+    @jax.jit
+    def run(policy, ref, weights):
+        losses, back = jax.vjp(lambda x: objective(policy.replace(**x), ref), floats(policy))
+        return losses, back(weights)[0]
+
+    return run
+
+
+def extremes(name: str, kind: str):
+    """Rows of every sign combination of log-ratios of 1e4, reached by the policy (4) and by the reference (4)."""
+    signs = 1e4 * np.array([*itertools.product((1.0, -1.0), repeat=2)] + [(0.0, 0.0)] * 4, np.float32).T
+    by_ref = np.roll(signs, 4, axis=1)
+    policy, ref = batch(name, 0, 8)
+    policy, f = policy.replace(running=None), lambda x: jnp.full(8, x)
+    if isinstance(policy, LabelledLogps):
+        policy = policy.replace(logps=jnp.asarray(signs[0]), label=jnp.asarray([1.0, 0.0] * 4))
+        for mismatched in (jnp.asarray(signs[1]), f(1e4), f(-1e4)):
+            yield policy.replace(mismatched=mismatched), ref.replace(logps=jnp.asarray(by_ref[0]), mismatched=f(0.0))
+        return
+    # Another divergence's scores and WPO's weights are each near a float32's bounds there, so not both at once.
+    for rest in (0.0, 1e4, -1e4) if kind == "reverse_kl" else (None,):
+        lengths = policy.chosen_len if rest == 0 else jnp.ones(8, jnp.int32)
+        places = jnp.arange(C)[None] < lengths[:, None]
+
+        def fields(sums, lengths=lengths, places=places):
+            tokens = [(jnp.asarray(x) / lengths)[:, None] * places for x in sums]
             return dict(zip((*SIDES, *FIELDS["tokens"]), (*map(jnp.asarray, sums), *tokens), strict=True))
 
-        shared = {"chosen_len": lengths, "rejected_len": lengths, "running": None}
-        extra = dict.fromkeys(FIELDS["squares"], jnp.full(8, squares))
-        extra |= dict.fromkeys(FIELDS["kl"], jnp.full(8, abs(squares))) | {"margin": jnp.full(8, squares)}
-        yield policy.replace(**fields((first, second)), **extra, **shared), ref.replace(**fields(by_ref), **shared)
+        shared = {"chosen_len": lengths, "rejected_len": lengths}
+        squares = signs if rest is None else np.full((2, 8), rest, np.float32)
+        extra = dict(zip(FIELDS["squares"], map(jnp.asarray, squares), strict=True)) | {"margin": f(rest or 1.0)}
+        extra |= dict.fromkeys(FIELDS["kl"], f(abs(rest or 0.0)))
+        yield policy.replace(**fields(signs), **extra, **shared), ref.replace(**fields(by_ref), **shared)
 
 
 @ALL
 def test_extremes_are_finite(name):
-    kinds = ["reverse_kl", *(k for k in DIVERGENCES if traits_of(LOSSES[name]).divergence and k != "reverse_kl")]
-    for kind in kinds:
-        objective = LOSSES[name] if kind == "reverse_kl" else with_divergence(LOSSES[name], kind)
-
-        @jax.jit
-        def value_and_gradient(x, policy, ref, objective=objective):
-            return jax.vjp(lambda x: objective(policy.replace(**x), ref), x)
-
-        for policy, ref in extremes(name):
-            # One row alone too: what couples the rows looks at others of its kind.
-            for rows in (slice(None), slice(0, 1), slice(5, 6)):
-                p, r = (jax.tree.map(lambda x, s=rows: x[s] if x.ndim else x, x) for x in (policy, ref))
-                p, r = moved_on(name, p, r), r
-                losses, back = value_and_gradient(floats(p), p, r)
+    kinds = [kind for kind in DIVERGENCES if kind == "reverse_kl" or traits_of(LOSSES[name]).divergence]
+    # What couples the rows looks at others of its kind, so it gets one row alone too.
+    parts = [slice(None), slice(0, 1), slice(5, 6)] if traits_of(LOSSES[name]).batch else [slice(None)]
+    for kind, rows in itertools.product(kinds, parts):
+        for both in extremes(name, kind):
+            policy, ref = (jax.tree.map(lambda x, s=rows: x[s] if x.ndim else x, p) for p in both)
+            for p in (moved_on(name, policy, ref, 1), policy)[: 2 if kind == "reverse_kl" else 1]:
+                losses, grads = compiled(name, kind)(p, ref, jnp.ones(8)[rows])
                 assert np.isfinite(losses).all(), (kind, losses)
-                for field, grad in back(jnp.ones_like(losses))[0].items():
+                for field, grad in grads.items():
                     assert np.isfinite(grad).all(), (kind, field, grad)
 
 
@@ -250,10 +266,10 @@ def test_gradient_against_finite_differences(name, monkeypatch):
                 monkeypatch.setattr(jax.lax, "stop_gradient", lambda _: replay.pop(0))
                 return f(x)
 
-            slopes = lambda step: jax.vmap(held)(start[None] + step * jnp.eye(len(start)))  # noqa: E731
+            slopes = jax.jit(lambda step: jax.vmap(held)(start[None] + step * jnp.eye(len(start))))
             differences = (slopes(1e-6) - slopes(-1e-6)) / 2e-6
             monkeypatch.setattr(jax.lax, "stop_gradient", stop)
-            jacobian = jax.jacrev(f)(start).T
+            jacobian = jax.jit(jax.jacrev(f))(start).T
             np.testing.assert_allclose(jacobian, differences, rtol=1e-6, atol=2e-7)
             assert (jacobian != 0).any(axis=0).sum() > 1  # some rows are not flat there
 
@@ -268,57 +284,41 @@ def test_jit_is_eager(name):
 
 @ALL
 def test_masked_rows_do_not_matter(name):
-    """Rows without tokens, of any finite values, behind four real ones: nobody's loss or gradient moves."""
-    real = slice(0, 4)
-    cut = lambda logps: jax.tree.map(lambda x: x[real] if x.ndim else x, logps)  # noqa: E731
+    """Rows without tokens, of any finite values, behind three real ones: nobody's loss or gradient moves."""
+    real = (jnp.arange(B) < 3).astype(jnp.float32)
     policy, ref = batch(name, 3)
-    small = moved_on(name, *map(cut, (policy, ref))), cut(ref)
-
-    def run(p, r):
-        return jax.vjp(lambda x: LOSSES[name](p.replace(**x), r)[real], floats(p))
-
-    want, back = run(*small)
-    grads = back(jnp.ones(4))[0]
+    small = [jax.tree.map(lambda x: x[:3] if x.ndim else x, p) for p in (policy, ref)]
+    want, grads = compiled(name)(moved_on(name, *small), small[1], jnp.ones(3))
     for value in (0.0, -3.0, 1e4, -1e4, 1e30, -1e30):
 
-        def filled(p, value=value, sign=1.0):
-            masked = {n: getattr(p, n).at[4:].set(0) for n in LENGTHS if hasattr(p, n) and n != "mean_chosen_len"}
-            return p.replace(**{n: x.at[4:].set(sign * value) for n, x in floats(p).items()}, **masked, running=None)
+        def filled(p, value):
+            masked = {name: x.at[3:].set(0) for name, x in lengths_of(p).items()}
+            return p.replace(**{name: x.at[3:].set(value) for name, x in floats(p).items()}, **masked)
 
-        p, r = filled(policy), filled(ref, sign=-1.0)
-        got, back = run(moved_on(name, p, r), r)
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
-        for field, grad in back(jnp.ones(4))[0].items():
-            np.testing.assert_allclose(grad[real], grads[field], rtol=1e-5, atol=1e-7, err_msg=field)
-            assert (grad[4:] == 0).all(), (field, value, grad)
-
-
-@ALL
-def test_a_batch_without_a_real_row_gives_no_nan(name):
-    policy, ref = batch(name, 3)
-    zeros = lambda p: jax.tree.map(jnp.zeros_like, p.replace(key=None, running=None) if hasattr(p, "key") else p)  # noqa: E731
-    empty, ref = zeros(policy), zeros(ref)
-    empty = moved_on(name, empty.replace(key=policy.key) if hasattr(policy, "key") else empty, ref)
-    losses, back = jax.vjp(lambda x: LOSSES[name](empty.replace(**x), ref), floats(empty))
-    assert np.isfinite(losses).all() and all(np.isfinite(g).all() for g in back(jnp.ones(B))[0].values())
+        p, r = filled(policy, value), filled(ref, -value)
+        got, moved = compiled(name)(moved_on(name, p, r), r, real)
+        np.testing.assert_allclose(got[:3], want, rtol=1e-6, atol=1e-7)
+        for field, grad in moved.items():
+            np.testing.assert_allclose(grad[:3], grads[field], rtol=1e-5, atol=1e-7, err_msg=field)
+            assert (grad[3:] == 0).all(), (field, value, grad)
+    # A batch of such rows alone, all zeros as a run has them, is finite.
+    p, r = (x.replace(**{n: 0 * y for n, y in (floats(x) | lengths_of(x)).items()}) for x in (policy, ref))
+    losses, grads = compiled(name)(moved_on(name, p, r), r, jnp.ones(B))
+    assert np.isfinite(losses).all() and all(np.isfinite(g).all() for g in grads.values())
 
 
 @ALL
 def test_nothing_broadcasts_silently(name):
     objective, traits = LOSSES[name], traits_of(LOSSES[name])
-    for rows in (1, 5):
-        losses = objective(*batch(name, 1, rows))
-        assert losses.shape == (rows,) and losses.dtype == jnp.float32
-    policy, ref = batch(name, 1, 5)
+    policy, ref = batch(name, 1)
+    losses, alone = objective(policy, ref), jax.eval_shape(objective, *batch(name, 1, 1))
+    for out, rows in ((losses, B), (alone, 1)):
+        assert out.shape == (rows,) and out.dtype == jnp.float32
     if traits.reference:
         with pytest.raises((TypeError, ValueError)):
-            objective(policy, batch(name, 1, 3)[1])
-    losses = objective(policy, ref)
+            jax.eval_shape(objective, policy, batch(name, 1, 3)[1])
     for field, x in floats(policy).items():
-        if same(objective(policy.replace(**{field: other(x)}), ref), losses) and field not in SUMS:
+        if same(objective(policy.replace(**{field: other(x)}), ref), losses):
             continue  # it is not read
         with pytest.raises((TypeError, ValueError)):
-            got = objective(policy.replace(**{field: x[:, None]}), ref)
-            assert got.shape == (5,), got.shape
-            if same(got, losses):
-                raise TypeError("it is not read")
+            jax.eval_shape(objective, policy.replace(**{field: x[:, None]}), ref)

@@ -17,14 +17,15 @@ from dpojax.cli import main
 from dpojax.configs import DPOConfig, MeshConfig
 from dpojax.data import Batches, Example
 from dpojax.errors import UserError
+from dpojax.logprobs import pair_up
 from dpojax.losses import LOSSES
 from dpojax.models import Model, init_params, load_model, make_apply
 from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
 from dpojax.train.checkpoint import load_run
 from dpojax.train.freeze import UNTRAINED, Trunk, cut, join, keep, separate
 from dpojax.train.objectives import preference_loss
-from dpojax.train.reference import pair_of_sums
 from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
+from dpojax.types import CompletionStats
 from tests.train.test_resume import curve, finish, options, start, wait_for_step
 
 LAYERS = 3
@@ -67,7 +68,7 @@ def run(model, examples, directory, *, freeze=None, sizes=(8, 1, 1), micro=1):
     state = initial_state(model.params, optimizer, 0, shardings)
     history, rows = [], batch_sharding(mesh)
     for item in batches:
-        ref = pair_of_sums(np.full((16, 2), -30, np.float32), item.batch.completion_len)
+        ref = pair_up(CompletionStats(np.full((16, 2), -30, np.float32)), item.batch)
         state, metrics = step(state, put_global(item.batch, rows), put_global(ref, rows))
         history.append({name: metric.mean for name, metric in metrics.items()})
     return jax.tree.map(np.asarray, state.params), history
@@ -121,7 +122,7 @@ def test_frozen_layers_and_unembedding_cost_nothing(config, chunk):
     tokens = lambda n: rng.integers(0, 384, n).astype(np.int32)  # noqa: E731
     examples = [Example(tokens(8), (tokens(8), tokens(8))) for _ in range(16)]
     batch = Batches(examples, 16, max_shapes=1, streams=8).collate(np.arange(16)).batch
-    ref = pair_of_sums(np.zeros((16, 2), np.float32), batch.completion_len)
+    ref = pair_up(CompletionStats(np.zeros((16, 2), np.float32)), batch)
 
     def compiled(shape, frozen, batch):
         step, shardings = make_step(shape, mesh, optimizer, frozen, chunk=chunk)

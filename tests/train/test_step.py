@@ -12,48 +12,60 @@ import pytest
 from jax.sharding import Mesh
 
 from dpojax.configs import DPOConfig, MeshConfig
-from dpojax.losses import LOSSES
+from dpojax.logprobs import pair_up
+from dpojax.losses import LOSSES, bound, sft, traits_of
 from dpojax.models import make_apply
 from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
-from dpojax.train.objectives import imitation_loss, preference_loss
+from dpojax.train.objectives import empty_running, imitation_loss, preference_loss
 from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.reference import make_logps_step, pair_of_sums
+from dpojax.train.reference import make_ref_step
 from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
+from dpojax.types import CompletionStats
 from tests.conftest import random_batch
 
 
 @pytest.fixture(scope="module")
 def batch():
-    batch = random_batch(np.random.default_rng(0), B=16, P=6, C=5, streams=8)
-    return dataclasses.replace(batch, real=batch.real.at[-3:].set(0.0))  # as the last batch of a run may be
+    rng = np.random.default_rng(0)
+    batch = random_batch(rng, B=16, P=6, C=5, streams=8)
+    score = jnp.asarray(np.sort(rng.random((16, 2), np.float32), axis=1)[:, ::-1])
+    label = jnp.asarray(rng.integers(0, 2, 16), jnp.float32)
+    real = batch.real.at[-3:].set(0.0)  # as the last batch of a run may be
+    return dataclasses.replace(batch, real=real, score=score, label=label)
 
 
 def one_device() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor"))
 
 
-def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, shift=0.5):
-    """A few steps; the reference is the starting policy, shifted so that its log-ratios are not zero."""
+def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, scale=1.1):
+    """A few steps; the reference is the starting policy, scaled so that its log-ratios are not zero."""
     mesh = mesh or one_device()
+    objective = bound(sft if loss == "imitation" else LOSSES[loss], beta=0.1)
+    traits = traits_of(objective)
+    if traits.rewards:
+        config = dataclasses.replace(config, reward=True)
+        params = {**params, "score": 0.1 * jnp.ones((1, config.width))}
     apply_fn = make_apply(config, constrain=constrainer(mesh))
     # An optimizer without a root or a quotient, which would blow rounding up where gradients are near 0.
     optimizer, schedule = optax.sgd(1e-2), optax.constant_schedule(1e-2)
-    shardings = state_shardings(mesh, config, optimizer)
-    rows = batch_sharding(mesh)
-    logps_step = make_logps_step(apply_fn, mesh, config, chunk_tokens=32, micro_batches=micro)
+    running = empty_running(objective)
+    shardings = state_shardings(mesh, config, optimizer, running=running)
     host_params = jax.tree.map(np.asarray, params)
-    sums = np.asarray(logps_step(put_global(host_params, shardings.params), put_global(batch, rows)))
-    ref = pair_of_sums(sums + np.array([[shift, 0.0]], np.float32), np.asarray(batch.completion_len))
+    on_mesh = put_global(batch, batch_sharding(mesh))
+    ref = None
+    if traits.reference:
+        ref_step = make_ref_step(apply_fn, mesh, config, traits, chunk_tokens=32, micro_batches=micro)
+        scaled = jax.tree.map(lambda x: x * np.float32(scale), host_params)
+        ref = ref_step(put_global(scaled, shardings.params), on_mesh)
+    loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=32)
     if loss == "imitation":
         loss_fn = imitation_loss(apply_fn, chunk_tokens=32)
-    else:
-        objective = LOSSES[loss] if loss == "sft" else functools.partial(LOSSES[loss], beta=0.1)
-        loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=32)
     step = jit_train_step(make_train_step(loss_fn, optimizer, schedule, micro), mesh, shardings)
-    state = initial_state(host_params, optimizer, 0, shardings)
+    state = initial_state(host_params, optimizer, 0, shardings, running)
     history = []
     for _ in range(steps):
-        state, metrics = step(state, put_global(batch, rows), put_global(ref, rows))
+        state, metrics = step(state, on_mesh, ref)
         history.append({name: metric.mean for name, metric in metrics.items()})
     return state, history
 
@@ -69,20 +81,31 @@ def assert_same_run(a, b, rtol):
 
 def test_policy_that_is_its_reference(config, params, batch):
     full = dataclasses.replace(batch, real=jnp.ones(16))
-    _, history = run(config, params, full, shift=0.0, steps=1)
+    _, history = run(config, params, full, scale=1.0, steps=1)
     assert history[0]["loss"] == float(jnp.float32(math.log(2)))
     assert history[0]["rewards/accuracies"] == 0.5
     assert history[0]["rewards/margins"] == 0.0
 
 
-@pytest.mark.parametrize("loss", [*LOSSES, "imitation"])
+# One of each kind: sums, lengths, token sums with draws, distributions, squares, margins, labels, scores of a head.
+KINDS = ["sigmoid", "sft", "rpo", "sampo", "tdpo2", "wpo", "odpo", "apo_zero_unpaired", "reward_model"]
+
+
+@pytest.mark.parametrize("loss", [*KINDS, "imitation"])
 def test_micro_batches_are_one_batch(config, params, batch, loss):
     whole, parts = (run(config, params, batch, loss=loss, micro=micro) for micro in (1, 4))
     assert_same_run(whole, parts, rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "imitation"])
-@pytest.mark.parametrize(("sizes", "micro"), [((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 1), ((4, 1, 2), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "micro", "loss"),
+    [
+        *((sizes, 1, loss) for sizes in ((8, 1, 1), (1, 8, 1), (2, 2, 2)) for loss in ("sigmoid", "imitation")),
+        *(((4, 1, 2), 2, loss) for loss in ("sigmoid", "imitation", "tdpo2", "sampo", "reward_model")),
+        *(((2, 2, 2), 1, loss) for loss in ("beta_dpo", "aot", "kto", "tdpo1")),  # over all pairs of the batch
+    ],
+    ids=str,
+)
 def test_eight_devices_are_one(config, params, batch, sizes, micro, loss):
     mesh = make_mesh(MeshConfig(*sizes), config, 16 // micro)
     assert_same_run(
@@ -112,7 +135,7 @@ def test_compiled_step_never_holds_all_logits(config):
         loss_fn = preference_loss(make_apply(wide), objective, beta=0.1, chunk_tokens=chunk_tokens)
         shardings = state_shardings(mesh, wide, optimizer)
         step = jit_train_step(make_train_step(loss_fn, optimizer, optax.constant_schedule(1e-2)), mesh, shardings)
-        ref = pair_of_sums(jnp.zeros((4, 2)), batch.completion_len)
+        ref = pair_up(CompletionStats(jnp.zeros((4, 2))), batch)
         lowered = step.lower(abstract_state(wide, optimizer, shardings), batch, ref)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 

@@ -1,0 +1,219 @@
+"""What a run provides to objectives that read more than sums: against slow forms, and over whole runs."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.cli import main
+from dpojax.data import Encoder, load_examples, with_mismatched
+from dpojax.logprobs import completion_rewards, completion_stats, pair_up
+from dpojax.losses import LOSSES, traits_of
+from dpojax.models import load_tokenizer, make_apply
+from dpojax.train.objectives import Whole, empty_running, mean_chosen_len, preference_loss
+from dpojax.train.reference import make_ref_step
+from dpojax.types import CompletionStats
+from tests.conftest import plain_rows, random_batch, sentence
+from tests.train.test_step import one_device
+
+OPTIONS = ["--batch-size", "8", "--learning-rate", "1e-3", "--warmup-steps", "0", "--save-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return random_batch(np.random.default_rng(1), B=4, P=6, C=5, streams=2)
+
+
+def slow_logits(config, params, batch, row, n):
+    """Logits that predict each token of one completion, from a row of its own."""
+    prompt = np.asarray(batch.prompt[row])[batch.prompt.shape[1] - int(batch.prompt_len[row]) :]
+    completion = np.asarray(batch.completions[row, n])[: int(batch.completion_len[row, n])]
+    tokens = jnp.asarray(np.concatenate([prompt, completion]))[None]
+    h, head = make_apply(config)(params, plain_rows(tokens))
+    return np.asarray(h[0, len(prompt) - 1 : -1] @ head.T, np.float64), completion, h[0, -1], head
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 512])
+def test_statistics_of_tokens(config, params, batch, chunk_tokens):
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    apply_fn = make_apply(config)
+    stats = functools.partial(completion_stats, apply_fn, batch=batch, chunk_tokens=chunk_tokens)
+    ref = stats(params=other, reads=frozenset({"states"})).states
+    got = stats(params=params, reads=frozenset({"tokens", "squares", "kl"}), ref=ref)
+    for row, n in np.ndindex(4, 2):
+        logits, completion, *_ = slow_logits(config, params, batch, row, n)
+        ref_logits, *_ = slow_logits(config, other, batch, row, n)
+        logp, ref_logp = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (logits, ref_logits))
+        tokens = logp[np.arange(len(completion)), completion]
+        expected = np.zeros(5)
+        expected[: len(tokens)] = tokens
+        np.testing.assert_allclose(got.tokens[row, n], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.sums[row, n], tokens.sum(), rtol=1e-5)
+        np.testing.assert_allclose(got.squares[row, n], np.logaddexp.reduce(2 * logp, axis=1).sum(), rtol=1e-4)
+        kl = (np.exp(ref_logp) * (ref_logp - logp)).sum()
+        np.testing.assert_allclose(got.kl[row, n], kl, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_has_the_gradient_of_the_whole_logits(config, params, batch):
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    apply_fn = make_apply(config)
+    reads = frozenset({"kl"})
+    ref = completion_stats(apply_fn, other, batch, reads=frozenset({"states"})).states
+
+    def plain(p):
+        states = completion_stats(apply_fn, p, batch, reads=frozenset({"states"})).states
+        logp, ref_logp = (jax.nn.log_softmax(s.hidden @ s.head.T) for s in (states, ref))
+        real = jnp.any(states.hidden != 0, axis=-1)
+        return jnp.sum(jnp.where(real, jnp.sum(jnp.exp(ref_logp) * (ref_logp - logp), axis=-1), 0))
+
+    kl = lambda p: completion_stats(apply_fn, p, batch, reads=reads, ref=ref, chunk_tokens=7).kl.sum()  # noqa: E731
+    for a, b in zip(*map(jax.tree.leaves, (jax.grad(kl)(params), jax.grad(plain)(params))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_rewards_are_of_the_last_token(config, params, batch):
+    config = dataclasses.replace(config, reward=True)
+    params = {**params, "score": jax.random.normal(jax.random.key(0), (1, config.width))}
+    got = completion_rewards(make_apply(config), params, batch)
+    for row, n in np.ndindex(4, 2):
+        *_, last, score = slow_logits(config, params, batch, row, n)
+        np.testing.assert_allclose(got[row, n], float(last @ score[0]), rtol=1e-4)
+
+
+def test_several_completions_are_all_pairs_of_different_rank(batch):
+    rng = np.random.default_rng(0)
+    batch = random_batch(rng, B=3, P=4, C=5, N=3)
+    rank = jnp.array([[0, 1, 2], [0, 0, 1], [0, 1, 0]])
+    lengths = batch.completion_len.at[2, 2].set(0)  # the third row has two
+    batch = dataclasses.replace(batch, rank=rank, completion_len=lengths, score=jnp.asarray(-rank, jnp.float32))
+    sums = jnp.asarray(-rng.gamma(2.0, 5.0, (3, 3)), jnp.float32)
+    pairs = pair_up(CompletionStats(sums), batch)
+    there = np.flatnonzero(pairs.chosen_len > 0)
+    expected = [(0, 0, 1), (0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2), (2, 0, 1)]
+    assert len(there) == len(expected)
+    for at, (row, i, j) in zip(there, expected, strict=True):
+        assert (pairs.chosen[at], pairs.rejected[at]) == (sums[row, i], sums[row, j])
+        assert (pairs.chosen_len[at], pairs.rejected_len[at]) == (lengths[row, i], lengths[row, j])
+        assert pairs.margin[at] == rank[row, j] - rank[row, i]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def labels_file(tmp_path):
+    rng = np.random.default_rng(2)
+    rows = [
+        {"prompt": sentence(rng, 1, 6), "completion": " " + sentence(rng, 1, 5), "label": i % 3 > 0} for i in range(20)
+    ]
+    return write(tmp_path / "labels.jsonl", rows)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(tiny_dir, data, run, loss, *more, steps=6):
+    command = ["dpo", "--model", tiny_dir, "--data", data, "--eval-data", data, "--output", str(run), "--loss", loss]
+    assert main([*command, "--steps", str(steps), *OPTIONS, *more]) == 0
+    return metrics(run)
+
+
+def test_mismatched_completions_are_of_other_prompts(tiny_dir, tmp_path):
+    texts = ["a", "a", "b", "b", "c", "a"]
+    rows = [{"prompt": p, "completion": f"{i}" * (i + 1), "label": True} for i, p in enumerate(texts)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    examples, _ = load_examples([file], Encoder(load_tokenizer(tiny_dir)), kind="labels")
+    both = with_mismatched(examples, max_length=6)
+    prompts = [e.prompt.tobytes() for e in examples]
+    of = {e.completions[0].tobytes()[: 4 * 2]: p for e, p in zip(examples, prompts, strict=True)}
+    for example, prompt in zip(both, prompts, strict=True):
+        other = example.completions[1]
+        assert of[other.tobytes()[: 4 * 2]] != prompt and len(example.prompt) + len(other) <= 6
+    assert [e.completions[0].tolist() for e in both] == [e.completions[0].tolist() for e in examples]
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_unpaired_objectives_train(tiny_dir, labels_file, tmp_path, loss):
+    lines = train(tiny_dir, labels_file, tmp_path / "run", loss, steps=12)
+    held_out = [line for line in lines if "eval_loss" in line]
+    assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
+    assert held_out[-1]["eval_rewards/chosen"] > held_out[-1]["eval_rewards/rejected"]
+
+
+@pytest.mark.parametrize("loss", ["tdpo2+0.1*sampo", "beta_dpo"])
+def test_draws_and_running_means_survive_a_stop(tiny_dir, pairs_file, tmp_path, loss, monkeypatch):
+    whole = train(tiny_dir, pairs_file, tmp_path / "whole", loss, steps=6)
+    import dpojax.train.loop as loop
+
+    real = loop.put_global
+    calls = []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) > 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    command = ["dpo", "--model", tiny_dir, "--data", pairs_file, "--eval-data", pairs_file, "--loss", loss]
+    command += ["--output", str(tmp_path / "cut"), "--steps", "6", *OPTIONS]
+    monkeypatch.setattr(loop, "put_global", stops)
+    assert main(command) == 130
+    monkeypatch.setattr(loop, "put_global", real)
+    assert main(command) == 0
+    rates = {"pairs_per_second", "tokens_per_second"}
+    keep = lambda lines: [{k: v for k, v in line.items() if k not in rates} for line in lines]  # noqa: E731
+    assert keep(metrics(tmp_path / "cut")) == keep(whole)
+
+
+def test_objective_of_ones_own_file(tiny_dir, pairs_file, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(policy, ref, *, beta=0.3):\n    return -beta * (policy.chosen - policy.rejected)\n")
+    lines = train(tiny_dir, pairs_file, tmp_path / "run", f"{file}:mine+0.1*sft", steps=3)
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    # Another content of the file is another run.
+    file.write_text(file.read_text().replace("0.3", "0.4"))
+    command = ["dpo", "--model", tiny_dir, "--data", pairs_file, "--eval-data", pairs_file, "--steps", "3", *OPTIONS]
+    assert main([*command, "--output", str(tmp_path / "run"), "--loss", f"{file}:mine+0.1*sft"]) == 2
+    assert "mine.py" in capsys.readouterr().err
+
+
+def test_ranked_rows_are_their_pairs(tiny_dir, tmp_path):
+    """A prompt with three completions, against the three pairs written out."""
+    rng = np.random.default_rng(3)
+    ranked, pairs = [], []
+    for _ in range(8):
+        prompt, texts = sentence(rng, 1, 6), [f" {sentence(rng, 1, 5)} {i}" for i in range(3)]
+        ranked.append({"prompt": prompt, "completions": texts, "scores": [1.0, 3.0, 2.5]})
+        for i, j, margin in ((1, 2, 0.5), (1, 0, 2.0), (2, 0, 1.5)):
+            pairs.append({"prompt": prompt, "chosen": texts[i], "rejected": texts[j], "margin": margin})
+    files = write(tmp_path / "ranked.jsonl", ranked), write(tmp_path / "pairs.jsonl", pairs)
+    options = [("--batch-size", "8"), ("--batch-size", "24")]
+    ends = [
+        train(tiny_dir, file, tmp_path / f"run{i}", "odpo", *option, steps=2)[-1]
+        for i, (file, option) in enumerate(zip(files, options, strict=True))
+    ]
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-5)
+
+
+READ_TOKENS = [name for name, loss in LOSSES.items() if traits_of(loss).reads & {"tokens", "squares", "kl"}]
+
+
+@pytest.mark.parametrize("name", READ_TOKENS)
+def test_gradients_reach_a_model(config, params, batch, name):
+    objective, apply_fn = LOSSES[name], make_apply(config)
+    full = dataclasses.replace(batch, key=jax.random.split(jax.random.key(0), 4))
+    ref = make_ref_step(apply_fn, one_device(), config, traits_of(objective), chunk_tokens=64)(params, full)
+    loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=64)
+    whole = Whole(mean_chosen_len(full), jnp.int32(0), empty_running(objective))
+    value, grads = jax.value_and_grad(lambda p: loss_fn(p, full, ref, whole)[0].sum)(params)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert any((g != 0).any() for g in jax.tree.leaves(grads))
