@@ -241,6 +241,9 @@ def reporting(command: Callable[[], int]) -> int:
         return command()
     except UserError as error:
         print(f"dpojax: {error}", file=sys.stderr)
+    except BrokenPipeError:  # who read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("dpojax: interrupted", file=sys.stderr)
         return 130  # as a shell reports it

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import same_rows, traits
 from dpojax.types import PairLogps
 
 
@@ -45,6 +45,7 @@ def aot(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing
     >>> [f"{x:.6f}" for x in aot(p, r, beta=1.0).tolist()]  # margins 0, 2 against 0, 1: differences 0 and 1
     ['0.313262', '0.693147']
     """
+    same_rows(policy.chosen, policy.rejected, ref.chosen, ref.rejected)
     margins, order = _ranked(policy.chosen - policy.rejected, policy.chosen_len)
     ref_margins, _ = _ranked(ref.chosen - ref.rejected, policy.chosen_len)
     losses = _smoothed(margins - ref_margins, beta, label_smoothing)

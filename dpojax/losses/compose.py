@@ -265,7 +265,8 @@ def with_weights(objective: Objective) -> Objective:
 
     .. math:: w\, \ell(y_w, y_l)
 
-    The mean over pairs still divides by their number, so weights of mean 1 keep the loss's scale.
+    Source: importance weighting. The mean over pairs still divides by their number, so weights of mean 1 keep the
+    loss's scale.
 
     Args:
       objective: of pairs.
@@ -294,9 +295,9 @@ def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
 
     .. math:: h \to h - s\, m
 
-    so that a pair of a greater margin is asked for more. The margin times ``scale`` is in nats; to give it in the
-    reward's units, as Touvron et al. 2023, Llama 2 (arXiv 2307.09288), equation 2, do for reward models, take
-    ``1 / beta`` for the scale.
+    so that a pair of a greater margin is asked for more. Source: Touvron et al. 2023, Llama 2 (arXiv 2307.09288),
+    equation 2, there for reward models. The margin times ``scale`` is in nats; for the reward's units, take
+    ``1 / beta`` for the scale. Around another divergence it moves the log-ratio, not its score.
 
     Args:
       objective: of pairs, that reads sums.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import same_rows, traits
 from dpojax.types import PairLogps
 
 
@@ -28,6 +28,7 @@ def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], F
     >>> [x.tolist() for x in log_ratios(p, r)]
     [[1.0], [-1.0]]
     """
+    same_rows(policy.chosen, policy.rejected, ref.chosen, ref.rejected)
     return policy.divergence(policy.chosen - ref.chosen), policy.divergence(policy.rejected - ref.rejected)
 
 

@@ -146,7 +146,13 @@ class _Reader:
                 raise ValueError(f"{self.name(name)} has no option {option!r}; it takes {_options(function)}")
         common = {option: value for option, value in self.options.items() if option in takes}
         self.used |= common.keys()
+        for option, value in given.items():
+            default = takes[option].default
+            if isinstance(default, float) and isinstance(value, str):
+                raise ValueError(f"{self.name(name)}: {option} {value!r} must be a number")
         bound = {**common, **given}
+        if name in LOSSES and bound.get("beta", 1) <= 0:
+            raise ValueError(f"{name}: beta {bound['beta']} must be above 0")
         if "beta" in takes:
             self.betas.append(bound.get("beta", takes["beta"].default))
         return functools.partial(function, **bound) if bound else function

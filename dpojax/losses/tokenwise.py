@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.losses.compose import composed, given
 from dpojax.losses.dpo import sigmoid
-from dpojax.losses.traits import Objective, Traits, traits, traits_of
+from dpojax.losses.traits import Objective, Traits, same_rows, traits, traits_of
 from dpojax.types import PairLogps
 
 
@@ -32,15 +32,11 @@ def _shared(pair: PairLogps) -> Int[Array, " B"]:
 
 def _reweighted(pair: PairLogps, chosen: Float[Array, "B C"], rejected: Float[Array, "B C"]) -> PairLogps:
     """The pairs with each token times its weight, and the sums of that; lengths stay."""
-    chosen_tokens = given(pair.chosen_tokens, "chosen_tokens") * chosen
-    rejected_tokens = given(pair.rejected_tokens, "rejected_tokens") * rejected
-    return dataclasses.replace(
-        pair,
-        chosen=chosen_tokens.sum(-1),
-        rejected=rejected_tokens.sum(-1),
-        chosen_tokens=chosen_tokens,
-        rejected_tokens=rejected_tokens,
-    )
+    sides = given(pair.chosen_tokens, "chosen_tokens"), given(pair.rejected_tokens, "rejected_tokens")
+    same_rows(sides[0], chosen)
+    same_rows(sides[1], rejected)
+    won, lost = sides[0] * chosen, sides[1] * rejected
+    return dataclasses.replace(pair, chosen=won.sum(-1), rejected=lost.sum(-1), chosen_tokens=won, rejected_tokens=lost)
 
 
 def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objective:

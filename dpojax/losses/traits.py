@@ -72,3 +72,14 @@ def traits_of(objective: Objective) -> Traits:
     while isinstance(objective, functools.partial):
         objective = objective.func
     return getattr(objective, "traits", Traits())
+
+
+def same_rows(*sums: Any) -> None:
+    """Refuse arrays that would broadcast: what is compared must be of the same pairs.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if len({x.shape for x in sums}) > 1:
+        shapes = ", ".join(str(x.shape) for x in sums)
+        raise ValueError(f"policy and reference, chosen and rejected must be of the same pairs; their shapes: {shapes}")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpojax.losses.compose import given
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import same_rows, traits
 from dpojax.types import LabelledLogps
 
 
@@ -15,6 +15,7 @@ def _mean(x: Float[Array, " B"], real: Bool[Array, " B"]) -> Float[Array, ""]:
 
 
 def _log_ratios(policy: LabelledLogps, ref: LabelledLogps) -> Float[Array, " B"]:
+    same_rows(policy.logps, ref.logps)
     return jnp.where(policy.lengths > 0, policy.logps - ref.logps, 0.0)
 
 

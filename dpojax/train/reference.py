@@ -165,6 +165,8 @@ class Reference:
             self.model = None
             return
         if self.live:
+            if isinstance(self.config, DPOConfig) and self.config.reference == "auto":
+                console.print("  the objective reads single tokens of the reference, which runs in every step")
             self._on_devices()
         else:
             # First, and so in the run's own batches, whose rounding is then the steps' own.

@@ -191,10 +191,10 @@ SPELLINGS = {
         weighted_sum((1.0, sigmoid), (0.2, sft)), "forward_kl"
     ),
     "with_divergence(sigmoid, alpha_divergence, alpha=0.3)": with_divergence(sigmoid, "alpha_divergence", alpha=0.3),
-    "with_weights(length_normalized(hinge(beta=2))+0.5*sft)": with_weights(
-        weighted_sum((1.0, length_normalized(part(hinge, beta=2))), (0.5, sft))
+    "with_weights(length_normalized(hinge(beta=2.0))+0.5*sft)": with_weights(
+        weighted_sum((1.0, length_normalized(part(hinge, beta=2.0))), (0.5, sft))
     ),
-    "with_margins(sigmoid, 2)": with_margins(sigmoid, 2),
+    "with_margins(sigmoid, 2.0)": with_margins(sigmoid, 2.0),
     "with_label_smoothing(hinge, label_smoothing=0.1)": with_label_smoothing(hinge, 0.1),
     "length_desensitized(ipo, 0.3)": length_desensitized(ipo, 0.3),
 }
@@ -232,7 +232,7 @@ def test_a_file_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
     monkeypatch.chdir(tmp_path)
     for path in ("losses.py", "./losses.py", f"{tmp_path}/losses.py"):
-        found = spelled(f"sigmoid+0.5*with_weights({path}:mine(scale=2))", beta=0.3)
+        found = spelled(f"sigmoid+0.5*with_weights({path}:mine(scale=2.0))", beta=0.3)
         close(found.objective(*BOTH), sigmoid(*BOTH, beta=0.3)
               + 0.5 * POLICY.weight * 0.6 * (POLICY.rejected - POLICY.chosen))  # fmt: skip
         assert found.files == (path,)
