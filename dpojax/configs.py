@@ -115,6 +115,12 @@ class DPOConfig(TrainOptions):
     reference: Literal["auto", "cached", "live"] = "auto"
     """Reference log-probabilities: computed once for all runs on these rows, or again in every step; auto is cached
     unless the objective reads single tokens of the reference."""
+    sync_ref_model: bool = False
+    """Move the reference towards the policy now and then, as in TR-DPO (arXiv 2404.09656); it runs in every step."""
+    ref_model_mixup_alpha: float | None = None
+    """Share of the policy in the moved reference, the rest is the old one (default: 0.6; 1 replaces it)."""
+    ref_model_sync_steps: int | None = None
+    """Steps between two moves of the reference (default: 512)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import pytest
 
 from dpojax import cli, configs
 from dpojax.configs import MeshConfig
+from dpojax.losses import spelled
 
 COMMANDS = {kind.__name__: kind for kind, _ in cli.COMMANDS.values()}
 
@@ -106,12 +107,16 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
     if name == "SFTConfig":
         return train_base(w), train_changes(w)
     if name == "DPOConfig":
+        moving = {"sync_ref_model": True, "steps": 5}
         own = {
             "loss": "hinge",
             "beta": 0.7,
             "label_smoothing": 0.2,
             "ref_model": str(root / "model2"),
             "reference": "live",
+            "sync_ref_model": (True, {"ref_model_sync_steps": 1, "steps": 3}),
+            "ref_model_mixup_alpha": (1.0, moving | {"ref_model_sync_steps": 1}),
+            "ref_model_sync_steps": (2, moving),
         }
         return train_base(w), train_changes(w) | own
     scoring = {"model": w["model"], "data": (w["pairs"],), "output": "out.json"}
@@ -257,5 +262,6 @@ def test_field_is_alive(name, field, world, bases, tmp_path, monkeypatch, capsys
 def test_defaults_are_the_documented_ones():
     """What the paper has, by default (arXiv 2305.18290, appendix B)."""
     config = configs.DPOConfig(model="", data=(), output="")
-    assert (config.optim, config.learning_rate, config.warmup_steps, config.beta) == ("rmsprop", 1e-6, 150, 0.1)
+    assert (config.optim, config.learning_rate, config.warmup_steps) == ("rmsprop", 1e-6, 150)
+    assert spelled(config.loss, beta=config.beta).beta == 0.1
     assert config.lr_scheduler_type == "constant_with_warmup"

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -128,7 +129,9 @@ class _Reader:
         if name in WRAPPERS:
             raise ValueError(f"{name} goes around an objective; write {name}(sigmoid)")
         if name not in LOSSES:
-            raise ValueError(f"no objective {_cut(name)}; use one of {', '.join(LOSSES)}, or file.py:name")
+            near = difflib.get_close_matches(name, LOSSES, n=1)
+            perhaps = f"perhaps {near[0]}; " if near else ""
+            raise ValueError(f"no objective {_cut(name)}; {perhaps}`dpojax losses` lists them, or give file.py:name")
         return LOSSES[name]
 
     def name(self, name: str) -> str:

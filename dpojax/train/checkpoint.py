@@ -4,7 +4,8 @@ run.json          the command's options, the reference's content hash, the model
 model/            config.json and tokenizer, for export
 frozen/           with --freeze: the parameters that no step changes
 metrics.jsonl, tensorboard/
-checkpoints/N/    params (those that are trained) | train (step, optimizer state, RNG) | position (of the data)
+checkpoints/N/    params (those that are trained) | train (step, optimizer state, RNG) | position (of the data),
+                  and, with --sync-ref-model, reference
 """
 
 import contextlib
@@ -141,8 +142,13 @@ class Checkpoints:
                 f"command again, which continues {last}"
             ) from error
 
-    def save(self, state: TrainState, position: dict[str, Any], eval_loss: float | None) -> None:
-        """Start writing; training goes on meanwhile. An error of the previous write is raised here."""
+    def save(
+        self, state: TrainState, position: dict[str, Any], eval_loss: float | None, moved: PyTree | None = None
+    ) -> None:
+        """Start writing; training goes on meanwhile. An error of the previous write is raised here.
+
+        ``moved`` is a reference that the run itself has changed.
+        """
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         train = {"step": state.step, "opt_state": state.opt_state, "rng": jax.random.key_data(state.rng)}
         if state.running:  # Orbax saves no empty tree
@@ -151,9 +157,10 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(train),
             position=ocp.args.JsonSave(position),
+            **({} if moved is None else {"reference": ocp.args.StandardSave(moved)}),
         )
         with self._disk():
-            needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+            needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state, moved)))
             free = shutil.disk_usage(self.directory).free
             if free < needed:  # a write that cannot end well is not begun
                 raise OSError(errno.ENOSPC, f"No space left on device: {needed:,} bytes needed, {free:,} free")
@@ -168,7 +175,9 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of a step, laid out as the abstract state ``like`` is, and the data position."""
-        train = {"step": like.step, "opt_state": like.opt_state, "rng": jax.eval_shape(jax.random.key_data, like.rng)}
+        rng = jax.eval_shape(jax.random.key_data, like.rng)
+        rng = jax.ShapeDtypeStruct(rng.shape, rng.dtype, sharding=like.step.sharding)
+        train = {"step": like.step, "opt_state": like.opt_state, "rng": rng}
         if like.running:
             train["running"] = like.running
         args = ocp.args.Composite(
@@ -178,10 +187,18 @@ class Checkpoints:
         )
         with readable(self.directory / str(step)):
             items = self.manager.restore(step, args=args)
-        rng = jax.random.wrap_key_data(items.train["rng"])
         train = items.train
-        state = TrainState(train["step"], items.params, train["opt_state"], rng, running=train.get("running", {}))
+        key = jax.random.wrap_key_data(train["rng"])
+        state = TrainState(train["step"], items.params, train["opt_state"], key, running=train.get("running", {}))
         return state, items.position
+
+    def restore_moved(self, step: int, like: PyTree) -> PyTree:
+        """The reference as the run had changed it by a step, laid out as ``like`` is."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        with readable(self.directory / str(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(reference=ocp.args.StandardRestore(shapes)))[
+                "reference"
+            ]
 
     def finish(self) -> None:
         """Wait until everything is on disk."""

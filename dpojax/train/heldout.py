@@ -10,7 +10,7 @@ import numpy as np
 from dpojax.data import Batches, without_tokens
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, put_global
-from dpojax.train.objectives import Logps, Metrics, Running, Whole, logps_of, mean_chosen_len, preference_metrics
+from dpojax.train.objectives import Logps, Metrics, Running, Whole, logps_of, mean_chosen_len, preference_terms
 from dpojax.train.reference import Reference, collect_logps, reads_tokens
 from dpojax.train.setup import Program
 from dpojax.train.step import TrainState
@@ -33,17 +33,19 @@ class HeldOut:
     def figures(self, state: TrainState, sums: np.ndarray | None = None) -> dict[str, float]:
         """``eval_...`` figures of the state's policy; ``sums`` are its log-probabilities, ``[n, N]``, if known."""
         program, batches = self.program, self.batches
-        if program.objective is not None and reads_tokens(program.traits):
-            return _means(self._by_batch(state))
+        if program.objective is not None and (reads_tokens(program.traits) or self.reference.moves):
+            return {f"eval_{name}": metric.mean for name, metric in self._by_batch(state).items()}
         if sums is None:
             sums = collect_logps(program.policy_logps, state.policy, batches, program.mesh, "Evaluating")
         if program.objective is None:  # imitation
             tokens = batches.completions.sum()
             return {"eval_loss": float(-sums.sum() / tokens), "eval_logps/chosen": float(sums.mean())}
-        return _means(self._of_sums(sums, state.running))
+        terms = self._of_sums(sums, state.running)
+        # Not in float32, whose sum of many equal numbers is not their multiple.
+        return {f"eval_{name}": float(np.mean(x[real > 0], dtype=np.float64)) for name, (x, real) in terms.items()}
 
-    def _of_sums(self, sums: np.ndarray, running: Running) -> Metrics:
-        """All held-out rows as one batch."""
+    def _of_sums(self, sums: np.ndarray, running: Running) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """All held-out rows as one batch: loss and metrics of every row, and which of them count."""
         program = self.program
         assert program.objective is not None
         rows = jax.tree.map(jnp.asarray, without_tokens(self.batches.examples))
@@ -53,7 +55,7 @@ class HeldOut:
 
         policy = dataclasses.replace(logps(sums), running=running)
         ref = None if self.reference.eval_sums is None else logps(self.reference.eval_sums)
-        return preference_metrics(policy, ref, program.objective, program.beta)
+        return jax.device_get(preference_terms(policy, ref, program.objective, program.beta))
 
     def _by_batch(self, state: TrainState) -> Metrics:
         total: Metrics = {}
@@ -70,7 +72,3 @@ class HeldOut:
         whole = Whole(mean_chosen_len(batch), jnp.int32(0), running, training=False)
         loss, metrics, _ = self.program.loss_fn(params, dataclasses.replace(batch, key=keys), ref, whole)
         return {"loss": loss, **metrics}
-
-
-def _means(metrics: Metrics) -> dict[str, float]:
-    return {f"eval_{name}": metric.mean for name, metric in metrics.items()}

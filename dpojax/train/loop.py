@@ -104,6 +104,8 @@ def train(config: TrainOptions) -> Result:
         kept = part(model.params, frozen)[1]
         state = dataclasses.replace(state, frozen=put_global(kept, shardings.frozen))
         iterator.set_state(position)
+        if reference.moves:
+            reference.params = checkpoints.restore_moved(done, reference.params)
         console.print(f"{run}: continuing from step {done}")
     else:
         state = initial_state(model.params, optimizer, config.seed, shardings, running)
@@ -131,6 +133,7 @@ def train(config: TrainOptions) -> Result:
             item = next(iterator)
             state, metrics = step_fn(state, put_global(item.batch, rows), reference.of(item))
             step += 1
+            reference.follow(step, state.params)
             log.add(step, item, metrics)
             last, stopping = step == total_steps, stop.is_set()
             shows = step % config.logging_steps == 0 or last or stopping
@@ -142,7 +145,8 @@ def train(config: TrainOptions) -> Result:
                 log.show_steps(step)
             eval_loss = evaluate(step) if evaluates else None
             if saves:
-                checkpoints.save(state, iterator.get_state(), eval_loss)
+                moved = reference.params if reference.moves else None
+                checkpoints.save(state, iterator.get_state(), eval_loss, moved)
             if evaluates or saves:
                 log.restart_clock()
             stage.advance()

@@ -81,24 +81,28 @@ def _ordering(chosen: Array, rejected: Array, magnitude: Array) -> dict[str, Flo
     }
 
 
-def summed(rows: dict[str, Float[Array, " B"]], real: Float[Array, " B"]) -> Metrics:
-    """Undivided means over what is real; what is not may hold anything."""
-    return {name: Metric(jnp.sum(jnp.where(real > 0, x, 0.0)), jnp.sum(real)) for name, x in rows.items()}
+Terms = dict[str, tuple[Float[Array, " B"], Float[Array, " B"]]]
+"""By name: a value of every row, and 1 for the rows that it is a mean over; what others hold may be anything."""
 
 
-def preference_metrics(policy: Logps, ref: Logps | None, objective: Objective, beta: float) -> Metrics:
-    """Loss and TRL's metrics of a batch, undivided, by name; without a reference, rewards are of the policy alone."""
+def preference_terms(policy: Logps, ref: Logps | None, objective: Objective, beta: float) -> Terms:
+    """Loss and TRL's metrics of a batch, by name; without a reference, rewards are of the policy alone."""
     if isinstance(policy, PairLogps):
         ref = without_reference(policy) if ref is None else ref
         assert isinstance(ref, PairLogps)
-        rows = preference_rows(policy, ref, objective, beta)
-        return summed(rows, (policy.chosen_len > 0).astype(jnp.float32))
+        real = (policy.chosen_len > 0).astype(jnp.float32)
+        return {name: (x, real) for name, x in preference_rows(policy, ref, objective, beta).items()}
     assert isinstance(ref, LabelledLogps)
     real = (policy.lengths > 0).astype(jnp.float32)
     rows = {"rewards": beta * (policy.logps - ref.logps), "logps": policy.logps}
     sides = {"chosen": real * policy.label, "rejected": real * (1 - policy.label)}
-    metrics = {f"{name}/{side}": summed({"": x}, mask)[""] for name, x in rows.items() for side, mask in sides.items()}
-    return summed({"loss": objective(policy, ref)}, real) | metrics
+    terms = {f"{name}/{side}": (x, mask) for name, x in rows.items() for side, mask in sides.items()}
+    return {"loss": (objective(policy, ref), real), **terms}
+
+
+def summed(terms: Terms) -> Metrics:
+    """The terms' means, undivided."""
+    return {name: Metric(jnp.sum(jnp.where(real > 0, x, 0.0)), jnp.sum(real)) for name, (x, real) in terms.items()}
 
 
 def update_running(traits: Traits, policy: Logps, ref: Logps | None, whole: Whole) -> Running:
@@ -137,7 +141,7 @@ def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chu
         if traits.running:
             running = update_running(traits, policy, ref, whole) if whole.training else running
             policy = dataclasses.replace(policy, running=running)
-        metrics = preference_metrics(policy, ref, objective, beta)
+        metrics = summed(preference_terms(policy, ref, objective, beta))
         return metrics.pop("loss"), metrics, running
 
     return loss_fn

@@ -6,12 +6,13 @@ from typing import Any
 
 from dpojax.configs import DPOConfig
 from dpojax.errors import UserError
-from dpojax.losses import Spelled, spelled, traits_of
+from dpojax.losses import Spelled, Traits, spelled, traits_of
 
 # field -> (what it must be, whether a value is)
 RANGES: dict[str, tuple[str, Any]] = {
     "beta": ("above 0 and finite", lambda v: 0 < v < inf),
     "label_smoothing": ("from 0 to below 0.5", lambda v: 0 <= v < 0.5),
+    "ref_model_mixup_alpha": ("above 0 and at most 1", lambda v: 0 < v <= 1),
     "learning_rate": ("above 0 and finite", lambda v: 0 < v < inf),
     "max_grad_norm": ("above 0", lambda v: v > 0),
     "weight_decay": ("at least 0", lambda v: v >= 0),
@@ -27,6 +28,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     for name in (
         *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
         *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
+        "ref_model_sync_steps",
     )
 }
 
@@ -91,6 +93,24 @@ def check_objective(config: DPOConfig) -> None:
         raise UserError(f"--ref-model {config.ref_model}: --loss {config.loss} reads no reference; leave it out")
     if not traits.reference and config.reference != "auto":
         raise UserError(f"--reference {config.reference}: --loss {config.loss} reads no reference; leave it out")
+    check_moving_reference(config, traits)
     if traits.reads & {"tokens", "kl"} and config.reference == "cached":
         say = f"--loss {config.loss} reads single tokens of the reference, and the cache holds sums"
         raise UserError(f"--reference cached: {say}; use live or auto")
+
+
+def check_moving_reference(config: DPOConfig, traits: Traits) -> None:
+    """Refuse what does not go together with a reference that moves, or needs one."""
+    if not config.sync_ref_model:
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if getattr(config, name) is not None:
+                raise UserError(
+                    f"{flag(name)} {getattr(config, name)}: the reference does not move; add --sync-ref-model"
+                )
+        return
+    if not traits.reference:
+        raise UserError(f"--sync-ref-model: --loss {config.loss} reads no reference; leave it out")
+    if config.reference == "cached":
+        raise UserError("--reference cached: the reference moves with --sync-ref-model; use live or auto")
+    if config.freeze is not None:
+        raise UserError(f"--freeze {config.freeze}: --sync-ref-model moves whole models; leave one of them out")

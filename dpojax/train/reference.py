@@ -1,6 +1,7 @@
 """The reference's log-probabilities: the forward pass alone, over all rows once or for one batch."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 
@@ -128,8 +129,14 @@ def reads_tokens(traits: Traits) -> bool:
 
 
 def is_live(config: DPOConfig, traits: Traits) -> bool:
-    """Whether the reference runs in every step: asked for, or because the cache holds sums alone."""
-    return config.reference == "live" or bool(traits.reads & {"tokens", "kl"})
+    """Whether the reference runs in every step: asked for, because it moves, or because the cache holds sums alone."""
+    return config.reference == "live" or config.sync_ref_model or bool(traits.reads & {"tokens", "kl"})
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def mix(ref: PyTree, policy: PyTree, alpha: float) -> PyTree:
+    """``alpha policy + (1 - alpha) ref``, exactly the policy at alpha 1."""
+    return jax.tree.map(lambda r, p: jnp.where(alpha == 1, p, alpha * p + (1 - alpha) * r), ref, policy)
 
 
 class Reference:
@@ -137,7 +144,8 @@ class Reference:
 
     Cached, every row's are computed once for all runs, before training, and kept beside the data
     (:class:`~dpojax.train.logps_cache.LogpsCache`); the parameters are never on the devices, or let go. Live, they
-    stay, and every batch costs one more forward pass.
+    stay, and every batch costs one more forward pass. With ``sync_ref_model`` they move (Gorbatovski et al. 2024,
+    TR-DPO, arXiv 2404.09656): ``ref <- alpha policy + (1 - alpha) ref`` every so many steps.
     """
 
     def __init__(
@@ -153,6 +161,7 @@ class Reference:
         self.needed = isinstance(config, DPOConfig) and traits.reference
         self.live = isinstance(config, DPOConfig) and is_live(config, traits)
         self.traits, self.logps_step, self.ref_step, self.mesh, self.config = traits, logps_step, ref_step, mesh, config
+        self.moves = isinstance(config, DPOConfig) and config.sync_ref_model
         self.model: Model | None = model
         self.key = model_key(model.config, model_hash, config.dtype)
         self.params: PyTree = None
@@ -165,18 +174,27 @@ class Reference:
             self.model = None
             return
         if self.live:
-            if isinstance(self.config, DPOConfig) and self.config.reference == "auto":
+            if isinstance(self.config, DPOConfig) and self.config.reference == "auto" and not self.moves:
                 console.print("  the objective reads single tokens of the reference, which runs in every step")
             self._on_devices()
         else:
             # First, and so in the run's own batches, whose rounding is then the steps' own.
             self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
-        if eval_batches is not None and not (self.live and reads_tokens(self.traits)):
+        if eval_batches is not None and not self.moves and not (self.live and reads_tokens(self.traits)):
             label = "Reference log-probabilities, held-out"
             self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
         if not self.live:
             self.params = None
         self.model = None
+
+    def follow(self, step: int, policy: PyTree) -> None:
+        """After a step: move towards the policy, if it is time to."""
+        if not self.moves:
+            return
+        assert isinstance(self.config, DPOConfig)
+        if step % (self.config.ref_model_sync_steps or 512) == 0:
+            alpha = self.config.ref_model_mixup_alpha or 0.6
+            self.params = mix(self.params, policy, alpha)
 
     def _on_devices(self) -> PyTree:
         if self.params is None:

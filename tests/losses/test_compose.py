@@ -259,7 +259,7 @@ BAD = {
     "sigmoid+": "cannot be read; write for example",
     "sigmoid\n+sft": "cannot be read; write for example",
     "\0": "cannot be read; write for example",
-    "sigmoyd": "no objective 'sigmoyd'; use one of sigmoid, hinge",
+    "sigmoyd": "no objective 'sigmoyd'; perhaps sigmoid",
     "2": "'2' is no objective; use names",
     "'sigmoid'": "is no objective; use names",
     "sigmoid-0.2*sft": r"is no objective; use names, name\(option=value\), \+ and number \*",

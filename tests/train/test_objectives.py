@@ -142,15 +142,22 @@ def test_mismatched_completions_are_of_other_prompts(tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("loss", ["kto", "bco"])
 def test_unpaired_objectives_train(tiny_dir, labels_file, tmp_path, loss):
-    lines = train(tiny_dir, labels_file, tmp_path / "run", loss, steps=12)
+    lines = train(tiny_dir, labels_file, tmp_path / "run", loss, steps=8)
     held_out = [line for line in lines if "eval_loss" in line]
     assert held_out[-1]["eval_loss"] < held_out[0]["eval_loss"]
     assert held_out[-1]["eval_rewards/chosen"] > held_out[-1]["eval_rewards/rejected"]
 
 
-@pytest.mark.parametrize("loss", ["tdpo2+0.1*sampo", "beta_dpo"])
-def test_draws_and_running_means_survive_a_stop(tiny_dir, pairs_file, tmp_path, loss, monkeypatch):
-    whole = train(tiny_dir, pairs_file, tmp_path / "whole", loss, steps=6)
+MOVING = ["--sync-ref-model", "--ref-model-sync-steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [("tdpo2+0.1*sampo", []), ("beta_dpo", []), ("sigmoid", MOVING)],
+    ids=["draws", "running", "moving"],
+)
+def test_what_steps_leave_behind_survives_a_stop(tiny_dir, pairs_file, tmp_path, loss, more, monkeypatch):
+    whole = train(tiny_dir, pairs_file, tmp_path / "whole", loss, *more, steps=6)
     import dpojax.train.loop as loop
 
     real = loop.put_global
@@ -163,7 +170,7 @@ def test_draws_and_running_means_survive_a_stop(tiny_dir, pairs_file, tmp_path, 
         return real(*args)
 
     command = ["dpo", "--model", tiny_dir, "--data", pairs_file, "--eval-data", pairs_file, "--loss", loss]
-    command += ["--output", str(tmp_path / "cut"), "--steps", "6", *OPTIONS]
+    command += ["--output", str(tmp_path / "cut"), "--steps", "6", *OPTIONS, *more]
     monkeypatch.setattr(loop, "put_global", stops)
     assert main(command) == 130
     monkeypatch.setattr(loop, "put_global", real)
@@ -171,6 +178,21 @@ def test_draws_and_running_means_survive_a_stop(tiny_dir, pairs_file, tmp_path, 
     rates = {"pairs_per_second", "tokens_per_second"}
     keep = lambda lines: [{k: v for k, v in line.items() if k not in rates} for line in lines]  # noqa: E731
     assert keep(metrics(tmp_path / "cut")) == keep(whole)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_reference_that_moves(tiny_dir, pairs_file, tmp_path, alpha):
+    lines = train(
+        tiny_dir, pairs_file, tmp_path / "run", "sigmoid", *MOVING, "--ref-model-mixup-alpha", f"{alpha}", steps=3
+    )
+    still = train(tiny_dir, pairs_file, tmp_path / "still", "sigmoid", steps=3)
+    losses, others = ({line["step"]: line["loss"] for line in run if "loss" in line} for run in (lines, still))
+    np.testing.assert_allclose([losses[1], others[1]], np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses[2], others[2], rtol=1e-6)
+    if alpha == 1:  # the policy is its reference again
+        np.testing.assert_allclose(losses[3], np.log(2), rtol=1e-6)
+    else:
+        assert others[3] < losses[3] < np.log(2)
 
 
 def test_objective_of_ones_own_file(tiny_dir, pairs_file, tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_another_runs_directory_is_refused(tiny_dir, pairs_file, tmp_path, capsy
     assert main(options(tiny_dir, pairs_file, tmp_path / "run", steps=2, beta=0.5, seed=3)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "beta (0.1 there, 0.5 here)" in said and "seed (0 there, 3 here)" in said and "steps" not in said
+    assert "beta (None there, 0.5 here)" in said and "seed (0 there, 3 here)" in said and "steps" not in said
 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
