@@ -75,7 +75,8 @@ def values_of(examples: Sequence[Example | None], N: int) -> dict[str, np.ndarra
     for i, example in enumerate(examples):
         if example is not None:
             said = example.values
-            values["rank"][i, : len(said.ranks)], values["score"][i, : len(said.scores)] = said.ranks, said.scores
+            ranks = said.ranks or range(len(example.completions))
+            values["rank"][i, : len(ranks)], values["score"][i, : len(said.scores)] = ranks, said.scores
             values["weight"][i], values["label"][i] = said.weight, said.label
     return values
 

@@ -18,8 +18,8 @@ Part = tuple[Text, tuple[Text, ...]]  # a prompt and its completions, both of on
 class Values:
     """What a row says of its completions in numbers."""
 
-    ranks: tuple[int, ...] = (0, 1)
-    """Of every completion, 0 the best; two of one rank are no pair."""
+    ranks: tuple[int, ...] = ()
+    """Of every completion, 0 the best; two of one rank are no pair. Empty: as they stand."""
     scores: tuple[float, ...] = ()
     """Of every completion, where the objective asks by how much one is better."""
     weight: float = 1.0
@@ -260,7 +260,7 @@ def labelled_of(row: Row) -> tuple[Part, Values]:
     label = row.fields.get("label")
     if label not in (True, False):  # 1 and 0 too
         raise ValueError("field 'label' must be true (desirable) or false; " + needs)
-    return part, Values(ranks=(0,), label=float(label))
+    return part, Values(label=float(label))
 
 
 def usable_part(row: Row, kind: str) -> tuple[Part, Values]:
@@ -275,7 +275,7 @@ def usable_part(row: Row, kind: str) -> tuple[Part, Values]:
     """
     first, *asked = kind.split()
     if first == "completions":
-        return completion_of(row), Values(ranks=(0,))
+        return completion_of(row), Values()
     return labelled_of(row) if first == "labels" else preference_of(row, asked)
 
 
