@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from dpojax.data import Example
 from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
+from dpojax.evaluate.scoring import make_scorer
 
 
 def test_error_over_groups():
@@ -37,3 +39,15 @@ def test_sampled_kl_of_two_gaussians_is_the_closed_form():
     x = np.random.default_rng(0).normal(1.0, 1.0, 20000)
     got = sampled_kl(-((x - 1) ** 2) / 2, -(x**2) / 2)
     assert abs(got.mean - 0.5) < 4 * got.error
+
+
+def test_samples_are_scored_as_prompts_with_one_completion(config, params):
+    """As they come from the sampler: without ranks, and of unequal lengths."""
+    rng = np.random.default_rng(0)
+    tokens = lambda n: rng.integers(2, 384, n).astype(np.int32)  # noqa: E731
+    examples = [Example(tokens(n % 4 + 1), (tokens(n % 3 + 1),)) for n in range(9)]
+    score = make_scorer(config, batch_size=8)
+    got = score(params, examples, "Samples")
+    assert got.shape == (9, 1)
+    alone = score(params, [Example(e.prompt, (e.completions[0], e.completions[0])) for e in examples[:2]], "Twice")
+    np.testing.assert_allclose(alone, np.repeat(got[:2], 2, axis=1), rtol=1e-5)

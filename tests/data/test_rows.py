@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dpojax.data import BadRow, Row, completion_of, pair_of, read_rows
+from dpojax.data import BadRow, Row, Values, completion_of, pair_of, read_rows
+from dpojax.data.rows import usable_part
 from dpojax.errors import UserError
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -116,3 +117,51 @@ def test_json_numbers_beside_text_do_no_harm(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(GOOD | {"chosen_score": 0.5}) + "\n")
     assert pair_of(next(iter(read_rows([str(path)])))) == ("a", ("b", "c"))
+
+
+RANKED = {"prompt": "a", "completions": ["x", "y", "z"], "scores": [1, 3.5, 1]}
+
+
+def test_several_completions_come_best_first():
+    part, values = usable_part(Row("f", 1, RANKED), "pairs")
+    assert part == ("a", ("y", "x", "z"))
+    assert values == Values(ranks=(0, 1, 1), scores=(3.5, 1.0, 1.0))
+
+
+def test_what_the_objective_asks_for_is_read():
+    fields = {"prompt": "a", "chosen": "x", "rejected": "y", "score_chosen": 3, "score_rejected": 1, "weight": 2}
+    assert usable_part(Row("f", 1, fields), "pairs")[1] == Values()
+    assert usable_part(Row("f", 1, fields), "pairs margin weight")[1] == Values(scores=(2.0, 0.0), weight=2.0)
+    assert usable_part(Row("f", 1, fields | {"margin": 0.5}), "pairs margin")[1].scores == (0.5, 0.0)
+    labelled = {"prompt": "a", "completion": "x", "label": False}
+    assert usable_part(Row("f", 1, labelled), "labels") == (("a", ("x",)), Values(label=0.0))
+
+
+PAIR = {"prompt": "a", "chosen": "x", "rejected": "y"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "why"),
+    [
+        ("pairs", RANKED | {"scores": [1, 2]}, "lists of one length"),
+        ("pairs", RANKED | {"scores": [1, 1, 1]}, "all equal"),
+        ("pairs", RANKED | {"scores": [1, 2, "3"]}, "'scores' is string"),
+        ("pairs", RANKED | {"scores": [1, 2, float("nan")]}, "finite"),
+        ("pairs", RANKED | {"completions": ["x", "x", "y"]}, "completion 2 is there twice"),
+        ("pairs", RANKED | {"completions": ["x", "", "y"]}, "empty completion"),
+        ("pairs", RANKED | {"prompt": None}, "no field 'prompt'"),
+        ("pairs margin", PAIR, "no field 'margin'"),
+        ("pairs margin", PAIR | {"margin": "1"}, "'margin' is string"),
+        ("pairs margin", PAIR | {"margin": -1}, "exchange them"),
+        ("pairs margin", PAIR | {"score_chosen": 1, "score_rejected": 2}, "exchange them"),
+        ("pairs weight", PAIR | {"weight": -1}, "at least 0"),
+        ("pairs weight", PAIR | {"weight": True}, "'weight' is boolean"),
+        ("labels", PAIR, "no field 'completion'"),
+        ("labels", {"prompt": "a", "completion": "x"}, "'label' must be true"),
+        ("labels", {"prompt": "a", "completion": "x", "label": "good"}, "'label' must be true"),
+        ("labels", {"prompt": "a", "completion": "x", "label": [1]}, "'label' must be true"),
+    ],
+)
+def test_rows_that_an_objective_cannot_use(kind, fields, why):
+    with pytest.raises(ValueError, match=why):
+        usable_part(Row("f", 1, fields), kind)
