@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpojax.losses.traits import Objective, Traits, traits_of
-from dpojax.types import PairLogps
+from dpojax.types import LabelledLogps, PairLogps
 
 EXPONENT = 43.0  # exp of it, squared, is still a float32
 DIVERGENCE_EXPONENT = 80.0  # as in TRL
@@ -74,7 +74,7 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
     if len({(kind.unpaired, kind.rewards) for kind in kinds}) > 1:
         raise ValueError("weighted_sum: its terms must be all of pairs, all of labelled completions, or all of rewards")
 
-    def objective(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+    def objective(policy: PairLogps | LabelledLogps, ref: PairLogps | LabelledLogps) -> Float[Array, " B"]:
         return sum(weight * loss(policy, ref) for weight, loss in terms)
 
     return composed(objective, functools.reduce(Traits.__or__, kinds))

@@ -229,12 +229,14 @@ def probe(objective: Objective, B: int = 3, C: int = 4) -> tuple[Any, Any]:
 def _check_shape(objective: Objective, text: str) -> None:
     """Refuse, before anything is read, what does not give one loss a pair."""
     policy, ref = probe(objective)
+    kind = "completion" if traits_of(objective).unpaired else "pair"
     try:
         out = jax.eval_shape(objective, policy, ref)
     except RecursionError:
         raise
     except Exception as error:  # of anybody's code
         said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise ValueError(f"{_cut(text)} fails on a batch of pairs ({said})") from None
-    if getattr(out, "shape", None) != (3,):
-        raise ValueError(f"{_cut(text)} gives {getattr(out, 'shape', out)} for 3 pairs; it must give one loss a pair")
+        raise ValueError(f"{_cut(text)} fails on a batch of {kind}s ({said})") from None
+    shape = getattr(out, "shape", out)
+    if shape != (3,):
+        raise ValueError(f"{_cut(text)} gives {shape} for 3 {kind}s; it must give one loss a {kind}")

@@ -187,7 +187,7 @@ def test_a_reference_that_moves(tiny_dir, pairs_file, tmp_path, alpha):
     still = train(tiny_dir, pairs_file, tmp_path / "still", "sigmoid", steps=3)
     losses, others = ({line["step"]: line["loss"] for line in run if "loss" in line} for run in (lines, still))
     np.testing.assert_allclose([losses[1], others[1]], np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(losses[2], others[2], rtol=1e-6)
+    np.testing.assert_allclose(losses[2], others[2], rtol=1e-5)  # programs of their own
     if alpha == 1:  # the policy is its reference again
         np.testing.assert_allclose(losses[3], np.log(2), rtol=1e-6)
     else:
