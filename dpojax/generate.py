@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dpojax.models.attention import attend
 from dpojax.models.config import DecoderConfig
-from dpojax.models.decoder import Cache, split, unstack
+from dpojax.models.decoder import Blocks, Cache, split
 from dpojax.types import PyTree
 
 Sampler = Callable[
@@ -54,47 +54,58 @@ def draw(logits_BV: Float[Array, "B V"], key: PRNGKeyArray, group: int = 128) ->
 
 def attend_one(
     q: Float[Array, "B 1 H h"],
-    keys: Float[Array, "B K S h"],
+    keys: Float[Array, "B K h S"],
     values: Float[Array, "B K S h"],
     sees: Bool[Array, "B S"],
 ) -> Float[Array, "B 1 H h"]:
     """The newest token's attention to what the cache holds, softmax in float32."""
     B, _, H, h = q.shape
     grouped = q.reshape(B, keys.shape[1], -1, h)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
     p = jax.nn.softmax(jnp.where(sees[:, None, None, :], scores, -1e30), axis=-1).astype(values.dtype)
     return jnp.einsum("bkgs,bksh->bkgh", p, values).reshape(B, 1, H, h)
 
 
-def cut_layers(params: PyTree, dtype: jnp.dtype) -> list[PyTree]:
-    """Every layer's weights in the compute dtype, as matrices whose last axis is the one that their product sums over.
+def weights_first(w: Float[Array, "D F"], x: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
+    """``x @ w.T`` with the weights as the first factor, which XLA's CPU compiler multiplies faster where F is long.
 
-    Token by token, reading weights is nearly all the work, and XLA's CPU compiler reads them fastest that way.
+    The barrier keeps it from exchanging the factors.
+    """
+    return jax.lax.optimization_barrier(jnp.einsum("df,btf->dbt", w, x)).transpose(1, 2, 0)
+
+
+class TokenBlock(Blocks):
+    """A layer for one token at a time, where reading weights is nearly all the work.
+
+    What is multiplied with the same input lies in one matrix, and the axis that its product sums over is the last: so
+    XLA's CPU compiler reads weights fastest.
     """
 
-    def matrix(name: str, x: Array) -> Array:
-        if name == "o":
-            return x.swapaxes(1, 2).reshape(len(x), -1)
-        return x if x.ndim == 1 or name == "down" else x.reshape(len(x), -1).T
+    def __init__(self, config: DecoderConfig, weights: dict[str, Array], dtype: jnp.dtype):
+        self.config = config
+        joint = lambda *names: jnp.concatenate([weights[n].reshape(config.width, -1).T for n in names])  # noqa: E731
+        param = lambda x: nnx.Param(x.astype(dtype))  # noqa: E731
+        self.attn_norm, self.mlp_norm = param(weights["attn_norm"]), param(weights["mlp_norm"])
+        self.joint_qkv, self.o = param(joint("q", "k", "v")), param(weights["o"].reshape(config.width, -1))
+        self.gate_up, self.down = param(joint("gate", "up")), param(weights["down"])
 
-    return [{name: matrix(name, x).astype(dtype) for name, x in layer.items()} for layer in unstack(params)]
+    def qkv(self, y: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
+        H, K, h = self.config.heads, self.config.kv_heads, self.config.head_dim
+        joint = jnp.einsum("btd,fd->btf", y, self.joint_qkv[...]).reshape(*y.shape[:2], H + 2 * K, h)
+        return joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :]
+
+    def attn_out(self, out: Float[Array, "B T H h"]) -> Float[Array, "B T D"]:
+        return weights_first(self.o[...], out.reshape(*out.shape[:2], -1))
+
+    def mlp(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate, up = jnp.split(jnp.einsum("btd,fd->btf", y, self.gate_up[...]), 2, axis=-1)
+        return weights_first(self.down[...], jax.nn.silu(gate) * up)
 
 
-def as_named(layers: list[PyTree], head_dim: int) -> list[PyTree]:
-    """The layers of :func:`cut_layers` in the model's shapes: views, which dissolve in the products.
-
-    The barrier keeps XLA from making them before the loop over tokens, and ``o`` has the two axes of its sum in the
-    order in which ``einsum`` sums: either would have weights copied for every token.
-    """
-
-    def shaped(name: str, x: Array) -> Array:
-        if name == "o":
-            return x.T.reshape(head_dim, -1, len(x)).transpose(2, 1, 0)
-        if name in ("q", "k", "v"):
-            return x.T.reshape(x.shape[1], -1, head_dim)
-        return x if x.ndim == 1 or name == "down" else x.T
-
-    return [{name: shaped(name, x) for name, x in layer.items()} for layer in jax.lax.optimization_barrier(layers)]
+def token_blocks(config: DecoderConfig, params: PyTree, dtype: jnp.dtype) -> list[TokenBlock]:
+    """Every layer, cut out of the stack, in the compute dtype."""
+    blocks = params["blocks"]
+    return [TokenBlock(config, {name: x[i] for name, x in blocks.items()}, dtype) for i in range(config.layers)]
 
 
 def make_sampler(
@@ -126,7 +137,7 @@ def make_sampler(
         params: PyTree, prompt: Int[Array, "B P"], prompt_len: Int[Array, " B"], key: PRNGKeyArray
     ) -> tuple[Int[Array, "B C"], Int[Array, " B"]]:
         B, P = prompt.shape
-        model, layers = nnx.merge(graph, params), cut_layers(params, compute)
+        model, layers = nnx.merge(graph, params), token_blocks(config, params, compute)
         slots = jnp.arange(P + C)
         positions = slots[None, :] - (P - prompt_len[:, None])
         real = positions >= 0
@@ -136,11 +147,13 @@ def make_sampler(
 
         def prefill(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
             mask = jnp.tril(jnp.ones((1, P, P), bool)) & real[:, None, :P]
-            room = [(0, 0), (0, 0), (0, C), (0, 0)]
-            return attend(q, k, v, mask), (jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room))
+            none, room = (0, 0), (0, C)
+            keys = jnp.pad(k.transpose(0, 2, 3, 1), [none, none, none, room])
+            values = jnp.pad(v.swapaxes(1, 2), [none, none, room, none])
+            return attend(q, k, v, mask), (keys, values)
 
         at = jnp.maximum(positions[:, :P], 0)
-        h, head, caches = model(prompt, at, prefill, dtype=compute, layers=as_named(layers, config.head_dim))
+        h, head, caches = model(prompt, at, prefill, dtype=compute, layers=layers)
         head = head.astype(compute)
 
         def unfinished(carry: tuple) -> Array:
@@ -159,13 +172,11 @@ def make_sampler(
 
             def extend(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
                 assert cache is not None
-                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=P + i, axis=2)
-                keys, values = put(cache[0], k.swapaxes(1, 2)), put(cache[1], v.swapaxes(1, 2))
+                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=P + i)
+                keys, values = put(cache[0], k.transpose(0, 2, 3, 1), axis=3), put(cache[1], v.swapaxes(1, 2), axis=2)
                 return attend_one(q, keys, values, sees), (keys, values)
 
-            h, _, caches = model(
-                token[:, None], at, extend, dtype=compute, layers=as_named(layers, config.head_dim), caches=caches
-            )
+            h, _, caches = model(token[:, None], at, extend, dtype=compute, layers=layers, caches=caches)
             return i + 1, done, lengths, tokens, logits_of(h), caches, key
 
         nothing = jnp.zeros((B,), jnp.int32)

@@ -140,6 +140,8 @@ def _token_logps_backward(
         h: Array, target: Array, normaliser: Array, g: Array, logits: Array | None = None
     ) -> tuple[Float[Array, "R z D"], Float[Array, "V D"]]:
         logits = _logits(h, head_VD) if logits is None else logits
+        # Without the barrier, XLA's CPU compiler would gather these again for every logit.
+        g, target, normaliser = jax.lax.optimization_barrier((g, target, normaliser))
         p = jnp.exp(logits - normaliser[..., None])
         dlogits = g[..., None] * ((vocab == target[..., None]) - p)
         # Without the barrier, XLA would compute the softmax once for each of the two products.

@@ -6,7 +6,7 @@ nothing else in the project sees a module.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from dpojax.models.attention import Attention, rope_table, rotate, shared_prompt
 from dpojax.models.config import DecoderConfig
 from dpojax.types import ApplyFn, PyTree, Rows
 
-Cache = tuple[Float[Array, "B S K h"], Float[Array, "B S K h"]] | None
+Cache = tuple[Array, Array] | None
 CachedAttention = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
 """Queries, keys, values and what the layer has of earlier tokens -> outputs and what it has of all."""
 Constrain = Callable[[Array, tuple[str | None, ...]], Array]
@@ -135,15 +135,22 @@ class Blocks(nnx.Module):
     def __call__(
         self, x_RTD: Float[Array, "R T D"], rope: tuple[Array, Array], attention: CachedAttention, cache: Cache = None
     ) -> tuple[Float[Array, "R T D"], Cache]:
-        dtype, eps = x_RTD.dtype, self.config.norm_eps
-        w = {name: getattr(self, name)[...].astype(dtype) for name in ("q", "k", "v", "o", "gate", "up", "down")}
-        y = rms_norm(x_RTD, self.attn_norm[...], eps)
-        q = rotate(jnp.einsum("rtd,dnh->rtnh", y, w["q"]), *rope)
-        k = rotate(jnp.einsum("rtd,dkh->rtkh", y, w["k"]), *rope)
-        v = jnp.einsum("rtd,dkh->rtkh", y, w["v"])
-        out, cache = attention(q, k, v, cache)
-        x_RTD = x_RTD + jnp.einsum("rtnh,dnh->rtd", out, w["o"])
-        return x_RTD + gated_mlp(rms_norm(x_RTD, self.mlp_norm[...], eps), w["gate"], w["up"], w["down"]), cache
+        eps = self.config.norm_eps
+        q, k, v = self.qkv(rms_norm(x_RTD, self.attn_norm[...], eps))
+        out, cache = attention(rotate(q, *rope), rotate(k, *rope), v, cache)
+        x_RTD = x_RTD + self.attn_out(out)
+        return x_RTD + self.mlp(rms_norm(x_RTD, self.mlp_norm[...], eps)), cache
+
+    def qkv(self, y: Float[Array, "R T D"]) -> tuple[Array, Array, Array]:
+        """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]``."""
+        q, k, v = (jnp.einsum("rtd,dnh->rtnh", y, w[...].astype(y.dtype)) for w in (self.q, self.k, self.v))
+        return q, k, v
+
+    def attn_out(self, out: Float[Array, "R T H h"]) -> Float[Array, "R T D"]:
+        return jnp.einsum("rtnh,dnh->rtd", out, self.o[...].astype(out.dtype))
+
+    def mlp(self, y: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        return gated_mlp(y, *(w[...].astype(y.dtype) for w in (self.gate, self.up, self.down)))
 
 
 class Decoder(nnx.Module):
@@ -171,13 +178,13 @@ class Decoder(nnx.Module):
         constrain: Constrain = lambda x, axes: x,
         hidden: Float[Array, "R T D"] | None = None,
         normed: bool = True,
-        layers: list[PyTree] | None = None,
+        layers: Sequence[Blocks] | None = None,
         caches: PyTree = None,
     ) -> tuple[Float[Array, "R T D"], Float[Array, "V D"], PyTree]:
         """Hidden states, the unembedding matrix and what every layer's attention had to keep.
 
         The layers run in a scan, so that a compiler reads one. A caller who runs them many times over, token by
-        token, cuts them out of the stack once (:func:`unstack`) and gives them as ``layers``. Where the layers are the
+        token, cuts them out of the stack once and gives them as ``layers``. Where the layers are the
         upper ones of a model, ``hidden`` is what the lower ones have made of the tokens; where they are its lower ones,
         what leaves them is not ``normed``.
         """
@@ -197,8 +204,8 @@ class Decoder(nnx.Module):
         if layers is None:
             x, kept = jax.lax.scan(layer, x, (stacked, caches))
         else:
-            for weights, cache in zip(layers, caches or [None] * len(layers), strict=True):
-                x, cache = layer(x, (weights, cache))
+            for block, cache in zip(layers, caches or [None] * len(layers), strict=True):
+                x, cache = block(x, rope, attention, cache)
                 kept.append(cache)
         if normed:
             x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
@@ -208,12 +215,6 @@ class Decoder(nnx.Module):
 def unembedding(config: DecoderConfig) -> str:
     """Which parameter turns hidden states into logits or, in a reward model, into scores."""
     return "score" if config.reward else "embed" if config.tied else "head"
-
-
-def unstack(params: PyTree) -> list[PyTree]:
-    """Every layer's weights, cut out of the stack."""
-    blocks = params["blocks"]
-    return [{name: x[i] for name, x in blocks.items()} for i in range(len(blocks["attn_norm"]))]
 
 
 def split(config: DecoderConfig) -> tuple[nnx.GraphDef, PyTree]:
