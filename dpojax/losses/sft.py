@@ -13,7 +13,7 @@ def sft(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
 
     .. math:: -\frac{1}{\bar n} \log \pi(y_w|x), \qquad \bar n = \frac{1}{B} \sum_i |y_w^{(i)}|
 
-    Dividing by the batch's mean length makes the mean over pairs the mean over the batch's chosen *tokens*, which is
+    Dividing by the batch's mean length makes the mean over pairs the mean over the batch's chosen tokens, which is
     TRL's loss type of this name. Source: cross-entropy; added to :func:`~dpojax.losses.sigmoid` it is an NLL term as in
     Pang et al. 2024 (arXiv 2404.19733), equation 1, which normalises by each pair's own length instead
     (:func:`~dpojax.losses.rpo`).
