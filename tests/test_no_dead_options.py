@@ -24,7 +24,7 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     from transformers import AutoTokenizer
 
     from dpojax.models import init_params, save_directory
-    from tests.conftest import HF_CONFIG, decoder_config
+    from tests.conftest import HF_CONFIG, decoder_config, write_rows
 
     root = tmp_path_factory.mktemp("world")
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
@@ -38,7 +38,7 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     (root / "other.jsonl").write_text("".join(rows[:9]))
     (root / "bad.jsonl").write_text("".join([*rows[:9], "{}\n"]))
     completions = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-    (root / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
+    write_rows(root / "completions.jsonl", completions)
     run = root / "run"
     flags = ("--batch-size", "8", "--save-steps", "1", "--warmup-steps", "0", "--learning-rate", "0.01")
     base = ("--model", tiny_dir, "--data", pairs_file, "--output", str(run))

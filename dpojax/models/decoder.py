@@ -184,9 +184,9 @@ class Decoder(nnx.Module):
         """Hidden states, the unembedding matrix and what every layer's attention had to keep.
 
         The layers run in a scan, so that a compiler reads one. A caller who runs them many times over, token by
-        token, cuts them out of the stack once and gives them as ``layers``. Where the layers are the
-        upper ones of a model, ``hidden`` is what the lower ones have made of the tokens; where they are its lower ones,
-        what leaves them is not ``normed``.
+        token, cuts them out of the stack once and gives them as ``layers``. Where the layers are the upper ones of a
+        model, ``hidden`` is what the lower ones have made of the tokens; where they are its lower ones, what leaves
+        them is not ``normed``.
         """
         graph, stacked = nnx.split(self.blocks)
         rope = rope_table(positions, self.config)

@@ -195,10 +195,9 @@ class Checkpoints:
     def restore_moved(self, step: int, like: PyTree) -> PyTree:
         """The reference as the run had changed it by a step, laid out as ``like`` is."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        args = ocp.args.Composite(reference=ocp.args.StandardRestore(shapes))
         with readable(self.directory / str(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(reference=ocp.args.StandardRestore(shapes)))[
-                "reference"
-            ]
+            return self.manager.restore(step, args=args).reference
 
     def finish(self) -> None:
         """Wait until everything is on disk."""

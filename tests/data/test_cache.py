@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import errno
-import json
 import threading
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dpojax.cachedir import cache_dir
 from dpojax.data import Encoder, cache, load_examples
 from dpojax.errors import UserError
 from dpojax.models import load_tokenizer
+from tests.conftest import write_rows
 
 GOOD = {"prompt": "the film", "chosen": " was lovely", "rejected": " was slow"}
 CHAT = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "Go away"}
@@ -49,9 +49,7 @@ def file(tmp_path):
 
 
 def write(path: Path, *rows) -> str:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
+    return write_rows(path, rows)
 
 
 def kept_beside(file: str) -> list[Path]:

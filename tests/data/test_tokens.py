@@ -1,7 +1,5 @@
 """Tokens: templates applied once, one BOS, one EOS, a boundary that never moves, and truncation."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 from dpojax.data import Encoder, load_examples, truncate
 from dpojax.errors import UserError
 from dpojax.models import load_tokenizer
+from tests.conftest import write_rows
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 OTHER = {"role": "assistant", "content": "Go away"}
@@ -21,9 +20,7 @@ def encoder(tiny_dir):
 
 
 def write(tmp_path, *rows):
-    path = tmp_path / "f.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [str(path)]
+    return [write_rows(tmp_path / "f.jsonl", rows)]
 
 
 def byte_ids(text: str) -> list[int]:

@@ -13,7 +13,7 @@ from dpojax.generate import make_sampler, sample_all
 from dpojax.logprobs import completion_logps
 from dpojax.models import load_model, load_tokenizer, make_apply, save_directory
 from experiments.sentiment import smollm2_path
-from tests.conftest import GOLDENS, plain_rows
+from tests.conftest import GOLDENS, plain_rows, write_rows
 
 GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text())
 
@@ -56,9 +56,8 @@ def test_token_logps(logits):
 
 def test_sequence_logps(smollm2, tokenizer, tmp_path):
     rows = [{"prompt": c["prompt"], "completion": c["completion"]} for c in GOLDEN["completions"]]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples, _ = load_examples([str(path)], Encoder(tokenizer), kind="completions")
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    examples, _ = load_examples([file], Encoder(tokenizer), kind="completions")
     assert [len(e.completions[0]) for e in examples] == [c["len"] for c in GOLDEN["completions"]]
     (item,) = Batches(examples, len(examples), max_shapes=1)
     sums = completion_logps(make_apply(smollm2.config), smollm2.params, jax.tree.map(jnp.asarray, item.batch))[:, 0]

@@ -18,7 +18,7 @@ from dpojax.models import load_tokenizer, make_apply
 from dpojax.train.objectives import Whole, empty_running, mean_chosen_len, preference_loss
 from dpojax.train.reference import make_ref_step
 from dpojax.types import CompletionStats
-from tests.conftest import plain_rows, random_batch, sentence
+from tests.conftest import plain_rows, random_batch, sentence, write_rows
 from tests.train.test_step import one_device
 
 OPTIONS = ["--batch-size", "8", "--learning-rate", "1e-3", "--warmup-steps", "0", "--save-steps", "3"]
@@ -102,18 +102,13 @@ def test_several_completions_are_all_pairs_of_different_rank(batch):
         assert pairs.margin[at] == rank[row, j] - rank[row, i]
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def labels_file(tmp_path):
     rng = np.random.default_rng(2)
     rows = [
         {"prompt": sentence(rng, 1, 6), "completion": " " + sentence(rng, 1, 5), "label": i % 3 > 0} for i in range(20)
     ]
-    return write(tmp_path / "labels.jsonl", rows)
+    return write_rows(tmp_path / "labels.jsonl", rows)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -129,7 +124,7 @@ def train(tiny_dir, data, run, loss, *more, steps=6):
 def test_mismatched_completions_are_of_other_prompts(tiny_dir, tmp_path):
     texts = ["a", "a", "b", "b", "c", "a"]
     rows = [{"prompt": p, "completion": f"{i}" * (i + 1), "label": True} for i, p in enumerate(texts)]
-    file = write(tmp_path / "rows.jsonl", rows)
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     examples, _ = load_examples([file], Encoder(load_tokenizer(tiny_dir)), kind="labels")
     both = with_mismatched(examples, max_length=6)
     prompts = [e.prompt.tobytes() for e in examples]
@@ -215,7 +210,7 @@ def test_ranked_rows_are_their_pairs(tiny_dir, tmp_path):
         ranked.append({"prompt": prompt, "completions": texts, "scores": [1.0, 3.0, 2.5]})
         for i, j, margin in ((1, 2, 0.5), (1, 0, 2.0), (2, 0, 1.5)):
             pairs.append({"prompt": prompt, "chosen": texts[i], "rejected": texts[j], "margin": margin})
-    files = write(tmp_path / "ranked.jsonl", ranked), write(tmp_path / "pairs.jsonl", pairs)
+    files = write_rows(tmp_path / "ranked.jsonl", ranked), write_rows(tmp_path / "pairs.jsonl", pairs)
     options = [("--batch-size", "8"), ("--batch-size", "24")]
     ends = [
         train(tiny_dir, file, tmp_path / f"run{i}", "odpo", *option, steps=2)[-1]

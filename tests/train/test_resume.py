@@ -13,6 +13,7 @@ import pytest
 
 from dpojax.cli import main
 from dpojax.train.checkpoint import load_run
+from tests.conftest import write_rows
 
 RATES = ("pairs_per_second", "tokens_per_second")
 
@@ -133,7 +134,7 @@ def test_latest_and_best_are_kept_over_a_resume(tiny_dir, pairs_file, tmp_path):
     turned = tmp_path / "turned.jsonl"
     rows = [json.loads(line) for line in Path(pairs_file).read_text().splitlines()]
     swapped = [{"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
-    turned.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    write_rows(turned, swapped)
     run = tmp_path / "run"
     args = options(tiny_dir, pairs_file, run, eval_data=turned, eval_steps=10, save_total_limit=1)
     process = start(args)
