@@ -1,7 +1,7 @@
 """From hidden states to log-probabilities of completions: the only place where tokens are shifted."""
 
-import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,81 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dpojax.types import (
-    ApplyFn,
-    CompletionStats,
-    LabelledLogps,
+from dpojax.packing import (
     PairBatch,
-    PairLogps,
-    PyTree,
-    Rows,
-    States,
     completion_mask,
+    gather,
+    inverse,
+    last_index,
+    model_input,
+    packing_of,
+    predictor_index,
 )
-
-
-def pick(x: Array, index: Int[Array, "R n"]) -> Array:
-    """``x[r, index[r, i]]``; zero where an index is beyond the end."""
-    index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
-
-
-def inverse(index: Int[Array, "R n"], size: int) -> Int[Array, "R size"]:
-    """Where each of ``0 .. size - 1`` stands in ``index``; n, beyond the end, where it does not."""
-    R, n = index.shape
-    nowhere = jnp.full((R, size), n, jnp.int32)
-    return nowhere.at[jnp.arange(R)[:, None], index].set(jnp.arange(n, dtype=jnp.int32)[None], mode="drop")
-
-
-def streams(batch: PairBatch) -> tuple[Int[Array, "R T"], Int[Array, "R Z"]]:
-    """The batch's streams and scored places: as packed, or else the grid as it is, a stream a row."""
-    B, P = batch.prompt.shape
-    _, N, C = batch.completions.shape
-    if batch.stream is not None and batch.scored is not None:
-        return batch.stream, batch.scored
-    whole = lambda size: jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (B, size))  # noqa: E731
-    return whole(P + N * C), whole(N * C)
-
-
-def pack_rows(batch: PairBatch) -> Rows:
-    """A batch as the model reads it: a pair's prompt once, then its completions, which see it and themselves only.
-
-    The prompt is computed once per pair instead of once per completion (the idea of arXiv 2410.20305); values and
-    gradients are those of N separate rows. Every completion's positions continue from its prompt's end.
-    """
-    B, P = batch.prompt.shape
-    _, N, C = batch.completions.shape
-    places, _ = streams(batch)
-    R = places.shape[0]
-    prompt_positions = jnp.arange(P)[None, :] - (P - batch.prompt_len[:, None])
-    completion_positions = batch.prompt_len[:, None, None] + jnp.arange(C)[None, None]
-    completion_positions = jnp.broadcast_to(completion_positions, (B, N, C))
-
-    def of_grid(prompt: Int[Array, "B P"], completions: Int[Array, "B N C"]) -> Int[Array, "R T"]:
-        grid = jnp.concatenate([prompt, completions.reshape(B, N * C)], axis=1)
-        return pick(grid.reshape(R, -1), places)
-
-    return Rows(
-        tokens=of_grid(batch.prompt, batch.completions),
-        positions=of_grid(jnp.maximum(prompt_positions, 0), completion_positions),
-        places=places,
-        slots=inverse(places, B // R * (P + N * C)),
-        prompt_len=batch.prompt_len,
-        prompt=P,
-        completion=C,
-        hidden=batch.hidden,
-    )
-
-
-def predictors(rows: Rows, scored: Int[Array, "R Z"], N: int) -> Int[Array, "R Z"]:
-    """The slots whose hidden states predict the scored tokens: of the prompt's last token for a completion's first,
-    of the token before it for any other."""
-    P, C = rows.prompt, rows.completion
-    row, place = jnp.divmod(scored, N * C)
-    before = jnp.where(place % C == 0, P - 1, P + place - 1)
-    slots = jnp.take_along_axis(rows.slots, row * (P + N * C) + before, axis=1, mode="clip")
-    # An empty place predicts from some slot too; its log-probability is masked.
-    return jnp.minimum(slots, rows.tokens.shape[1] - 1)
+from dpojax.types import STATISTICS, ApplyFn, CompletionStats, LabelledLogps, PairLogps, PyTree, ReferenceOutput, Sides
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -92,7 +28,7 @@ def token_logps(
 ) -> Float[Array, "R Z"]:
     """``log softmax(h @ head.T)[target]`` of every token, float32 whatever the dtype of ``h``.
 
-    The vocabulary projection runs over chunks of about ``chunk_tokens`` tokens (counted over the streams). The
+    The vocabulary projection runs over chunks of about ``chunk_tokens`` tokens (counted over the packed sequences). The
     backward pass is made by hand: with p the softmax, ``dlogits = g * (onehot(target) - p)``, chunk by chunk. Logits
     that fit into one chunk are kept for it, others are projected again, so no array ever holds more than one chunk's.
     """
@@ -166,34 +102,55 @@ def _token_logps_backward(
 token_logps.defvjp(_token_logps_forward, _token_logps_backward)
 
 
+def by_chunk(function: Callable[..., Array], chunk_tokens: int, *hidden: Float[Array, "R Z D"]) -> Float[Array, "R Z"]:
+    """``function`` of the hidden states, applied to chunks of about ``chunk_tokens`` tokens one after another."""
+    R, Z = hidden[0].shape[:2]
+    chunks = tuple(_chunks(h, chunk_tokens) for h in hidden)
+    return jnp.moveaxis(jax.lax.map(lambda chunk: function(*chunk), chunks), 0, 1).reshape(R, -1)[:, :Z]
+
+
 def token_squares(h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], chunk_tokens: int) -> Float[Array, "R Z"]:
     """``log sum_v p(v)^2`` of every token's distribution p, in chunks; without a gradient."""
+    h_RZD, head_VD = jax.lax.stop_gradient((h_RZD, head_VD))
 
     def of_chunk(h: Float[Array, "R z D"]) -> Float[Array, "R z"]:
         return jax.nn.logsumexp(2 * jax.nn.log_softmax(_logits(h, head_VD)), axis=-1)
 
-    h_RZD, head_VD = jax.lax.stop_gradient((h_RZD, head_VD))
-    R, Z = h_RZD.shape[:2]
-    return jnp.moveaxis(jax.lax.map(of_chunk, _chunks(h_RZD, chunk_tokens)), 0, 1).reshape(R, -1)[:, :Z]
+    return by_chunk(of_chunk, chunk_tokens, h_RZD)
 
 
 def token_kls(
-    ref: States, h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], chunk_tokens: int
+    p_hidden: Float[Array, "R Z D"],
+    p_head: Float[Array, "V D"],
+    q_hidden: Float[Array, "R Z D"],
+    q_head: Float[Array, "V D"],
+    chunk_tokens: int,
 ) -> Float[Array, "R Z"]:
-    """``KL(reference || policy)`` of every token's distributions, nats, in chunks that are computed again backward."""
+    r"""Exact ``KL(p || q) = sum_v p(v) (log p(v) - log q(v))`` of every token's distributions, nats.
 
-    assert ref.head is not None
-    ref_head = ref.head
+    Each distribution is the softmax of ``hidden @ head.T``. Chunks are computed again in the backward pass.
+    """
 
     @jax.checkpoint
-    def of_chunk(chunk: tuple[Array, Array]) -> Float[Array, "R z"]:
-        ref_h, h = chunk
-        ref_logp, logp = jax.nn.log_softmax(_logits(ref_h, ref_head)), jax.nn.log_softmax(_logits(h, head_VD))
-        return jnp.sum(jnp.exp(ref_logp) * (ref_logp - logp), axis=-1)
+    def of_chunk(p_h: Float[Array, "R z D"], q_h: Float[Array, "R z D"]) -> Float[Array, "R z"]:
+        p, q = jax.nn.log_softmax(_logits(p_h, p_head)), jax.nn.log_softmax(_logits(q_h, q_head))
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
-    R, Z = h_RZD.shape[:2]
-    chunks = (_chunks(ref.hidden, chunk_tokens), _chunks(h_RZD, chunk_tokens))
-    return jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1).reshape(R, -1)[:, :Z]
+    return by_chunk(of_chunk, chunk_tokens, p_hidden, q_hidden)
+
+
+def _squares(h: Array, head: Array, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
+    return token_squares(h, head, chunk_tokens)
+
+
+def _kl(h: Array, head: Array, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
+    assert ref is not None and ref.hidden is not None and ref.head is not None, "KL needs the reference's distributions"
+    return token_kls(ref.hidden, ref.head, h, head, chunk_tokens)
+
+
+TOKEN_STATISTICS: dict[str, Callable[..., Float[Array, "R Z"]]] = {"squares": _squares, "kl": _kl}
+"""``(hidden, head, reference, chunk_tokens) -> [R, Z]`` by name; a completion's statistic is the sum over its tokens.
+A further one is a row here, and a field of this name of CompletionStats and of PairLogps."""
 
 
 def completion_stats(
@@ -203,56 +160,49 @@ def completion_stats(
     *,
     chunk_tokens: int = 512,
     reads: frozenset[str] = frozenset(),
-    ref: States | None = None,
+    ref: ReferenceOutput | None = None,
 ) -> CompletionStats:
-    """Sums of log-probabilities of every completion, and from the same pass what else is asked for.
+    """Sums of log-probabilities of every completion, and from the same pass the statistics that are asked for.
 
     Args:
       apply_fn: the model, as :class:`~dpojax.types.ApplyFn`.
       params: its parameters.
       batch: prompts with N completions each.
       chunk_tokens: completion tokens whose logits exist at one time, counted over the batch.
-      reads: of ``tokens``, ``squares``, ``kl`` and ``states``.
+      reads: statistics (:data:`~dpojax.types.STATISTICS`), and ``hidden``.
       ref: the reference's distributions, for ``kl``.
     """
     B, N, C = batch.completions.shape
-    rows = pack_rows(batch)
-    h_RTD, head_VD = apply_fn(params, rows)
-    _, scored = streams(batch)
-    R = scored.shape[0]
-    real = pick(completion_mask(batch).reshape(R, -1), scored)
-    h_RZD = jnp.take_along_axis(h_RTD, predictors(rows, scored, N)[..., None], axis=1, mode="clip")
-    h_RZD = jnp.where(real[..., None], h_RZD, 0)  # a masked NaN would still have a NaN gradient
-    places = inverse(scored, B // R * N * C)
+    inputs = model_input(batch)
+    h_RTD, head_VD = apply_fn(params, inputs)
+    target_index = packing_of(batch).target_index
+    R = target_index.shape[0]
+    mask = gather(completion_mask(batch).reshape(R, -1), target_index)
+    h_RZD = jnp.take_along_axis(h_RTD, predictor_index(inputs, target_index, N)[..., None], axis=1, mode="clip")
+    h_RZD = jnp.where(mask[..., None], h_RZD, 0)  # a masked NaN would still have a NaN gradient
+    packed_index = inverse(target_index, B // R * N * C)
 
-    def grid(values: Float[Array, "R Z"]) -> Float[Array, "B N C"]:
-        return pick(jnp.where(real, values, 0.0), places).reshape(B, N, C)
+    def padded(values: Float[Array, "R Z"]) -> Float[Array, "B N C"]:
+        return gather(jnp.where(mask, values, 0.0), packed_index).reshape(B, N, C)
 
-    tokens = grid(token_logps(h_RZD, head_VD, pick(batch.completions.reshape(R, -1), scored), chunk_tokens))
-    stats = CompletionStats(jnp.sum(tokens, axis=-1), tokens if "tokens" in reads else None)
-    if "squares" in reads:
-        squares = jnp.sum(grid(token_squares(h_RZD, head_VD, chunk_tokens)), axis=-1)
-        stats = dataclasses.replace(stats, squares=squares)
-    if "kl" in reads:
-        assert ref is not None, "KL needs the reference's distributions"
-        stats = dataclasses.replace(stats, kl=jnp.sum(grid(token_kls(ref, h_RZD, head_VD, chunk_tokens)), axis=-1))
-    return dataclasses.replace(stats, states=States(h_RZD, head_VD)) if "states" in reads else stats
+    targets = gather(batch.completions.reshape(R, -1), target_index)
+    tokens = padded(token_logps(h_RZD, head_VD, targets, chunk_tokens))
+    stats: dict[str, Array] = {
+        name: jnp.sum(padded(statistic(h_RZD, head_VD, ref, chunk_tokens)), axis=-1)
+        for name, statistic in TOKEN_STATISTICS.items()
+        if name in reads
+    }
+    stats |= {name: x for name, x in (("tokens", tokens), ("hidden", h_RZD)) if name in reads}
+    return CompletionStats(jnp.sum(tokens, axis=-1), **stats)
 
 
 def completion_rewards(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
     """A reward model's score of every completion: ``w . h`` of the hidden state at its last token, the EOS."""
-    B, N, C = batch.completions.shape
-    P = batch.prompt.shape[1]
-    rows = pack_rows(batch)
-    h_RTD, score_1D = apply_fn(params, rows)
-    R = rows.tokens.shape[0]
-    start = (jnp.arange(B) % (B // R))[:, None] * (P + N * C) + P + jnp.arange(N)[None] * C
-    places = (start + jnp.maximum(batch.completion_len, 1) - 1).reshape(R, -1)
-    slots = jnp.take_along_axis(rows.slots, places, axis=1)
-    # What only fills up has no slot; its score is masked.
-    last_RZD = jnp.take_along_axis(h_RTD, jnp.minimum(slots, h_RTD.shape[1] - 1)[..., None], axis=1)
+    inputs = model_input(batch)
+    h_RTD, score_1D = apply_fn(params, inputs)
+    last_RZD = jnp.take_along_axis(h_RTD, last_index(inputs, batch.completion_len)[..., None], axis=1)
     scores = jnp.einsum("rzd,vd->rzv", last_RZD.astype(jnp.float32), score_1D.astype(jnp.float32))
-    return scores.reshape(B, N)
+    return scores.reshape(batch.completion_len.shape)
 
 
 def completion_logps(
@@ -265,40 +215,37 @@ def completion_logps(
 def pair_up(stats: CompletionStats, batch: PairBatch) -> PairLogps:
     """Every two completions of a prompt as a pair, the better one chosen, prompt by prompt: ``[B * N (N - 1) / 2]``.
 
-    Two of one rank, and what only fills up, are pairs without tokens. Arrays may be JAX's or NumPy's. Margins are the
-    differences of scores.
+    Tied completions and padding rows become pairs of length 0, which every reduction masks out. Arrays may be JAX's or
+    NumPy's. Margins are the differences of scores.
     """
     N = batch.completion_len.shape[1]
     i, j = np.triu_indices(N, 1)
 
-    def sides(x: Any) -> tuple[Any, Any]:
-        return x[:, i].reshape(-1, *x.shape[2:]), x[:, j].reshape(-1, *x.shape[2:])
+    def sides(x: Any) -> Sides:
+        return Sides(*(x[:, k].reshape(-1, *x.shape[2:]) for k in (i, j)))
 
+    notes = batch.annotations
     chosen_len, rejected_len = sides(batch.completion_len)
-    there = (chosen_len > 0) & (rejected_len > 0) & (batch.real.repeat(len(i), axis=0) > 0)
-    if batch.rank is not None:
-        better, worse = sides(batch.rank)
-        there &= better < worse
-    fields: dict[str, Any] = {"chosen_len": chosen_len * there, "rejected_len": rejected_len * there}
-    for name, suffix in {"sums": "", "tokens": "_tokens", "squares": "_squares", "kl": "_kl"}.items():
-        x = getattr(stats, name)
-        if x is not None:
-            fields[f"chosen{suffix}"], fields[f"rejected{suffix}"] = sides(x)
-    if batch.score is not None:
-        better, worse = sides(batch.score)
+    valid = (chosen_len > 0) & (rejected_len > 0) & (batch.valid.repeat(len(i), axis=0) > 0)
+    if notes.rank is not None:
+        better, worse = sides(notes.rank)
+        valid &= better < worse
+    chosen, rejected = sides(stats.sums)
+    fields: dict[str, Any] = {name: sides(x) for name in STATISTICS if (x := getattr(stats, name)) is not None}
+    if notes.score is not None:
+        better, worse = sides(notes.score)
         fields["margin"] = better - worse
-    for name in ("weight", "key"):
-        x = getattr(batch, name)
+    for name, x in (("weight", notes.weight), ("key", batch.key)):
         fields[name] = x if x is None or N == 2 else x.repeat(len(i), axis=0)
-    return PairLogps(**fields, states=stats.states)
+    return PairLogps(chosen, rejected, chosen_len * valid, rejected_len * valid, **fields)
 
 
-def label(stats: CompletionStats, batch: PairBatch) -> LabelledLogps:
+def labelled_logps(stats: CompletionStats, batch: PairBatch) -> LabelledLogps:
     """Each row's completion with its label; a second completion is the mismatched one."""
     mismatched = stats.sums[:, 1] if stats.sums.shape[1] > 1 else None
-    assert batch.label is not None
-    lengths = batch.completion_len[:, 0] * (batch.real > 0)
-    return LabelledLogps(stats.sums[:, 0], lengths, batch.label, mismatched)
+    assert batch.annotations.label is not None
+    lengths = batch.completion_len[:, 0] * (batch.valid > 0)
+    return LabelledLogps(stats.sums[:, 0], lengths, batch.annotations.label, mismatched)
 
 
 def pair_logps(
@@ -308,7 +255,7 @@ def pair_logps(
     *,
     chunk_tokens: int = 512,
     reads: frozenset[str] = frozenset(),
-    ref: States | None = None,
+    ref: ReferenceOutput | None = None,
 ) -> PairLogps:
     r"""Log-probabilities of both sides of every pair: sums over completion tokens, EOS included, prompt excluded.
 

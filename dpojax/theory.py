@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dpojax.losses import Objective, traits_of
-from dpojax.types import PairLogps
+from dpojax.types import PairLogps, Sides
 
 Scalar: TypeAlias = Float[Array, ""]
 PerPrompt: TypeAlias = Float[Array, " X"]
@@ -263,9 +263,8 @@ def all_pairs(
         if lengths is None:  # a completion is one token, whose distribution is the prompt's
             square = jnp.repeat(jax.nn.logsumexp(2 * values, axis=-1), len(first))
             forward = jnp.repeat(kl(ref_logps, logps), len(first))
-            fields = {"chosen_tokens": chosen[:, None], "rejected_tokens": rejected[:, None]}
-            fields |= {"chosen_squares": square, "rejected_squares": square}
-            fields |= {"chosen_kl": forward, "rejected_kl": forward}
+            fields = {"tokens": Sides(chosen[:, None], rejected[:, None])}
+            fields |= {"squares": Sides(square, square), "kl": Sides(forward, forward)}
         return PairLogps(chosen, rejected, n_chosen, n_rejected, mean_chosen_len=mean, **fields)
 
     return sides(logps), sides(ref_logps), weights
@@ -293,7 +292,7 @@ def expected_loss(objective: Objective, logits: Table, ref_logps: Table, *pairs:
     0.693147
     """
     declared = traits_of(objective)
-    if declared.batch or declared.unpaired or declared.rewards or declared.running:
+    if declared.batch or declared.on != "pairs" or declared.running:
         raise ValueError("expected_loss: the objective must be one that judges each pair of log-probabilities alone")
     policy, ref, weights = all_pairs(jax.nn.log_softmax(logits, axis=-1), ref_logps, *pairs)
     return jnp.sum(weights * objective(policy, ref))

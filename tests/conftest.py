@@ -19,9 +19,8 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax.data.batches import pack
 from dpojax.models import DecoderConfig, init_params, save_directory
-from dpojax.types import PairBatch, Rows
+from dpojax.packing import ModelInput, PairBatch, pack
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -114,25 +113,24 @@ def pairs_file(tmp_path_factory) -> str:
 
 
 def random_batch(
-    rng: np.random.Generator, B: int, P: int, C: int, N: int = 2, vocab: int = 384, streams: int = 1
+    rng: np.random.Generator, B: int, P: int, C: int, N: int = 2, vocab: int = 384, sequences: int = 1
 ) -> PairBatch:
     prompt_len = rng.integers(1, P + 1, B).astype(np.int32)
     completion_len = rng.integers(1, C + 1, (B, N)).astype(np.int32)
-    T, Z = (B // streams * width for width in (P + N * C, N * C))
-    stream, scored = pack(prompt_len, completion_len, P, C, streams, T, Z)
+    T, Z = (B // sequences * width for width in (P + N * C, N * C))
+    packing = pack(prompt_len, completion_len, P, C, sequences, T, Z)
     return PairBatch(
         prompt=jax.numpy.asarray(rng.integers(0, vocab, (B, P)).astype(np.int32)),
         prompt_len=jax.numpy.asarray(prompt_len),
         completions=jax.numpy.asarray(rng.integers(0, vocab, (B, N, C)).astype(np.int32)),
         completion_len=jax.numpy.asarray(completion_len),
-        real=jax.numpy.ones(B),
-        stream=jax.numpy.asarray(stream),
-        scored=jax.numpy.asarray(scored),
+        valid=jax.numpy.ones(B),
+        packing=jax.tree.map(jax.numpy.asarray, packing),
     )
 
 
-def plain_rows(tokens: jax.Array) -> Rows:
-    """Ordinary causal rows, ``[B, T]``: prompts without completions."""
+def plain_input(tokens: jax.Array) -> ModelInput:
+    """Ordinary causal sequences, ``[B, T]``: prompts without completions."""
     B, T = tokens.shape
-    places = jax.numpy.broadcast_to(jax.numpy.arange(T), (B, T))
-    return Rows(tokens, places, places, places, jax.numpy.full((B,), T), prompt=T, completion=0)
+    index = jax.numpy.broadcast_to(jax.numpy.arange(T), (B, T))
+    return ModelInput(tokens, index, index, index, jax.numpy.full((B,), T), prompt=T, completion=0)

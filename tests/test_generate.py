@@ -7,13 +7,13 @@ import pytest
 
 from dpojax.generate import make_sampler, next_token, pad_left, sample_all
 from dpojax.models import make_apply
-from tests.conftest import plain_rows
+from tests.conftest import plain_input
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 
 def logits(config, params, row):
-    h, head = make_apply(config)(params, plain_rows(jnp.array([row])))
+    h, head = make_apply(config)(params, plain_input(jnp.array([row])))
     return h[0] @ head.T
 
 

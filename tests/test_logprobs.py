@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax.data.batches import pack
 from dpojax.logprobs import completion_logps, pair_logps, token_logps
 from dpojax.losses import ipo, sigmoid
 from dpojax.models import make_apply
-from tests.conftest import plain_rows, random_batch
+from dpojax.packing import pack
+from tests.conftest import plain_input, random_batch
 
 
 def two_row_logps(apply_fn, params, batch):
@@ -20,7 +20,7 @@ def two_row_logps(apply_fn, params, batch):
     for b, n in np.ndindex(*out.shape):
         P, C = int(batch.prompt_len[b]), int(batch.completion_len[b, n])
         tokens = jnp.concatenate([batch.prompt[b, -P:], batch.completions[b, n, :C]])[None]
-        h, head = apply_fn(params, plain_rows(tokens))
+        h, head = apply_fn(params, plain_input(tokens))
         logps = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", h, head), axis=-1)
         out[b, n] = jnp.take_along_axis(logps[0, P - 1 : -1], tokens[0, P:, None], axis=-1).sum()
     return jnp.stack([jnp.stack(list(row)) for row in out])
@@ -62,9 +62,9 @@ def with_lengths(pair, batch):
 
 
 @pytest.mark.parametrize("N", [1, 3, 4])
-@pytest.mark.parametrize("streams", [1, 2])
-def test_any_number_of_completions_shares_the_prompt(config, params, N, streams):
-    batch = random_batch(np.random.default_rng(N), B=4, P=5, C=6, N=N, streams=streams)
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_any_number_of_completions_shares_the_prompt(config, params, N, sequences):
+    batch = random_batch(np.random.default_rng(N), B=4, P=5, C=6, N=N, sequences=sequences)
     apply_fn = make_apply(config)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, N)), jnp.float32)
     fast = jax.value_and_grad(lambda p: (completion_logps(apply_fn, p, batch) * weights).sum())(params)
@@ -81,11 +81,10 @@ def test_padding_never_matters(config, params, batch):
         batch,
         prompt=jnp.pad(batch.prompt, ((0, 0), (3, 0)), constant_values=77),
         completions=jnp.pad(batch.completions, ((0, 0), (0, 0), (0, 5)), constant_values=99),
-        stream=None,
-        scored=None,
+        packing=None,
     )
-    loose = pack(np.asarray(batch.prompt_len), np.asarray(batch.completion_len), 7, 6, streams=3, T=40, Z=30)
-    for padded in (wide, dataclasses.replace(batch, stream=jnp.asarray(loose[0]), scored=jnp.asarray(loose[1]))):
+    loose = pack(np.asarray(batch.prompt_len), np.asarray(batch.completion_len), 7, 6, sequences=3, T=40, Z=30)
+    for padded in (wide, dataclasses.replace(batch, packing=jax.tree.map(jnp.asarray, loose))):
         got = pair_logps(apply_fn, params, padded)
         np.testing.assert_allclose(got.chosen, plain.chosen, rtol=1e-5)
         np.testing.assert_allclose(got.rejected, plain.rejected, rtol=1e-5)
@@ -98,12 +97,12 @@ def test_padding_never_matters(config, params, batch):
 def test_masked_nan_has_no_gradient(config, params, batch):
     """Hidden states of padding may be anything: nothing that is computed depends on them."""
 
-    def poisoned(p, rows):
-        h, head = make_apply(config)(p, rows)
-        return jnp.where((rows.places < rows.slots.shape[1])[..., None], h, jnp.nan), head
+    def poisoned(p, inputs):
+        h, head = make_apply(config)(p, inputs)
+        return jnp.where((inputs.padded_index < inputs.packed_index.shape[1])[..., None], h, jnp.nan), head
 
-    loose = pack(np.asarray(batch.prompt_len), np.asarray(batch.completion_len), 7, 6, streams=1, T=90, Z=60)
-    wide = dataclasses.replace(batch, stream=jnp.asarray(loose[0]), scored=jnp.asarray(loose[1]))
+    loose = pack(np.asarray(batch.prompt_len), np.asarray(batch.completion_len), 7, 6, sequences=1, T=90, Z=60)
+    wide = dataclasses.replace(batch, packing=jax.tree.map(jnp.asarray, loose))
     value, grads = jax.value_and_grad(lambda p: pair_logps(poisoned, p, wide).chosen.sum())(params)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 

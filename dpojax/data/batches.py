@@ -5,12 +5,13 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from dpojax.data.tokens import Example
-from dpojax.types import PairBatch
+from dpojax.packing import Annotations, PairBatch, pack
 
 MULTIPLE = 8  # of streams' lengths, so that the shapes are few from the start
 ENOUGH = 0.925  # real tokens among those computed, for which no further shape is compiled
@@ -21,10 +22,10 @@ HEAD_COST, SCORE_COST = 0.25, 1 / 4000
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a batch's arrays are padded to; tokens and scored are per stream."""
+    """What a batch's arrays are padded to; tokens and targets are of a packed sequence."""
 
     tokens: int  # T
-    scored: int  # Z
+    targets: int  # Z
     prompt: int  # P
     completion: int  # C
 
@@ -41,25 +42,6 @@ class IndexedBatch:
     batch: PairBatch
 
 
-def pack(
-    prompt_len: np.ndarray, completion_len: np.ndarray, P: int, C: int, streams: int, T: int, Z: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """``stream`` and ``scored`` of a :class:`~dpojax.types.PairBatch`: its real tokens, row after row."""
-    B, N = completion_len.shape
-    prompt = np.arange(P)[None] >= P - prompt_len[:, None]
-    completions = (np.arange(C)[None, None] < completion_len[..., None]).reshape(B, N * C)
-
-    def places(real: np.ndarray, width: int) -> np.ndarray:
-        real = real.reshape(streams, -1)
-        out = np.full((streams, width), real.shape[1], np.int32)
-        for stream, kept in zip(out, real, strict=True):
-            at = np.flatnonzero(kept)
-            stream[: len(at)] = at
-        return out
-
-    return places(np.concatenate([prompt, completions], axis=1), T), places(completions, Z)
-
-
 def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
     """``[n, N]`` completion tokens; 0 where an example has fewer completions than others."""
     most = max(len(example.completions) for example in examples)
@@ -67,8 +49,8 @@ def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.array([row + [0] * (most - len(row)) for row in rows], np.int32)
 
 
-def values_of(examples: Sequence[Example | None], N: int) -> dict[str, np.ndarray]:
-    """What the rows say of their completions in numbers, as fields of :class:`~dpojax.types.PairBatch`."""
+def annotations_of(examples: Sequence[Example | None], N: int) -> Annotations:
+    """What the rows say of their completions, as arrays."""
     B = len(examples)
     values = {"rank": np.zeros((B, N), np.int32), "score": np.zeros((B, N), np.float32)}
     values |= {name: np.zeros((B,), np.float32) for name in ("weight", "label")}
@@ -78,19 +60,19 @@ def values_of(examples: Sequence[Example | None], N: int) -> dict[str, np.ndarra
             ranks = said.ranks or range(len(example.completions))
             values["rank"][i, : len(ranks)], values["score"][i, : len(said.scores)] = ranks, said.scores
             values["weight"][i], values["label"][i] = said.weight, said.label
-    return values
+    return Annotations(**values)  # type: ignore[arg-type]
 
 
 def without_tokens(examples: Sequence[Example]) -> PairBatch:
-    """All examples side by side, with their lengths and values and none of their tokens."""
+    """All examples side by side, with their lengths and annotations and none of their tokens."""
     lengths = completion_lengths(examples)
     n, N = lengths.shape
-    nothing = np.zeros((n, 0), np.int32), np.zeros((n,), np.int32), np.zeros((n, N, 0), np.int32)
-    return PairBatch(*nothing, lengths, np.ones((n,), np.float32), **values_of(examples, N))  # type: ignore[arg-type]
+    padded: Any = np.zeros((n, 0), np.int32), np.zeros((n,), np.int32), np.zeros((n, N, 0), np.int32), lengths
+    return PairBatch(*padded, np.ones((n,), np.float32), annotations=annotations_of(examples, N))  # type: ignore[arg-type]
 
 
 def collate(
-    examples: Sequence[Example | None], shape: Shape, streams: int = 1, completions_each: int | None = None
+    examples: Sequence[Example | None], shape: Shape, sequences: int = 1, completions_each: int | None = None
 ) -> PairBatch:
     """Examples side by side, padded to ``shape``; None is a row that only fills up.
 
@@ -109,10 +91,10 @@ def collate(
         for n, completion in enumerate(example.completions):
             completion_len[i, n] = len(completion)
             completions[i, n, : len(completion)] = completion
-    real = np.array([example is not None for example in examples], np.float32)
-    stream, scored = pack(prompt_len, completion_len, P, C, streams, shape.tokens, shape.scored)
-    batch = (prompt, prompt_len, completions, completion_len, real, stream, scored)
-    return PairBatch(*batch, **values_of(examples, N))  # type: ignore[arg-type]
+    valid = np.array([example is not None for example in examples], np.float32)
+    packing = pack(prompt_len, completion_len, P, C, sequences, shape.tokens, shape.targets)
+    padded: Any = (prompt, prompt_len, completions, completion_len, valid)
+    return PairBatch(*padded, packing, annotations_of(examples, N))
 
 
 def plan_shapes(
@@ -158,7 +140,7 @@ class Batches:
       examples: what to batch.
       batch_size: rows a batch.
       max_shapes: shapes at most; fewer, where they keep padding low.
-      streams: packed streams a batch: the devices that split it, times the micro-batches.
+      sequences: packed sequences a batch: the devices that split it, times the micro-batches.
       seed: shuffle, each epoch anew; None keeps similar lengths together instead, for passes whose order is free.
       epochs: passes over the examples. Batches run on over an epoch's end; only the very last may be part filled.
     """
@@ -169,11 +151,11 @@ class Batches:
         batch_size: int,
         *,
         max_shapes: int,
-        streams: int = 1,
+        sequences: int = 1,
         seed: int | None = None,
         epochs: int = 1,
     ):
-        self.examples, self.batch_size, self.streams = examples, batch_size, streams
+        self.examples, self.batch_size, self.sequences = examples, batch_size, sequences
         self.hidden: Callable[[int], np.ndarray] | None = None
         self.prompts = np.array([len(e.prompt) for e in examples])
         self.completions = completion_lengths(examples)
@@ -185,8 +167,8 @@ class Batches:
         self.indices = indices.batch(batch_size)
         needs = [self._need(self._rows(self.indices[i])) for i in range(len(self.indices))]
         real = sum(int(self.tokens[self.indices[i]].sum()) for i in range(len(self.indices)))
-        self.shapes = plan_shapes(needs, max_shapes, self._cost, real / streams)
-        self.real_share = real / sum(self._fit(need).tokens * streams for need in needs)
+        self.shapes = plan_shapes(needs, max_shapes, self._cost, real / sequences)
+        self.valid_share = real / sum(self._fit(need).tokens * sequences for need in needs)
         """Real tokens among those computed."""
 
     def __len__(self) -> int:
@@ -196,13 +178,13 @@ class Batches:
         """How the batches are packed, for the console."""
         shapes = f"{len(self.shapes)} shape{'s' * (len(self.shapes) > 1)}"
         return (
-            f"{len(self)} batches of {self.batch_size} in {shapes}; {self.real_share:.1%} of tokens computed are real"
+            f"{len(self)} batches of {self.batch_size} in {shapes}; {self.valid_share:.1%} of tokens computed are real"
         )
 
     def _cost(self, shape: Shape) -> float:
-        rows, N = self.batch_size // self.streams, self.completions.shape[1]
+        rows, N = self.batch_size // self.sequences, self.completions.shape[1]
         scores = shape.prompt**2 + N * shape.completion * (shape.prompt + shape.completion)
-        return shape.tokens + HEAD_COST * shape.scored + SCORE_COST * rows * scores
+        return shape.tokens + HEAD_COST * shape.targets + SCORE_COST * rows * scores
 
     def _even_order(self, groups: int) -> list[int]:
         """Longest first, in groups of whole batches; within a group, batches are dealt like numbers of tokens."""
@@ -219,11 +201,11 @@ class Batches:
 
     def _rows(self, index: np.ndarray) -> np.ndarray:
         """A batch's examples in the order of its rows, -1 where there is none: streams of like numbers of tokens."""
-        rows = np.full((self.streams, self.batch_size // self.streams), -1)
-        if self.streams == 1:
+        rows = np.full((self.sequences, self.batch_size // self.sequences), -1)
+        if self.sequences == 1:
             rows[0, : len(index)] = index
             return rows[0]
-        held, load = np.zeros(self.streams, int), np.zeros(self.streams, int)
+        held, load = np.zeros(self.sequences, int), np.zeros(self.sequences, int)
         for i in sorted(index, key=lambda i: (-int(self.tokens[i]), i)):  # the longest first, to the emptiest
             stream = int(np.argmin(np.where(held < rows.shape[1], load, np.iinfo(int).max)))
             rows[stream, held[stream]] = i
@@ -232,7 +214,7 @@ class Batches:
         return rows.reshape(-1)
 
     def _need(self, rows: np.ndarray) -> Shape:
-        real = (rows >= 0).reshape(self.streams, -1)
+        real = (rows >= 0).reshape(self.sequences, -1)
 
         def most(lengths: np.ndarray) -> int:
             total = int(np.where(real, lengths[rows].reshape(real.shape), 0).sum(axis=1).max())
@@ -251,10 +233,10 @@ class Batches:
         rows = self._rows(index)
         examples = [self.examples[i] if i >= 0 else None for i in rows]
         shape = self._fit(self._need(rows))
-        batch = collate(examples, shape, self.streams, self.completions.shape[1])
+        batch = collate(examples, shape, self.sequences, self.completions.shape[1])
         if self.hidden is not None:
             first = self.hidden(int(index[0]))
-            hidden = np.zeros((self.streams, shape.tokens, first.shape[1]), first.dtype)
+            hidden = np.zeros((self.sequences, shape.tokens, first.shape[1]), first.dtype)
             for i, stream, slots in self.spans(rows):
                 hidden[stream, slots] = self.hidden(i)
             batch = dataclasses.replace(batch, hidden=hidden)  # type: ignore[arg-type]
@@ -262,7 +244,7 @@ class Batches:
 
     def spans(self, rows: np.ndarray) -> Iterator[tuple[int, int, slice]]:
         """Every example of a batch's rows, its stream and its slots there; :func:`pack` leaves no gap."""
-        for stream, held in enumerate(rows.reshape(self.streams, -1)):
+        for stream, held in enumerate(rows.reshape(self.sequences, -1)):
             at = 0
             for i in held[held >= 0]:
                 yield int(i), stream, slice(at, at + int(self.tokens[i]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpojax.evaluate.statistics import Estimate, estimate
-from dpojax.types import told_apart
+from dpojax.types import beyond_rounding
 
 
 def preference_estimates(
@@ -40,7 +40,7 @@ def preference_estimates(
         figures["rewards/chosen"], figures["rewards/rejected"] = rewards[:, 0], rewards[:, 1]
         figures["rewards/margins"] = rewards[:, 0] - rewards[:, 1]
         margins = figures["rewards/margins"]
-        told = told_apart(margins, beta * np.abs(policy).sum(axis=1))
+        told = beyond_rounding(margins, beta * np.abs(policy).sum(axis=1))
         figures["rewards/accuracies"] = half_for_ties(np.where(told, margins, 0))
     return {name: estimate(values, groups) for name, values in figures.items()}
 

@@ -45,7 +45,7 @@ def make_scorer(
 
     def score(params: PyTree, examples: list[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
         on_mesh = lambda: put_global(params, param_shardings(mesh, config))  # noqa: E731
-        batches = Batches(examples, rows, max_shapes=max_shapes, streams=batch_shards(mesh))
+        batches = Batches(examples, rows, max_shapes=max_shapes, sequences=batch_shards(mesh))
         return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
 
     return score

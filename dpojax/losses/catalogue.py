@@ -104,12 +104,12 @@ def needs(objective: Objective) -> tuple[str, ...]:
         "lengths": traits.lengths,
         "the whole batch": traits.batch,
         "token log-probabilities": "tokens" in traits.reads,
-        "token distributions": bool(traits.reads & {"kl", "squares"}),
+        "token distributions": bool(traits.statistics - {"tokens"}),
         "margins": "margin" in traits.reads,
         "random draws": "key" in traits.reads,
         "running means": bool(traits.running),
-        "labels instead of pairs": traits.unpaired,
-        "a reward head": traits.rewards,
+        "labels instead of pairs": traits.on == "labels",
+        "a reward head": traits.on == "scores",
     }
     return tuple(word for word, there in words.items() if there)
 

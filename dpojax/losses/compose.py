@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpojax.losses.traits import Objective, Traits, traits_of
-from dpojax.types import LabelledLogps, PairLogps
+from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 
 EXPONENT = 43.0  # exp of it, squared, is still a float32
 DIVERGENCE_EXPONENT = 80.0  # as in TRL
-
-SIDES = ("", "_len", "_tokens", "_squares", "_kl")
 
 
 def composed(objective: Callable, traits: Traits, **changed: object) -> Objective:
@@ -32,7 +30,7 @@ def _of_pairs(name: str, objective: Objective) -> Traits:
     Raises:
       ValueError: it is not of pairs, but of labelled completions.
     """
-    if traits_of(objective).unpaired:
+    if traits_of(objective).on == "labels":
         raise ValueError(f"{name}: the objective is of labelled completions; give one of pairs")
     return traits_of(objective)
 
@@ -70,14 +68,14 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
     """
     if not terms:
         raise ValueError("weighted_sum needs at least one (weight, objective) term")
-    kinds = [traits_of(loss) for _, loss in terms]
-    if len({(kind.unpaired, kind.rewards) for kind in kinds}) > 1:
+    declared = [traits_of(loss) for _, loss in terms]
+    if len({traits.on for traits in declared}) > 1:
         raise ValueError("weighted_sum: its terms must be all of pairs, all of labelled completions, or all of rewards")
 
     def objective(policy: PairLogps | LabelledLogps, ref: PairLogps | LabelledLogps) -> Float[Array, " B"]:
         return sum(weight * loss(policy, ref) for weight, loss in terms)
 
-    return composed(objective, functools.reduce(Traits.__or__, kinds))
+    return composed(objective, functools.reduce(Traits.__or__, declared))
 
 
 def _bounded_exp(x: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -136,8 +134,9 @@ def with_divergence(objective: Objective, kind: str, *, alpha: float = 0.5) -> O
 
 def swapped(pair: PairLogps) -> PairLogps:
     """The pairs with chosen and rejected exchanged, as if every label were flipped."""
-    sides = {f"chosen{s}": getattr(pair, f"rejected{s}") for s in SIDES}
-    sides |= {f"rejected{s}": getattr(pair, f"chosen{s}") for s in SIDES}
+    sides: dict[str, Any] = {"chosen": pair.rejected, "rejected": pair.chosen}
+    sides |= {"chosen_len": pair.rejected_len, "rejected_len": pair.chosen_len}
+    sides |= {name: x and Sides(x.rejected, x.chosen) for name in STATISTICS if (x := getattr(pair, name)) is not None}
     margin = None if pair.margin is None else -pair.margin
     return dataclasses.replace(pair, **sides, margin=margin, mean_chosen_len=None)
 
@@ -208,9 +207,9 @@ def length_normalized(objective: Objective) -> Objective:
     0.7000
     """
     traits = _of_pairs("length_normalized", objective)
-    if traits.reads & {"tokens", "squares", "kl"}:
+    if traits.statistics:
         raise ValueError("length_normalized: the objective reads single tokens, which have no length")
-    if traits.rewards:
+    if traits.on == "scores":
         raise ValueError("length_normalized: the objective is of rewards, which are not sums over tokens")
 
     def normalized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
@@ -254,10 +253,10 @@ def reference_free(objective: Objective) -> Objective:
 
 def without_reference(policy: PairLogps) -> PairLogps:
     """A reference that says nothing: log-probabilities of zero for the policy's completions."""
-    zero = lambda x: None if x is None else jnp.zeros_like(x)  # noqa: E731
-    names = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
-    fields: dict[str, Any] = {name: zero(getattr(policy, name)) for name in names}
-    return dataclasses.replace(policy, **fields)
+    tokens = jax.tree.map(jnp.zeros_like, policy.tokens)
+    return dataclasses.replace(
+        policy, chosen=jnp.zeros_like(policy.chosen), rejected=jnp.zeros_like(policy.rejected), tokens=tokens
+    )
 
 
 def with_weights(objective: Objective) -> Objective:

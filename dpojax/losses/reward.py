@@ -7,7 +7,7 @@ from dpojax.losses.traits import traits
 from dpojax.types import PairLogps
 
 
-@traits(reference=False, rewards=True)
+@traits(reference=False, on="scores")
 def reward_model(policy: PairLogps, ref: PairLogps, *, center_rewards_coefficient: float = 0.0) -> Float[Array, " B"]:
     r"""Negative log-likelihood of the preference under Bradley-Terry, of a reward model's scores.
 

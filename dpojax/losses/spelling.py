@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from dpojax.losses.catalogue import LOSSES, WRAPPERS
 from dpojax.losses.compose import weighted_sum
 from dpojax.losses.traits import Objective, traits_of
-from dpojax.types import LabelledLogps, PairLogps
+from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 
 IN_FILE = re.compile(r"([^\s+*(),=]+\.py):([A-Za-z_]\w*)")
 CONSTANT_NAMES = {"true": True, "false": False, "True": True, "False": False}
@@ -216,20 +216,19 @@ def from_file(path: str, name: str) -> Objective:
 def probe(objective: Objective, B: int = 3, C: int = 4) -> tuple[Any, Any]:
     """Log-probabilities with every optional field that an objective may ask for, of B pairs of up to C tokens."""
     x, n = jnp.full((B,), -1.0), jnp.full((B,), C, jnp.int32)
-    if traits_of(objective).unpaired:
+    if traits_of(objective).on == "labels":
         labelled = LabelledLogps(x, n, jnp.ones((B,)), x)
         return labelled, labelled
-    sides = {f"{side}_{name}": x for side in ("chosen", "rejected") for name in ("squares", "kl")}
-    sides |= {f"{side}_tokens": jnp.full((B, C), -1.0) for side in ("chosen", "rejected")}
+    statistics = {name: Sides(x, x) for name in STATISTICS} | {"tokens": Sides(*(jnp.full((B, C), -1.0),) * 2)}
     ones = jnp.ones((B,))
-    policy = PairLogps(x, x, n, n, jnp.float32(C), ones, ones, **sides, key=jax.random.split(jax.random.key(0), B))  # type: ignore[arg-type]
+    policy = PairLogps(x, x, n, n, jnp.float32(C), ones, ones, **statistics, key=jax.random.split(jax.random.key(0), B))  # type: ignore[arg-type]
     return policy, policy
 
 
 def _check_shape(objective: Objective, text: str) -> None:
     """Refuse, before anything is read, what does not give one loss a pair."""
     policy, ref = probe(objective)
-    kind = "completion" if traits_of(objective).unpaired else "pair"
+    kind = "completion" if traits_of(objective).on == "labels" else "pair"
     try:
         out = jax.eval_shape(objective, policy, ref)
     except RecursionError:

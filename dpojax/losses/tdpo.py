@@ -12,7 +12,7 @@ from dpojax.types import PairLogps
 def _terms(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """The difference of log-ratios, and the chosen and the rejected completion's divergence."""
     chosen, rejected = log_ratios(policy, ref)
-    return chosen - rejected, given(policy.chosen_kl, "chosen_kl"), given(policy.rejected_kl, "rejected_kl")
+    return chosen - rejected, *given(policy.kl, "kl")
 
 
 @traits("kl")
@@ -34,8 +34,7 @@ def tdpo1(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
 
     >>> import jax.numpy as jnp
     >>> n = jnp.array([4])
-    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, chosen_kl=jnp.array([1.0]),
-    ...               rejected_kl=jnp.array([2.0]))
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, kl=Sides(jnp.array([1.0]), jnp.array([2.0])))
     >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
     >>> print(f"{tdpo1(p, r, beta=1.0)[0]:.6f}")  # h = 2, 2 + 1 - 2: log(1 + exp(-1))
     0.313262
@@ -68,8 +67,7 @@ def tdpo2(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float 
 
     >>> import jax.numpy as jnp
     >>> n = jnp.array([4])
-    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, chosen_kl=jnp.array([1.0]),
-    ...               rejected_kl=jnp.array([3.0]))
+    >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, kl=Sides(jnp.array([1.0]), jnp.array([3.0])))
     >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
     >>> print(f"{tdpo2(p, r, beta=1.0)[0]:.6f}")  # h = 2, 2 - 0.5 * (3 - 1): log(1 + exp(-1))
     0.313262

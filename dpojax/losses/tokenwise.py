@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpojax.losses.compose import composed, given
 from dpojax.losses.dpo import sigmoid
 from dpojax.losses.traits import Objective, Traits, same_rows, traits, traits_of
-from dpojax.types import PairLogps
+from dpojax.types import PairLogps, Sides
 
 
 def _of_tokens(name: str, objective: Objective, *reads: str) -> dict[str, object]:
@@ -20,7 +20,7 @@ def _of_tokens(name: str, objective: Objective, *reads: str) -> dict[str, object
       ValueError: it reads sums that are there for whole completions only.
     """
     declared: Traits = traits_of(objective)
-    if declared.unpaired or declared.rewards or declared.reads & {"squares", "kl"}:
+    if declared.on != "pairs" or declared.statistics - {"tokens"}:
         raise ValueError(f"{name}: the objective reads more than log-probabilities of a pair's tokens")
     return {"reads": declared.reads | {"tokens", *reads}, "lengths": True}
 
@@ -32,11 +32,11 @@ def _shared(pair: PairLogps) -> Int[Array, " B"]:
 
 def _reweighted(pair: PairLogps, chosen: Float[Array, "B C"], rejected: Float[Array, "B C"]) -> PairLogps:
     """The pairs with each token times its weight, and the sums of that; lengths stay."""
-    sides = given(pair.chosen_tokens, "chosen_tokens"), given(pair.rejected_tokens, "rejected_tokens")
+    sides = given(pair.tokens, "tokens")
     same_rows(sides[0], chosen)
     same_rows(sides[1], rejected)
     won, lost = sides[0] * chosen, sides[1] * rejected
-    return dataclasses.replace(pair, chosen=won.sum(-1), rejected=lost.sum(-1), chosen_tokens=won, rejected_tokens=lost)
+    return dataclasses.replace(pair, chosen=won.sum(-1), rejected=lost.sum(-1), tokens=Sides(won, lost))
 
 
 def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objective:
@@ -57,9 +57,8 @@ def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objectiv
 
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
-    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([3]), jnp.array([1]), chosen_tokens=jnp.zeros((1, 3)),
-    ...                  rejected_tokens=jnp.zeros((1, 3)))
-    >>> p = zero.replace(chosen_tokens=jnp.array([[-1.0, -2.0, -4.0]]), rejected_tokens=jnp.array([[-6.0, 0.0, 0.0]]))
+    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([3]), jnp.array([1]), tokens=Sides(*(jnp.zeros((1, 3)),) * 2))
+    >>> p = zero.replace(tokens=Sides(jnp.array([[-1.0, -2.0, -4.0]]), jnp.array([[-6.0, 0.0, 0.0]])))
     >>> print(f"{length_desensitized(hinge, 0.5)(p, zero)[0]:.4f}")  # 1 - 0.1 * (-1 - 0.5 * 6 + 6)
     0.8000
     """
@@ -73,8 +72,8 @@ def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objectiv
 
     def desensitized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
         shared = _shared(policy)
-        chosen = weights(given(policy.chosen_tokens, "chosen_tokens"), shared)
-        rejected = weights(given(policy.rejected_tokens, "rejected_tokens"), shared)
+        chosen = weights(given(policy.tokens, "tokens").chosen, shared)
+        rejected = weights(given(policy.tokens, "tokens").rejected, shared)
         return objective(_reweighted(policy, chosen, rejected), _reweighted(ref, chosen, rejected))
 
     return composed(desensitized, traits_of(objective), **changed)
@@ -107,9 +106,9 @@ def down_sampled(objective: Objective) -> Objective:
 
     >>> import jax, jax.numpy as jnp
     >>> from dpojax.losses import hinge
-    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([3]), jnp.array([1]), chosen_tokens=jnp.zeros((1, 3)),
-    ...                  rejected_tokens=jnp.zeros((1, 3)), key=jax.random.split(jax.random.key(0), 1))
-    >>> p = zero.replace(chosen_tokens=jnp.array([[-1.0, -1.0, -1.0]]), rejected_tokens=jnp.array([[-6.0, 0.0, 0.0]]))
+    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([3]), jnp.array([1]), tokens=Sides(*(jnp.zeros((1, 3)),) * 2),
+    ...                  key=jax.random.split(jax.random.key(0), 1))
+    >>> p = zero.replace(tokens=Sides(jnp.array([[-1.0, -1.0, -1.0]]), jnp.array([[-6.0, 0.0, 0.0]])))
     >>> print(f"{down_sampled(hinge)(p, zero)[0]:.4f}")  # 1 - 0.1 * (-1 + 6), whichever token it is
     0.5000
     """
@@ -123,8 +122,8 @@ def down_sampled(objective: Objective) -> Objective:
             draw = jax.vmap(functools.partial(_sampled, C=tokens.shape[1]))
             return draw(sides[:, side], length=lengths, count=shared).astype(tokens.dtype)
 
-        chosen = kept(0, given(policy.chosen_tokens, "chosen_tokens"), policy.chosen_len)
-        rejected = kept(1, given(policy.rejected_tokens, "rejected_tokens"), policy.rejected_len)
+        chosen = kept(0, given(policy.tokens, "tokens").chosen, policy.chosen_len)
+        rejected = kept(1, given(policy.tokens, "tokens").rejected, policy.rejected_len)
         return objective(_reweighted(policy, chosen, rejected), _reweighted(ref, chosen, rejected))
 
     return composed(sampled, traits_of(objective), **changed)
@@ -154,9 +153,8 @@ def ld_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, ld_alpha: fl
       ValueError: ``ld_alpha`` outside its range.
 
     >>> import jax.numpy as jnp
-    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([2]), jnp.array([1]), chosen_tokens=jnp.zeros((1, 2)),
-    ...                  rejected_tokens=jnp.zeros((1, 2)))
-    >>> p = zero.replace(chosen_tokens=jnp.array([[-1.0, -2.0]]), rejected_tokens=jnp.array([[-4.0, 0.0]]))
+    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([2]), jnp.array([1]), tokens=Sides(*(jnp.zeros((1, 2)),) * 2))
+    >>> p = zero.replace(tokens=Sides(jnp.array([[-1.0, -2.0]]), jnp.array([[-4.0, 0.0]])))
     >>> print(f"{ld_dpo(p, zero, beta=0.5)[0]:.6f}")  # h is -1 - 0.5 * 2 + 4 = 2: log(1 + exp(-1))
     0.313262
     """
@@ -182,9 +180,9 @@ def sampo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
       One loss a pair, ``[B]``; exactly ``log 2`` where policy and reference agree.
 
     >>> import jax, jax.numpy as jnp
-    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([2]), jnp.array([1]), chosen_tokens=jnp.zeros((1, 2)),
-    ...                  rejected_tokens=jnp.zeros((1, 2)), key=jax.random.split(jax.random.key(0), 1))
-    >>> p = zero.replace(chosen_tokens=jnp.array([[-1.0, -1.0]]), rejected_tokens=jnp.array([[-3.0, 0.0]]))
+    >>> zero = PairLogps(*(jnp.zeros(1),) * 2, jnp.array([2]), jnp.array([1]), tokens=Sides(*(jnp.zeros((1, 2)),) * 2),
+    ...                  key=jax.random.split(jax.random.key(0), 1))
+    >>> p = zero.replace(tokens=Sides(jnp.array([[-1.0, -1.0]]), jnp.array([[-3.0, 0.0]])))
     >>> print(f"{sampo(p, zero, beta=0.5)[0]:.6f}")  # one token a side: 0.5 * (-1 + 3)
     0.313262
     """

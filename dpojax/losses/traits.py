@@ -3,48 +3,71 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+
+from dpojax.types import STATISTICS
 
 Objective = Callable[..., Any]
 """``(policy, ref) -> [B]``, one loss per pair (or per labelled completion), unreduced."""
 
 F = TypeVar("F", bound=Callable)
 
+OF_REFERENCE = frozenset({"tokens", "kl"})
+"""Statistics for which the reference's single tokens or distributions are needed, not its sums alone."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
     """An objective's declaration.
 
-    ``reference``: it reads the reference's log-probabilities. ``lengths``: it reads the completions' lengths. ``reads``
-    names the optional fields of :class:`~dpojax.types.PairLogps` that it needs, without a side's prefix: ``tokens``,
-    ``squares``, ``kl``, ``margin``, ``weight``, ``key``; or ``mismatched``, of
-    :class:`~dpojax.types.LabelledLogps`. ``batch``: a pair's loss depends on the other pairs of its batch.
-    ``divergence``: only differences of log-ratios matter to it, so that another f-divergence may replace the reverse
-    KL. ``unpaired``: it reads LabelledLogps. ``rewards``: what it calls log-probabilities are a reward model's scores.
-    ``per_token``: the rewards that it implies are per token. ``running``: by objective,
-    ``update(policy, ref, old) -> new`` of what it keeps over the steps; ``old`` is None before the first.
+    Attributes:
+      on: what it is of: "pairs" (:class:`~dpojax.types.PairLogps`), "labels"
+        (:class:`~dpojax.types.LabelledLogps`), or "scores": pairs of a reward model's scores in place of
+        log-probabilities.
+      reference: it reads the reference's log-probabilities.
+      lengths: it reads the completions' lengths.
+      reads: the optional fields that it needs: statistics (:data:`~dpojax.types.STATISTICS`), ``margin``, ``weight``,
+        ``key``; or ``mismatched``, of labelled completions.
+      batch: a pair's loss depends on the other pairs of its batch.
+      divergence: only differences of log-ratios matter to it, so that another f-divergence may replace the reverse KL.
+      per_token: the rewards that it implies are per token.
+      running: by objective, ``update(policy, ref, old) -> new`` of its running statistics; ``old`` is None before the
+        first step.
     """
 
+    on: Literal["pairs", "labels", "scores"] = "pairs"
     reference: bool = True
     lengths: bool = False
     reads: frozenset[str] = frozenset()
     batch: bool = False
     divergence: bool = False
-    unpaired: bool = False
-    rewards: bool = False
     per_token: bool = False
     running: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """The statistics of completions that it reads beside sums."""
+        return self.reads & frozenset(STATISTICS)
+
+    @property
+    def needs_live_reference(self) -> bool:
+        """Whether sums of the reference's log-probabilities, which can be cached, are not enough."""
+        return bool(self.reads & OF_REFERENCE)
+
+    @property
+    def needs_forward_pass(self) -> bool:
+        """Whether it cannot be computed from sums of log-probabilities alone, even of held-out data."""
+        return bool(self.statistics) or "key" in self.reads or self.on == "scores"
+
     def __or__(self, other: "Traits") -> "Traits":
-        """Of an objective made of two."""
+        """Of an objective made of two of one kind."""
         return Traits(
+            on=self.on,
             reference=self.reference or other.reference,
             lengths=self.lengths or other.lengths,
             reads=self.reads | other.reads,
             batch=self.batch or other.batch,
             divergence=self.divergence and other.divergence,
-            unpaired=self.unpaired or other.unpaired,
-            rewards=self.rewards or other.rewards,
             per_token=self.per_token and other.per_token,
             running=self.running | other.running,
         )
@@ -58,10 +81,10 @@ def traits(*reads: str, **declared: Any) -> Callable[[F], F]:
     >>> sorted(traits_of(mine).reads), traits_of(functools.partial(mine, beta=0.2)).lengths
     (['tokens'], True)
     """
-    given = Traits(reads=frozenset(reads), **declared)
+    declaration = Traits(reads=frozenset(reads), **declared)
 
     def declare(objective: F) -> F:
-        objective.traits = given  # type: ignore[attr-defined]
+        objective.traits = declaration  # type: ignore[attr-defined]
         return objective
 
     return declare

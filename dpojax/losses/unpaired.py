@@ -59,7 +59,7 @@ def labelled_rewards(policy: LabelledLogps, ref: LabelledLogps, *, beta: float =
     return beta * _log_ratios(policy, ref)
 
 
-@traits("mismatched", unpaired=True, batch=True, lengths=True)
+@traits("mismatched", on="labels", batch=True, lengths=True)
 def kto(
     policy: LabelledLogps,
     ref: LabelledLogps,
@@ -107,7 +107,7 @@ def kto(
     return _weighted("kto", policy, losses, desirable_weight, undesirable_weight)
 
 
-@traits(unpaired=True, lengths=True)
+@traits(on="labels", lengths=True)
 def apo_zero_unpaired(
     policy: LabelledLogps,
     ref: LabelledLogps,
@@ -173,7 +173,7 @@ def reward_shift(policy: LabelledLogps, ref: LabelledLogps, old: dict[str, Array
     return jax.lax.stop_gradient({"mean": stepped, "count": total})
 
 
-@traits(unpaired=True, batch=True, lengths=True, running={"bco": reward_shift})
+@traits(on="labels", batch=True, lengths=True, running={"bco": reward_shift})
 def bco(policy: LabelledLogps, ref: LabelledLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
     r"""Binary classifier optimization: is a completion a desirable one? The shifted reward is the classifier's logit.
 

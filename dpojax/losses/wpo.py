@@ -13,8 +13,8 @@ from dpojax.types import PairLogps
 
 
 def _weights(policy: PairLogps) -> Float[Array, " B"]:
-    chosen = policy.chosen - given(policy.chosen_squares, "chosen_squares")
-    rejected = policy.rejected - given(policy.rejected_squares, "rejected_squares")
+    chosen = policy.chosen - given(policy.squares, "squares").chosen
+    rejected = policy.rejected - given(policy.squares, "squares").rejected
     lengths = (jnp.maximum(n, 1).astype(chosen.dtype) for n in (policy.chosen_len, policy.rejected_len))
     exponent = chosen / next(lengths) + rejected / next(lengths)
     return jax.lax.stop_gradient(jnp.exp(jnp.minimum(exponent, EXPONENT)))
@@ -41,13 +41,13 @@ def wpo_weighted(objective: Objective) -> Objective:
     >>> import jax.numpy as jnp
     >>> from dpojax.losses import hinge
     >>> n, half = jnp.array([2]), 2 * jnp.log(jnp.array([0.5]))
-    >>> p = PairLogps(half, half, n, n, chosen_squares=half, rejected_squares=2 * half)  # weights 1 and 2
+    >>> p = PairLogps(half, half, n, n, squares=Sides(half, 2 * half))  # weights 1 and 2
     >>> r = PairLogps(half, half, n, n)
     >>> print(f"{wpo_weighted(hinge)(p, r)[0]:.4f}")  # 1 * 2 * (1 - 0)
     2.0000
     """
     declared = traits_of(objective)
-    if declared.unpaired or declared.rewards:
+    if declared.on != "pairs":
         raise ValueError("wpo_weighted: the objective must be of pairs of completions")
 
     def weighted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
@@ -78,7 +78,7 @@ def wpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array,
 
     >>> import jax.numpy as jnp
     >>> n, half = jnp.array([2]), 2 * jnp.log(jnp.array([0.5]))
-    >>> p = PairLogps(half, half, n, n, chosen_squares=half, rejected_squares=2 * half)  # weights 1 and 2
+    >>> p = PairLogps(half, half, n, n, squares=Sides(half, 2 * half))  # weights 1 and 2
     >>> r = PairLogps(half - 1, half + 1, n, n)
     >>> print(f"{wpo(p, r, beta=0.5)[0]:.6f}")  # 2 * log(1 + exp(-1))
     0.626523

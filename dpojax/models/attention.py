@@ -9,13 +9,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.errors import UserError
-from dpojax.logprobs import pick
 from dpojax.models.config import DecoderConfig
-from dpojax.types import Rows
+from dpojax.packing import ModelInput, gather
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 Attention = Callable[[Array, Array, Array], Array]
-"""Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of streams -> ``[R, T, H, h]``."""
+"""Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of packed sequences -> ``[R, T, H, h]``."""
 
 
 def rope_table(
@@ -109,7 +108,7 @@ def move(x: Float[Array, "R n *d"], source: Int[Array, "R m"], target: Int[Array
 
     (Left to itself, JAX would scatter them.)
     """
-    return pick(x, source)
+    return gather(x, source)
 
 
 def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -138,19 +137,19 @@ def _repeat_backward(N: int, kept: None, g: Array) -> tuple[Array]:
 repeat.defvjp(lambda x, N: (jnp.repeat(x, N, axis=0), None), _repeat_backward)
 
 
-def shared_prompt_attention(rows: Rows, attend: Attend = attend) -> Attention:
+def shared_prompt_attention(inputs: ModelInput, attend: Attend = attend) -> Attention:
     """Attention where completions see their prompt and themselves, in blocks: no score between two completions of a
     prompt, nor of a prompt with its completions, is ever computed.
 
     Args:
-      rows: what is read; says which column of the grid is whose.
+      inputs: what the model reads; says which padded columns are prompt and which completion.
       attend: attention of one block, as :func:`attend` and :func:`cudnn_attend`.
     """
-    B, P, C = rows.prompt_len.shape[0], rows.prompt, rows.completion
-    real = jnp.arange(P)[None, :] >= P - rows.prompt_len[:, None]
+    B, P, C = inputs.prompt_len.shape[0], inputs.prompt, inputs.completion
+    real = jnp.arange(P)[None, :] >= P - inputs.prompt_len[:, None]
     causal = lambda n: jnp.tril(jnp.ones((1, n, n), bool))  # noqa: E731
 
-    def on_grid(q: Array, k: Array, v: Array) -> Array:
+    def on_padded(q: Array, k: Array, v: Array) -> Array:
         N = (q.shape[1] - P) // C if C else 0
         prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P) & real[:, None, :])
         if N == 0:
@@ -162,7 +161,7 @@ def shared_prompt_attention(rows: Rows, attend: Attend = attend) -> Attention:
         completions = attend(own(q), behind(k), behind(v), mask)
         return jnp.concatenate([prompts, completions.reshape(B, N * C, *q.shape[2:])], axis=1)
 
-    return from_grid(on_grid, rows)
+    return from_padded(on_padded, inputs)
 
 
 def cudnn_attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -170,17 +169,19 @@ def cudnn_attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
-def splash_shared_prompt_attention(rows: Rows, mesh: Mesh | None) -> Attention:
+def splash_shared_prompt_attention(inputs: ModelInput, mesh: Mesh | None) -> Attention:
     """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh."""
     from dpojax.models.splash import splash_attention  # a TPU's compiler, which others need not load
 
-    def on_grid(q: Array, k: Array, v: Array) -> Array:
-        return splash_attention(q, k, v, rows.prompt_len, prompt=rows.prompt, completion=rows.completion, mesh=mesh)
+    def on_padded(q: Array, k: Array, v: Array) -> Array:
+        return splash_attention(
+            q, k, v, inputs.prompt_len, prompt=inputs.prompt, completion=inputs.completion, mesh=mesh
+        )
 
-    return from_grid(on_grid, rows)
+    return from_padded(on_padded, inputs)
 
 
-def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> Callable[[Rows], Attention]:
+def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> Callable[[ModelInput], Attention]:
     """Attention by name, as ``--attention`` has it.
 
     Args:
@@ -201,19 +202,21 @@ def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") 
     if name == "cudnn" and dtype != "bfloat16":
         raise UserError(f"--attention cudnn: does not compute in {dtype}; add --dtype bfloat16, or use xla")
     if name == "splash":
-        return lambda rows: splash_shared_prompt_attention(rows, mesh)
-    return lambda rows: shared_prompt_attention(rows, cudnn_attend if name == "cudnn" else attend)
+        return lambda inputs: splash_shared_prompt_attention(inputs, mesh)
+    return lambda inputs: shared_prompt_attention(inputs, cudnn_attend if name == "cudnn" else attend)
 
 
-def from_grid(on_grid: Attention, rows: Rows) -> Attention:
-    """Attention on streams from attention on the grid ``[B, S]``."""
-    B, R = rows.prompt_len.shape[0], rows.tokens.shape[0]
+def from_padded(on_padded: Attention, inputs: ModelInput) -> Attention:
+    """Attention on packed sequences, from attention on the padded layout ``[B, S]``."""
+    B, R = inputs.prompt_len.shape[0], inputs.tokens.shape[0]
 
     def attention(q: Array, k: Array, v: Array) -> Array:
         H, K = q.shape[2], k.shape[2]
-        joint = move(jnp.concatenate([q, k, v], axis=2), rows.slots, rows.places)  # one gather instead of three
+        joint = move(
+            jnp.concatenate([q, k, v], axis=2), inputs.packed_index, inputs.padded_index
+        )  # one gather instead of three
         joint = joint.reshape(B, -1, *joint.shape[2:])
-        out = on_grid(joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :])
-        return move(out.reshape(R, -1, *out.shape[2:]), rows.places, rows.slots)
+        out = on_padded(joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :])
+        return move(out.reshape(R, -1, *out.shape[2:]), inputs.padded_index, inputs.packed_index)
 
     return attention

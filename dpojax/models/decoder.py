@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import Attention, rope_table, rotate, shared_prompt_attention
 from dpojax.models.config import DecoderConfig
-from dpojax.types import ApplyFn, PyTree, Rows
+from dpojax.packing import ModelInput
+from dpojax.types import ApplyFn, PyTree
 
 Cache = tuple[Array, Array] | None
 CachedAttention = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
@@ -240,10 +241,10 @@ def make_apply(
     dtype: str = "float32",
     remat: str = "none",
     constrain: Constrain = lambda x, axes: x,
-    attention: Callable[[Rows], Attention] = shared_prompt_attention,
+    attention: Callable[[ModelInput], Attention] = shared_prompt_attention,
     normed: bool = True,
 ) -> ApplyFn:
-    """The model as a function of parameters; it starts from ``rows.hidden``, where there is any.
+    """The model as a function of parameters; it starts from ``inputs.hidden``, where there is any.
 
     Args:
       config: the decoder's shape.
@@ -255,16 +256,16 @@ def make_apply(
     """
     graph, _ = split(config)
 
-    def apply(params: PyTree, rows: Rows) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]:
-        attend = attention(rows)
+    def apply(params: PyTree, inputs: ModelInput) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]:
+        attend = attention(inputs)
         h, head, _ = nnx.merge(graph, params)(
-            rows.tokens,
-            rows.positions,
+            inputs.tokens,
+            inputs.positions,
             lambda q, k, v, cache: (attend(q, k, v), None),
             dtype=jnp.dtype(dtype),
             remat=remat,
             constrain=constrain,
-            hidden=rows.hidden,
+            hidden=inputs.hidden,
             normed=normed,
         )
         return h, head

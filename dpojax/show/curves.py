@@ -12,7 +12,7 @@ import numpy as np
 
 from dpojax.errors import UserError, first_line
 from dpojax.losses import Objective, spelled, traits_of
-from dpojax.types import LabelledLogps, PairLogps
+from dpojax.types import LabelledLogps, PairLogps, Sides
 
 POINTS = 401  # odd, so that 0 is one of them
 SPAN_OF_BETA = 4.0  # sigmoid is then all but 0 at the right end, and hinge has its kink at a quarter of the way
@@ -40,14 +40,13 @@ def pair_at(margin: jax.Array, base: float, rewards: bool = False) -> tuple[Pair
     """
     ones = jnp.ones((1,))
     sums: dict[str, Any] = {"chosen": base + margin[None] / 2, "rejected": base - margin[None] / 2}
-    fields: dict[str, Any] = {f"{side}_tokens": x[:, None] for side, x in sums.items()}
-    fields |= {f"{side}_squares": x for side, x in sums.items()}
-    fields |= {f"{side}_kl": 0.0 * x for side, x in sums.items()}
+    fields: dict[str, Any] = {"tokens": Sides(*(x[:, None] for x in sums.values())), "squares": Sides(*sums.values())}
+    fields["kl"] = Sides(*(0.0 * x for x in sums.values()))
     fields |= {f"{side}_len": jnp.ones((1,), jnp.int32) for side in sums}
     fields |= {"margin": None if rewards else ones, "weight": ones, "mean_chosen_len": jnp.float32(1)}
     policy = PairLogps(**sums, **fields, key=jax.random.split(jax.random.key(0), 1))
     at: dict[str, Any] = {"chosen": base * ones, "rejected": base * ones}
-    at |= {f"{side}_tokens": x[:, None] for side, x in at.items()}
+    at["tokens"] = Sides(*(x[:, None] for x in at.values()))
     return policy, dataclasses.replace(policy, **at)
 
 
@@ -73,9 +72,11 @@ def curves_of(name: str, objective: Objective, span: float) -> list[Curve]:
       UserError: the objective (of the user's, say) cannot be computed or differentiated.
     """
     traits = traits_of(objective)
-    base = 0.0 if traits.rewards else base_of(span)
-    points: dict[str, Callable] = {name: lambda h: pair_at(h, base, traits.rewards and "margin" not in traits.reads)}
-    if traits.unpaired:
+    base = 0.0 if traits.on == "scores" else base_of(span)
+    points: dict[str, Callable] = {
+        name: lambda h: pair_at(h, base, traits.on == "scores" and "margin" not in traits.reads)
+    }
+    if traits.on == "labels":
         points = {
             f"{name}, desirable": lambda u: completion_at(u, base, 1.0),
             f"{name}, undesirable": lambda u: completion_at(u, base, 0.0),
@@ -86,7 +87,7 @@ def curves_of(name: str, objective: Objective, span: float) -> list[Curve]:
     try:
         for label, at in points.items():
             losses, slopes = _along(objective, at)(margins)
-            curves.append(Curve(label, margins, np.asarray(losses), np.asarray(slopes), traits.unpaired))
+            curves.append(Curve(label, margins, np.asarray(losses), np.asarray(slopes), traits.on == "labels"))
     except Exception as error:  # of anybody's code
         raise UserError(f"{name}: cannot be differentiated ({first_line(error)})") from None
     return curves

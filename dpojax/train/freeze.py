@@ -17,12 +17,12 @@ from jaxtyping import Array, Float
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches
 from dpojax.errors import UserError
-from dpojax.logprobs import pack_rows
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
+from dpojax.packing import PairBatch, model_input
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, constrainer, param_shardings, put_global
 from dpojax.train.step import jit_forward
-from dpojax.types import PairBatch, PyTree
+from dpojax.types import PyTree
 
 UNTRAINED: tuple[str, ...] = ("embed",)
 """What of the top's parameters no step changes: the unembedding."""
@@ -139,6 +139,6 @@ def make_trunk_step(config: TrainOptions, mesh: Mesh, shape: DecoderConfig) -> C
     apply_fn = make_apply(shape, dtype=config.dtype, constrain=constrainer(mesh), attention=attention, normed=False)
 
     def forward(params: PyTree, batch: PairBatch) -> Float[Array, "R T D"]:
-        return apply_fn(params, pack_rows(batch))[0]
+        return apply_fn(params, model_input(batch))[0]
 
     return jit_forward(forward, mesh, shape, config.gradient_accumulation_steps)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpojax.data import Batches, without_tokens
+from dpojax.packing import PairBatch
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, put_global
-from dpojax.train.objectives import Logps, Metrics, Running, Whole, logps_of, mean_chosen_len, preference_terms
-from dpojax.train.reference import Reference, collect_logps, reads_tokens
+from dpojax.train.objectives import Metrics, Running, Whole, logps_of, mean_chosen_len, preference_terms
+from dpojax.train.reference import Reference, collect_logps
 from dpojax.train.setup import Program
 from dpojax.train.step import TrainState
-from dpojax.types import CompletionStats, PairBatch, PyTree
+from dpojax.types import CompletionStats, Logps, PyTree
 
 
 class HeldOut:
@@ -33,7 +34,7 @@ class HeldOut:
     def figures(self, state: TrainState, sums: np.ndarray | None = None) -> dict[str, float]:
         """``eval_...`` figures of the state's policy; ``sums`` are its log-probabilities, ``[n, N]``, if known."""
         program, batches = self.program, self.batches
-        if program.objective is not None and (reads_tokens(program.traits) or self.reference.moves):
+        if program.objective is not None and (program.traits.needs_forward_pass or self.reference.moves):
             return {f"eval_{name}": metric.mean for name, metric in self._by_batch(state).items()}
         if sums is None:
             sums = collect_logps(program.policy_logps, state.policy, batches, program.mesh, "Evaluating")

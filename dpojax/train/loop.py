@@ -38,7 +38,7 @@ def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[st
     """Read data, policy and reference, check that all fits together, and only then claim the output directory."""
     check_options(config)
     data = load_data(config)
-    model = load_policy(config.model, reward=data_kind(config)[1].rewards)
+    model = load_policy(config.model, reward=data_kind(config)[1].on == "scores")
     check_fit(model, data.examples, config.tokenizer or config.model)
     check_freeze(config.freeze, model.config)
     program = make_program(config, model)

@@ -133,11 +133,11 @@ class PairCount:
     def __init__(self, item: IndexedBatch, timed: bool):
         batch = item.batch
         self.timed = timed
-        self.pairs = int(batch.real.sum())
-        self.batch_size = len(batch.real)
+        self.pairs = int(batch.valid.sum())
+        self.batch_size = len(batch.valid)
         self.tokens = int(batch.prompt_len.sum() + batch.completion_len.sum())
-        assert batch.stream is not None
-        self.computed = batch.stream.size
+        assert batch.packing is not None
+        self.computed = batch.packing.padded_index.size
 
 
 def _step_of(line: str) -> int:

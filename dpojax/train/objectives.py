@@ -9,13 +9,23 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dpojax.logprobs import completion_logps, completion_rewards, completion_stats, label, pair_up
+from dpojax.logprobs import completion_logps, completion_rewards, completion_stats, labelled_logps, pair_up
 from dpojax.losses import Objective, Traits, implicit_rewards, per_token, traits_of, without_reference
-from dpojax.types import ApplyFn, CompletionStats, LabelledLogps, Metric, PairBatch, PairLogps, PyTree, told_apart
+from dpojax.packing import PairBatch
+from dpojax.types import (
+    ApplyFn,
+    CompletionStats,
+    LabelledLogps,
+    Logps,
+    Metric,
+    PairLogps,
+    PyTree,
+    ReferenceOutput,
+    beyond_rounding,
+)
 
 Metrics = dict[str, Metric]
 Running = dict[str, dict[str, Array]]
-Logps = PairLogps | LabelledLogps
 
 
 @struct.dataclass
@@ -28,17 +38,17 @@ class Whole:
     training: bool = struct.field(pytree_node=False, default=True)
 
 
-LossFn = Callable[[PyTree, PairBatch, Logps | None, Whole], tuple[Metric, Metrics, Running]]
+LossFn = Callable[[PyTree, PairBatch, ReferenceOutput | None, Whole], tuple[Metric, Metrics, Running]]
 """(params, batch, reference, whole) -> (loss, metrics, running statistics), loss and metrics undivided."""
 
 
 def logps_of(stats: CompletionStats, batch: PairBatch, traits: Traits) -> Logps:
     """What an objective reads, made of completions' log-probabilities."""
-    if traits.unpaired:
-        return label(stats, batch)
+    if traits.on == "labels":
+        return labelled_logps(stats, batch)
     pairs = pair_up(stats, batch)
     unread: dict[str, Any] = {
-        name: None for name in ("margin", "weight", "key") if name not in traits.reads and not traits.rewards
+        name: None for name in ("margin", "weight", "key") if name not in traits.reads and traits.on != "scores"
     }
     return dataclasses.replace(pairs, **unread)
 
@@ -60,7 +70,7 @@ def preference_rows(
     before the first update, whatever the batches in which the reference was computed. Of a reward model, the rewards
     are its scores; of an objective of log-probabilities per token, they are per token.
     """
-    if traits_of(objective).rewards:
+    if traits_of(objective).on == "scores":
         rewards = policy.chosen, policy.rejected
         return {"loss": objective(policy, ref), **_ordering(*rewards, jnp.abs(rewards[0]) + jnp.abs(rewards[1]))}
     mine, theirs = (per_token(policy), per_token(ref)) if traits_of(objective).per_token else (policy, ref)
@@ -72,7 +82,7 @@ def preference_rows(
 
 def _ordering(chosen: Array, rejected: Array, magnitude: Array) -> dict[str, Float[Array, " B"]]:
     margins = chosen - rejected
-    preferred = jnp.where(told_apart(margins, magnitude), jnp.sign(margins), 0.0)
+    preferred = jnp.where(beyond_rounding(margins, magnitude), jnp.sign(margins), 0.0)
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
@@ -119,7 +129,7 @@ def update_running(traits: Traits, policy: Logps, ref: Logps | None, whole: Whol
 def empty_running(objective: Objective) -> Running:
     """Zeros in the structure of what the objective keeps."""
     traits, x, n = traits_of(objective), jnp.zeros((1,)), jnp.ones((1,), jnp.int32)
-    policy: Any = LabelledLogps(x, n, x, x) if traits.unpaired else PairLogps(x, x, n, n)
+    policy: Any = LabelledLogps(x, n, x, x) if traits.on == "labels" else PairLogps(x, x, n, n)
     shapes = {name: jax.eval_shape(update, policy, policy, None) for name, update in traits.running.items()}
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -128,20 +138,22 @@ def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chu
     """The loss of :mod:`dpojax.losses` objectives; the weight of a batch is its pairs, or its labelled completions."""
     traits = traits_of(objective)
 
-    def loss_fn(params: PyTree, batch: PairBatch, ref: Logps | None, whole: Whole) -> tuple[Metric, Metrics, Running]:
-        states = ref.states if isinstance(ref, PairLogps) else None
-        if traits.rewards:
+    def loss_fn(
+        params: PyTree, batch: PairBatch, ref: ReferenceOutput | None, whole: Whole
+    ) -> tuple[Metric, Metrics, Running]:
+        if traits.on == "scores":
             stats = CompletionStats(completion_rewards(apply_fn, params, batch))
         else:
             reads = traits.reads
-            stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=states)
+            stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=ref)
         policy, running = logps_of(stats, batch, traits), whole.running
+        theirs = None if ref is None else ref.logps
         if isinstance(policy, PairLogps):
             policy = dataclasses.replace(policy, mean_chosen_len=whole.mean_chosen_len)
         if traits.running:
-            running = update_running(traits, policy, ref, whole) if whole.training else running
+            running = update_running(traits, policy, theirs, whole) if whole.training else running
             policy = dataclasses.replace(policy, running=running)
-        metrics = summed(preference_terms(policy, ref, objective, beta))
+        metrics = summed(preference_terms(policy, theirs, objective, beta))
         return metrics.pop("loss"), metrics, running
 
     return loss_fn
@@ -150,10 +162,12 @@ def preference_loss(apply_fn: ApplyFn, objective: Objective, *, beta: float, chu
 def imitation_loss(apply_fn: ApplyFn, *, chunk_tokens: int) -> LossFn:
     """Cross-entropy of the completions' tokens; the weight of a batch is its completion tokens."""
 
-    def loss_fn(params: PyTree, batch: PairBatch, ref: Logps | None, whole: Whole) -> tuple[Metric, Metrics, Running]:
+    def loss_fn(
+        params: PyTree, batch: PairBatch, ref: ReferenceOutput | None, whole: Whole
+    ) -> tuple[Metric, Metrics, Running]:
         logps = completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)[:, 0]
         tokens = batch.completion_len[:, 0].astype(jnp.float32)
-        rows = Metric(jnp.sum(logps * batch.real), jnp.sum(batch.real))
-        return Metric(-rows.sum, jnp.sum(tokens * batch.real)), {"logps/chosen": rows}, {}
+        rows = Metric(jnp.sum(logps * batch.valid), jnp.sum(batch.valid))
+        return Metric(-rows.sum, jnp.sum(tokens * batch.valid)), {"logps/chosen": rows}, {}
 
     return loss_fn

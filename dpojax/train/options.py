@@ -84,7 +84,7 @@ def check_objective(config: DPOConfig) -> None:
     """
     traits = traits_of(make_objective(config).objective)
     micro = config.gradient_accumulation_steps
-    if traits.rewards and config.freeze is not None:
+    if traits.on == "scores" and config.freeze is not None:
         raise UserError(f"--freeze {config.freeze}: --loss {config.loss} trains whole models; leave it out")
     if traits.batch and micro > 1:
         say = f"--loss {config.loss} compares all pairs of a batch, which is then computed in one piece"
@@ -94,7 +94,7 @@ def check_objective(config: DPOConfig) -> None:
     if not traits.reference and config.reference != "auto":
         raise UserError(f"--reference {config.reference}: --loss {config.loss} reads no reference; leave it out")
     check_moving_reference(config, traits)
-    if traits.reads & {"tokens", "kl"} and config.reference == "cached":
+    if traits.needs_live_reference and config.reference == "cached":
         say = f"--loss {config.loss} reads single tokens of the reference, and the cache holds sums"
         raise UserError(f"--reference cached: {say}; use live or auto")
 

@@ -17,15 +17,16 @@ from dpojax.logprobs import completion_logps, completion_stats
 from dpojax.losses import Traits
 from dpojax.models import DecoderConfig, Model
 from dpojax.models.decoder import unembedding
+from dpojax.packing import PairBatch
 from dpojax.progress import console, track
 from dpojax.sharding import batch_sharding, param_shardings, put_global
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.objectives import Logps, logps_of
+from dpojax.train.objectives import logps_of
 from dpojax.train.step import jit_forward
-from dpojax.types import ApplyFn, CompletionStats, PairBatch, PyTree
+from dpojax.types import ApplyFn, CompletionStats, PyTree, ReferenceOutput
 
 LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
-RefStep = Callable[[PyTree, PairBatch], Logps]
+RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
 
 
 def content_hash(params: PyTree) -> str:
@@ -59,23 +60,20 @@ def make_ref_step(
     micro_batches: int = 1,
 ) -> RefStep:
     """A jitted ``ref_step(params, batch)``: what an objective of these traits reads of a live reference."""
-    reads = (traits.reads & {"tokens"}) | ({"states"} if "kl" in traits.reads else set())
+    reads = (traits.reads & {"tokens"}) | ({"hidden"} if "kl" in traits.reads else set())
 
     def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
-        stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
-        # The unembedding is a parameter, not a row's.
-        states = stats.states and dataclasses.replace(stats.states, head=None)
-        return dataclasses.replace(stats, states=states)
+        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
+
+    def output(stats: CompletionStats, batch: PairBatch) -> ReferenceOutput:
+        return ReferenceOutput(logps_of(stats, batch, traits), stats.hidden)
 
     forward = jit_forward(stats, mesh, config, micro_batches)
-    shape = jax.jit(lambda stats, batch: logps_of(stats, batch, traits), out_shardings=batch_sharding(mesh))
+    shape = jax.jit(output, out_shardings=batch_sharding(mesh))
 
-    def ref_step(params: PyTree, batch: PairBatch) -> Logps:
+    def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
         ref = shape(forward(params, batch), batch)
-        if "kl" in traits.reads:
-            head = params[unembedding(config)]
-            ref = dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=head))
-        return ref
+        return dataclasses.replace(ref, head=params[unembedding(config)]) if "kl" in traits.reads else ref
 
     return ref_step
 
@@ -123,14 +121,9 @@ def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
     return f"{config}/{content}/{dtype}"
 
 
-def reads_tokens(traits: Traits) -> bool:
-    """Whether an objective reads more than sums of log-probabilities, or draws."""
-    return bool(traits.reads & {"tokens", "squares", "kl", "key"} or traits.rewards)
-
-
 def is_live(config: DPOConfig, traits: Traits) -> bool:
     """Whether the reference runs in every step: asked for, because it moves, or because the cache holds sums alone."""
-    return config.reference == "live" or config.sync_ref_model or bool(traits.reads & {"tokens", "kl"})
+    return config.reference == "live" or config.sync_ref_model or traits.needs_live_reference
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -180,7 +173,7 @@ class Reference:
         else:
             # First, and so in the run's own batches, whose rounding is then the steps' own.
             self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
-        if eval_batches is not None and not self.moves and not (self.live and reads_tokens(self.traits)):
+        if eval_batches is not None and not self.moves and not (self.live and self.traits.needs_forward_pass):
             label = "Reference log-probabilities, held-out"
             self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
         if not self.live:
@@ -209,7 +202,7 @@ class Reference:
         cache = LogpsCache(file, self.key, batches.completions.shape[1])
         return collect_logps(self.logps_step, self._on_devices, batches, self.mesh, label, limit, cache)
 
-    def of(self, item: IndexedBatch, *, held_out: bool = False) -> Logps | None:
+    def of(self, item: IndexedBatch, *, held_out: bool = False) -> ReferenceOutput | None:
         """The reference's log-probabilities of a batch; None where no objective reads them."""
         if not self.needed:
             return None
@@ -220,4 +213,4 @@ class Reference:
         known = self.eval_sums if held_out else self.sums
         assert known is not None
         sums = np.where(item.index[:, None] >= 0, known[item.index], 0.0)
-        return put_global(logps_of(CompletionStats(sums), item.batch, self.traits), rows)  # type: ignore[arg-type]
+        return put_global(ReferenceOutput(logps_of(CompletionStats(sums), item.batch, self.traits)), rows)  # type: ignore[arg-type]

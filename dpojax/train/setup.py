@@ -65,7 +65,7 @@ def data_kind(config: TrainOptions) -> tuple[str, Traits]:
     if not isinstance(config, DPOConfig):
         return "completions", Traits(reference=False)
     traits = traits_of(make_objective(config).objective)
-    if traits.unpaired:
+    if traits.on == "labels":
         return "labels", traits
     asked = [name for name in ("margin", "weight") if name in traits.reads]
     return " ".join(["pairs", *asked]), traits
@@ -86,8 +86,8 @@ def load_data(config: TrainOptions) -> Data:
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
     micro = config.gradient_accumulation_steps
-    streams = batch_shards(make_mesh(config.mesh, rows=config.batch_size // micro)) * micro
-    shape_options = {"max_shapes": config.max_shapes, "streams": streams}
+    sequences = batch_shards(make_mesh(config.mesh, rows=config.batch_size // micro)) * micro
+    shape_options = {"max_shapes": config.max_shapes, "sequences": sequences}
     batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **shape_options)
     console.print(f"  {batches.sentence()}")
     total_steps = len(batches) if config.steps is None else config.steps

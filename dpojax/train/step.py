@@ -11,12 +11,12 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from dpojax.logprobs import streams
 from dpojax.models.config import DecoderConfig
 from dpojax.models.decoder import split
+from dpojax.packing import PairBatch, packing_of
 from dpojax.sharding import batch_sharding, param_shardings, put_global, replicated
-from dpojax.train.objectives import Logps, LossFn, Metrics, Running, Whole, mean_chosen_len
-from dpojax.types import Metric, PairBatch, PairLogps, PyTree
+from dpojax.train.objectives import LossFn, Metrics, Running, Whole, mean_chosen_len
+from dpojax.types import Metric, PyTree, ReferenceOutput
 
 
 @struct.dataclass
@@ -39,7 +39,7 @@ class TrainState:
         return {**self.params, **self.frozen} if self.frozen else self.params
 
 
-StepFn = Callable[[TrainState, PairBatch, Logps | None], tuple[TrainState, Metrics]]
+StepFn = Callable[[TrainState, PairBatch, ReferenceOutput | None], tuple[TrainState, Metrics]]
 
 
 def init_state(
@@ -104,20 +104,20 @@ def state_shardings(
     return TrainState(whole, params, moments, whole, kept, kept_by_losses)  # type: ignore[arg-type]
 
 
-def split_micro(tree: PyTree, n: int, streams: int) -> PyTree:
-    """``[B, ...]`` -> ``[n, B / n, ...]``: every n-th of the batch's streams, so that rows stay on their device."""
+def split_micro(tree: PyTree, n: int, sequences: int) -> PyTree:
+    """``[B, ...]`` -> ``[n, B / n, ...]``: every n-th of the batch's packed sequences, so that rows stay on their device."""
 
     def split(x: Array) -> Array:
-        x = x.reshape(streams // n, n, -1, *x.shape[1:])
+        x = x.reshape(sequences // n, n, -1, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0).reshape(n, -1, *x.shape[3:])
 
     return jax.tree.map(split, tree)
 
 
-def join_micro(x: Array, streams: int) -> Array:
+def join_micro(x: Array, sequences: int) -> Array:
     """The inverse of :func:`split_micro`, for one array."""
     n = x.shape[0]
-    return jnp.moveaxis(x.reshape(n, streams // n, -1, *x.shape[2:]), 0, 1).reshape(-1, *x.shape[2:])
+    return jnp.moveaxis(x.reshape(n, sequences // n, -1, *x.shape[2:]), 0, 1).reshape(-1, *x.shape[2:])
 
 
 def jit_forward(
@@ -131,7 +131,7 @@ def jit_forward(
     def whole(params: PyTree, batch: PairBatch) -> Any:
         if micro_batches == 1:
             return forward(params, batch)
-        R = streams(batch)[0].shape[0]
+        R = packing_of(batch).padded_index.shape[0]
         parts = jax.lax.map(lambda micro: forward(params, micro), split_micro(batch, micro_batches, R))
         return jax.tree.map(lambda x: join_micro(x, R), parts)
 
@@ -148,14 +148,18 @@ def make_train_step(
     batch gives the same update in one piece or in many. Metrics come back undivided.
     """
 
-    def train_step(state: TrainState, batch: PairBatch, ref: Logps | None) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: PairBatch, ref: ReferenceOutput | None) -> tuple[TrainState, Metrics]:
         whole = Whole(mean_chosen_len(batch), state.step, state.running)
         batch = dataclasses.replace(batch, key=row_keys(state, batch))
-        ref, head = without_head(ref)
+        head = None if ref is None else ref.head  # of no row, so in no micro-batch
+        ref = ref and dataclasses.replace(ref, head=None)
 
-        def undivided(params: PyTree, micro: tuple[PairBatch, Logps | None]) -> tuple[Array, tuple[Metrics, Running]]:
-            policy = dataclasses.replace(state, params=params).policy
-            loss, metrics, running = loss_fn(policy, micro[0], with_head(micro[1], head), whole)
+        def undivided(
+            params: PyTree, micro: tuple[PairBatch, ReferenceOutput | None]
+        ) -> tuple[Array, tuple[Metrics, Running]]:
+            policy, part = dataclasses.replace(state, params=params).policy, micro[1]
+            part = part and dataclasses.replace(part, head=head)
+            loss, metrics, running = loss_fn(policy, micro[0], part, whole)
             return loss.sum, ({"loss": loss, **metrics}, running)
 
         grad_fn = jax.grad(undivided, has_aux=True)
@@ -164,11 +168,11 @@ def make_train_step(
         else:
             running = state.running  # an objective that keeps any sees whole batches
 
-            def add(total: PyTree, micro: tuple[PairBatch, Logps | None]) -> tuple[PyTree, None]:
+            def add(total: PyTree, micro: tuple[PairBatch, ReferenceOutput | None]) -> tuple[PyTree, None]:
                 grads, (metrics, _) = grad_fn(state.params, micro)
                 return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
-            micros = split_micro((batch, ref), micro_batches, streams(batch)[0].shape[0])
+            micros = split_micro((batch, ref), micro_batches, packing_of(batch).padded_index.shape[0])
             grads, (metrics, _) = jax.eval_shape(grad_fn, state.params, jax.tree.map(lambda x: x[0], micros))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, metrics))
             (grads, metrics), _ = jax.lax.scan(add, zeros, micros)
@@ -189,20 +193,6 @@ def make_train_step(
 def row_keys(state: TrainState, batch: PairBatch) -> PRNGKeyArray:
     """A random key for every row of the batch, of this step's own; where no objective draws, none is computed."""
     return jax.random.split(jax.random.fold_in(state.rng, state.step), len(batch.prompt_len))
-
-
-def without_head(ref: Logps | None) -> tuple[Logps | None, Array | None]:
-    """The reference's rows, and its unembedding matrix, which is no row's and in no micro-batch."""
-    if not isinstance(ref, PairLogps) or ref.states is None:
-        return ref, None
-    return dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=None)), ref.states.head
-
-
-def with_head(ref: Logps | None, head: Array | None) -> Logps | None:
-    """The inverse of :func:`without_head`."""
-    if head is None or not isinstance(ref, PairLogps) or ref.states is None:
-        return ref
-    return dataclasses.replace(ref, states=dataclasses.replace(ref.states, head=head))
 
 
 def jit_train_step(step: StepFn, mesh: Mesh, shardings: TrainState) -> StepFn:

@@ -23,33 +23,35 @@ def examples():
 
 def test_collate_keeps_sides_together_and_pads_outwards():
     example = Example(np.array([5, 6], np.int32), (np.array([7, 1], np.int32), np.array([8, 9, 1], np.int32)))
-    batch = collate([example, None], Shape(tokens=8, scored=6, prompt=4, completion=3))
+    batch = collate([example, None], Shape(tokens=8, targets=6, prompt=4, completion=3))
     assert batch.prompt.tolist() == [[0, 0, 5, 6], [0, 0, 0, 0]]
     assert batch.completions.tolist() == [[[7, 1, 0], [8, 9, 1]], [[0, 0, 0], [0, 0, 0]]]
-    assert batch.completion_len.tolist() == [[2, 3], [0, 0]] and batch.real.tolist() == [1, 0]
-    # Row 0 of the grid is [0 0 5 6 | 7 1 0 | 8 9 1]; the stream is its real tokens, then nothing (place 20).
-    assert batch.stream.tolist() == [[2, 3, 4, 5, 7, 8, 9, 20]]
-    assert batch.scored.tolist() == [[0, 1, 3, 4, 5, 12]]
+    assert batch.completion_len.tolist() == [[2, 3], [0, 0]] and batch.valid.tolist() == [1, 0]
+    # Padded row 0 is [0 0 5 6 | 7 1 0 | 8 9 1]; packed: its tokens, then padding (index 20).
+    assert batch.packing.padded_index.tolist() == [[2, 3, 4, 5, 7, 8, 9, 20]]
+    assert batch.packing.target_index.tolist() == [[0, 1, 3, 4, 5, 12]]
 
 
-@pytest.mark.parametrize("streams", [1, 2, 4])
-def test_streams_hold_every_real_token_once(examples, streams):
-    for item in Batches(examples, 8, max_shapes=3, seed=1, streams=streams):
+@pytest.mark.parametrize("sequences", [1, 2, 4])
+def test_streams_hold_every_real_token_once(examples, sequences):
+    for item in Batches(examples, 8, max_shapes=3, seed=1, sequences=sequences):
         batch = item.batch
         P, C = batch.prompt.shape[1], batch.completions.shape[2]
-        grid = np.concatenate([batch.prompt, batch.completions.reshape(8, -1)], axis=1).reshape(streams, -1)
+        grid = np.concatenate([batch.prompt, batch.completions.reshape(8, -1)], axis=1).reshape(sequences, -1)
         whole = [np.concatenate([examples[i].prompt, *examples[i].completions]) if i >= 0 else [] for i in item.index]
-        for stream, row, expected in zip(batch.stream, grid, np.split(np.arange(8), streams), strict=True):
-            kept = stream[stream < row.size]
+        for index, row, expected in zip(
+            batch.packing.padded_index, grid, np.split(np.arange(8), sequences), strict=True
+        ):
+            kept = index[index < row.size]
             assert row[kept].tolist() == np.concatenate([whole[i] for i in expected]).tolist()
-        assert (batch.scored < 8 // streams * 2 * C).sum() == batch.completion_len.sum()
+        assert (batch.packing.target_index < 8 // sequences * 2 * C).sum() == batch.completion_len.sum()
         assert batch.prompt_len.max() <= P
 
 
 def test_streams_are_even(examples):
     """A batch is dealt so that no device waits long for another, every pair once."""
-    for item in Batches(examples, 12, max_shapes=3, seed=1, streams=3):
-        kept = (item.batch.stream < item.batch.stream.max()).sum(axis=1)
+    for item in Batches(examples, 12, max_shapes=3, seed=1, sequences=3):
+        kept = (item.batch.packing.padded_index < item.batch.packing.padded_index.max()).sum(axis=1)
         longest = max(len(e.prompt) + sum(map(len, e.completions)) for e in examples)
         assert kept.max() - kept.min() <= longest
 
@@ -90,7 +92,7 @@ def test_more_shapes_pad_less_and_the_share_is_what_is_computed(examples):
         batches = Batches(examples, 4, max_shapes=max_shapes, seed=0)
         real = sum(int(item.batch.prompt_len.sum() + item.batch.completion_len.sum()) for item in batches)
         shares.append(batches.real_share)
-        assert shares[-1] == real / sum(item.batch.stream.size for item in batches)
+        assert shares[-1] == real / sum(item.batch.packing.padded_index.size for item in batches)
     assert shares == sorted(set(shares))
 
 

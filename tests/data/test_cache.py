@@ -150,7 +150,7 @@ def test_a_template_that_writes_the_date_does_so_every_day(encoder, file, monkey
     assert load_examples([file], encoder)[1].cached == 0
 
 
-def test_kind_is_told_apart(encoder, file):
+def test_kinds_are_kept_apart(encoder, file):
     pairs, _ = load_examples([file], encoder)
     singles, report = load_examples([file], encoder, kind="completions")
     assert report.cached == 0
@@ -158,7 +158,7 @@ def test_kind_is_told_apart(encoder, file):
     assert plain(load_examples([file], encoder, kind="completions")) == plain((singles, report))
 
 
-def test_the_suffix_is_told_apart(encoder, file):
+def test_the_suffixes_are_kept_apart(encoder, file):
     load_examples([file], encoder)
     renamed = Path(file).rename(Path(file).with_suffix(".parquet"))
     with pytest.raises(UserError, match="not a readable Parquet file"):

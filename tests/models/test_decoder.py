@@ -12,7 +12,7 @@ from dpojax.errors import UserError
 from dpojax.models import init_params, load_model, make_apply, save_directory
 from dpojax.models.decoder import REMAT
 from dpojax.types import completion_mask
-from tests.conftest import HF_CONFIG, decoder_config, plain_rows, random_batch
+from tests.conftest import HF_CONFIG, decoder_config, plain_input, random_batch
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def logits(config, params, tokens, **options):
-    h, head = make_apply(config, **options)(params, plain_rows(tokens))
+    h, head = make_apply(config, **options)(params, plain_input(tokens))
     return jnp.einsum("btd,vd->btv", h.astype(jnp.float32), head)
 
 

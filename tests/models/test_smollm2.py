@@ -13,7 +13,7 @@ from dpojax.generate import make_sampler, sample_all
 from dpojax.logprobs import completion_logps
 from dpojax.models import load_model, load_tokenizer, make_apply, save_directory
 from experiments.sentiment import smollm2_path
-from tests.conftest import GOLDENS, plain_rows, write_rows
+from tests.conftest import GOLDENS, plain_input, write_rows
 
 GOLDEN = json.loads((GOLDENS / "smollm2.json").read_text())
 
@@ -32,7 +32,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def logits(smollm2):
     ids = jnp.array([GOLDEN["ids"]])
-    h, head = make_apply(smollm2.config)(smollm2.params, plain_rows(ids))
+    h, head = make_apply(smollm2.config)(smollm2.params, plain_input(ids))
     return h[0] @ head.T
 
 

@@ -58,8 +58,8 @@ def make_step(config, mesh, optimizer, frozen=(), micro=1, chunk=32):
 def run(model, examples, directory, *, freeze=None, sizes=(8, 1, 1), micro=1):
     """An epoch of SGD, whose updates are the gradients; the reference is arbitrary."""
     mesh, optimizer = make_mesh(MeshConfig(*sizes), model.config, 16 // micro), optax.sgd(1e-2)
-    streams = sizes[0] * sizes[1] * micro
-    batches = Batches(examples, 16, max_shapes=2, streams=streams, seed=0)
+    sequences = sizes[0] * sizes[1] * micro
+    batches = Batches(examples, 16, max_shapes=2, sequences=sequences, seed=0)
     if freeze is not None:
         options = DPOConfig(model="", data=(), output=str(directory), gradient_accumulation_steps=micro)
         trunk, model = cut(model, freeze)
@@ -121,7 +121,7 @@ def test_frozen_layers_and_unembedding_cost_nothing(config, chunk):
     rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(0, 384, n).astype(np.int32)  # noqa: E731
     examples = [Example(tokens(8), (tokens(8), tokens(8))) for _ in range(16)]
-    batch = Batches(examples, 16, max_shapes=1, streams=8).collate(np.arange(16)).batch
+    batch = Batches(examples, 16, max_shapes=1, sequences=8).collate(np.arange(16)).batch
     ref = pair_up(CompletionStats(np.zeros((16, 2), np.float32)), batch)
 
     def compiled(shape, frozen, batch):
@@ -130,7 +130,7 @@ def test_frozen_layers_and_unembedding_cost_nothing(config, chunk):
 
     whole = compiled(deep, (), batch)
     top = dataclasses.replace(deep, layers=2)
-    hidden = np.zeros((*batch.stream.shape, deep.width), np.float32)
+    hidden = np.zeros((*batch.packing.padded_index.shape, deep.width), np.float32)
     frozen = compiled(top, UNTRAINED, dataclasses.replace(batch, hidden=hidden))
     of_unembedding = lambda program: re.findall(r"= f32\[4096,32\]\S* dot\(", program.as_text())  # noqa: E731
     assert of_unembedding(whole) and not of_unembedding(frozen)

@@ -15,10 +15,11 @@ from dpojax.data import Encoder, load_examples, with_mismatched
 from dpojax.logprobs import completion_rewards, completion_stats, pair_up
 from dpojax.losses import LOSSES, traits_of
 from dpojax.models import load_tokenizer, make_apply
+from dpojax.packing import Annotations
 from dpojax.train.objectives import Whole, empty_running, mean_chosen_len, preference_loss
 from dpojax.train.reference import make_ref_step
-from dpojax.types import CompletionStats
-from tests.conftest import plain_rows, random_batch, sentence, write_rows
+from dpojax.types import CompletionStats, ReferenceOutput
+from tests.conftest import plain_input, random_batch, sentence, write_rows
 from tests.train.test_step import one_device
 
 OPTIONS = ["--batch-size", "8", "--learning-rate", "1e-3", "--warmup-steps", "0", "--save-steps", "3"]
@@ -26,7 +27,7 @@ OPTIONS = ["--batch-size", "8", "--learning-rate", "1e-3", "--warmup-steps", "0"
 
 @pytest.fixture(scope="module")
 def batch():
-    return random_batch(np.random.default_rng(1), B=4, P=6, C=5, streams=2)
+    return random_batch(np.random.default_rng(1), B=4, P=6, C=5, sequences=2)
 
 
 def slow_logits(config, params, batch, row, n):
@@ -34,7 +35,7 @@ def slow_logits(config, params, batch, row, n):
     prompt = np.asarray(batch.prompt[row])[batch.prompt.shape[1] - int(batch.prompt_len[row]) :]
     completion = np.asarray(batch.completions[row, n])[: int(batch.completion_len[row, n])]
     tokens = jnp.asarray(np.concatenate([prompt, completion]))[None]
-    h, head = make_apply(config)(params, plain_rows(tokens))
+    h, head = make_apply(config)(params, plain_input(tokens))
     return np.asarray(h[0, len(prompt) - 1 : -1] @ head.T, np.float64), completion, h[0, -1], head
 
 
@@ -43,7 +44,8 @@ def test_statistics_of_tokens(config, params, batch, chunk_tokens):
     other = jax.tree.map(lambda x: 1.1 * x, params)
     apply_fn = make_apply(config)
     stats = functools.partial(completion_stats, apply_fn, batch=batch, chunk_tokens=chunk_tokens)
-    ref = stats(params=other, reads=frozenset({"states"})).states
+    ref = stats(params=other, reads=frozenset({"hidden"}))
+    ref = ReferenceOutput(pair_up(ref, batch), ref.hidden, other["embed"])
     got = stats(params=params, reads=frozenset({"tokens", "squares", "kl"}), ref=ref)
     for row, n in np.ndindex(4, 2):
         logits, completion, *_ = slow_logits(config, params, batch, row, n)
@@ -63,12 +65,14 @@ def test_kl_has_the_gradient_of_the_whole_logits(config, params, batch):
     other = jax.tree.map(lambda x: 1.1 * x, params)
     apply_fn = make_apply(config)
     reads = frozenset({"kl"})
-    ref = completion_stats(apply_fn, other, batch, reads=frozenset({"states"})).states
+    hidden = frozenset({"hidden"})
+    stats = completion_stats(apply_fn, other, batch, reads=hidden)
+    ref = ReferenceOutput(pair_up(stats, batch), stats.hidden, other["embed"])
 
     def plain(p):
-        states = completion_stats(apply_fn, p, batch, reads=frozenset({"states"})).states
-        logp, ref_logp = (jax.nn.log_softmax(s.hidden @ s.head.T) for s in (states, ref))
-        real = jnp.any(states.hidden != 0, axis=-1)
+        h = completion_stats(apply_fn, p, batch, reads=hidden).hidden
+        logp, ref_logp = (jax.nn.log_softmax(x @ head.T) for x, head in ((h, p["embed"]), (ref.hidden, ref.head)))
+        real = jnp.any(h != 0, axis=-1)
         return jnp.sum(jnp.where(real, jnp.sum(jnp.exp(ref_logp) * (ref_logp - logp), axis=-1), 0))
 
     kl = lambda p: completion_stats(apply_fn, p, batch, reads=reads, ref=ref, chunk_tokens=7).kl.sum()  # noqa: E731
@@ -90,7 +94,8 @@ def test_several_completions_are_all_pairs_of_different_rank(batch):
     batch = random_batch(rng, B=3, P=4, C=5, N=3)
     rank = jnp.array([[0, 1, 2], [0, 0, 1], [0, 1, 0]])
     lengths = batch.completion_len.at[2, 2].set(0)  # the third row has two
-    batch = dataclasses.replace(batch, rank=rank, completion_len=lengths, score=jnp.asarray(-rank, jnp.float32))
+    annotations = Annotations(rank=rank, score=jnp.asarray(-rank, jnp.float32))
+    batch = dataclasses.replace(batch, completion_len=lengths, annotations=annotations)
     sums = jnp.asarray(-rng.gamma(2.0, 5.0, (3, 3)), jnp.float32)
     pairs = pair_up(CompletionStats(sums), batch)
     there = np.flatnonzero(pairs.chosen_len > 0)

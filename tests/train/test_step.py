@@ -15,6 +15,7 @@ from dpojax.configs import DPOConfig, MeshConfig
 from dpojax.logprobs import pair_up
 from dpojax.losses import LOSSES, bound, sft, traits_of
 from dpojax.models import make_apply
+from dpojax.packing import Annotations
 from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
 from dpojax.train.objectives import empty_running, imitation_loss, preference_loss
 from dpojax.train.optimizer import make_optimizer, make_schedule
@@ -27,11 +28,11 @@ from tests.conftest import random_batch
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
-    batch = random_batch(rng, B=16, P=6, C=5, streams=8)
+    batch = random_batch(rng, B=16, P=6, C=5, sequences=8)
     score = jnp.asarray(np.sort(rng.random((16, 2), np.float32), axis=1)[:, ::-1])
     label = jnp.asarray(rng.integers(0, 2, 16), jnp.float32)
-    real = batch.real.at[-3:].set(0.0)  # as the last batch of a run may be
-    return dataclasses.replace(batch, real=real, score=score, label=label)
+    valid = batch.valid.at[-3:].set(0.0)  # as the last batch of a run may be
+    return dataclasses.replace(batch, valid=valid, annotations=Annotations(score=score, label=label))
 
 
 def one_device() -> Mesh:
@@ -43,7 +44,7 @@ def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, s
     mesh = mesh or one_device()
     objective = bound(sft if loss == "imitation" else LOSSES[loss], beta=0.1)
     traits = traits_of(objective)
-    if traits.rewards:
+    if traits.on == "scores":
         config = dataclasses.replace(config, reward=True)
         params = {**params, "score": 0.1 * jnp.ones((1, config.width))}
     apply_fn = make_apply(config, constrain=constrainer(mesh))
