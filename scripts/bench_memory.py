@@ -32,13 +32,14 @@ from bench_common import ROOT, SMOLLM2, machine, say, table, versions
 
 sys.path.insert(0, str(ROOT))
 
+from dpojax.train.setup import Program, make_program
+
 from dpojax.configs import DPOConfig
 from dpojax.data import Batches, Example
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, Model
 from dpojax.sharding import batch_sharding, param_shardings
 from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.setup import Program, make_program
 from dpojax.train.step import abstract_state, jit_train_step, make_train_step, state_shardings
 from dpojax.types import CompletionStats
 

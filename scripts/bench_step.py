@@ -89,12 +89,12 @@ def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Options, model and batches; a random model and tokens where the spec names no model."""
     import jax
     import numpy as np
+    from dpojax.train.setup import load_data
 
     from dpojax.configs import DPOConfig
     from dpojax.data import Batches, Example
     from dpojax.models import DecoderConfig, Model, init_params
     from dpojax.train.checkpoint import load_policy
-    from dpojax.train.setup import load_data
 
     case = Case(**spec["case"])
     config = DPOConfig(
@@ -149,9 +149,10 @@ def our_references(config: Any, program: Any, model: Any, items: list[Any]) -> A
 
 def our_step(config: Any, model: Any, items: list[Any]) -> tuple[Any, Any, Any, Any]:
     """The jitted step, its first state, :func:`our_references`, and how a batch's rows are laid out."""
+    from dpojax.train.setup import make_program
+
     from dpojax.sharding import batch_sharding
     from dpojax.train.optimizer import make_optimizer, make_schedule
-    from dpojax.train.setup import make_program
     from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
 
     program, schedule = make_program(config, model), make_schedule(config, config.steps)

@@ -5,7 +5,20 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
-    *("errors", "configs", "progress", "cachedir", "startup", "types", "losses", "show", "theory", "packing", "logprobs"),
+    *(
+        "errors",
+        "configs",
+        "options",
+        "progress",
+        "cachedir",
+        "startup",
+        "types",
+        "losses",
+        "show",
+        "theory",
+        "packing",
+        "logprobs",
+    ),
     *("models", "data", "sharding", "train", "generate", "evaluate", "cli", "__main__"),
 ]
 

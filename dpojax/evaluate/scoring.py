@@ -11,12 +11,13 @@ from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, make_apply, make_attention
-from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
+from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
-from dpojax.train.checkpoint import load_policy, tokenizer_for
+from dpojax.train.by_name import load_policy, tokenizer_for
+from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.reference import collect_logps, content_hash, make_logps_step, model_key
-from dpojax.train.setup import check_fit, read_examples
+from dpojax.train.scoring import collect_logps, content_hash, make_logps_step, model_key, place_params
+from dpojax.train.task import RowKind
 from dpojax.types import CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
@@ -44,7 +45,7 @@ def make_scorer(
     step = make_logps_step(apply_fn, mesh, config, chunk_tokens=chunk_tokens)
 
     def score(params: PyTree, examples: list[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
-        on_mesh = lambda: put_global(params, param_shardings(mesh, config))  # noqa: E731
+        on_mesh = lambda: place_params(params, mesh, config)  # noqa: E731
         batches = Batches(examples, rows, max_shapes=max_shapes, sequences=batch_shards(mesh))
         return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
 
@@ -57,7 +58,7 @@ class FileScores:
     def __init__(self, config: ScoringOptions):
         tokenizer = tokenizer_for(config)
         self.config = config
-        self.examples = read_examples(config.data, Encoder(tokenizer), "pairs", config)
+        self.examples = read_examples(config.data, Encoder(tokenizer), RowKind("pairs"), config)
         self.lengths = completion_lengths(self.examples)
 
     def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:

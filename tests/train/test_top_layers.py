@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from dpojax.train.freeze import UNTRAINED, Trunk, cut, join, keep, separate
 
 from dpojax.cli import main
 from dpojax.configs import DPOConfig, MeshConfig
@@ -22,7 +23,6 @@ from dpojax.losses import LOSSES
 from dpojax.models import Model, init_params, load_model, make_apply
 from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
 from dpojax.train.checkpoint import load_run
-from dpojax.train.freeze import UNTRAINED, Trunk, cut, join, keep, separate
 from dpojax.train.objectives import preference_loss
 from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
 from dpojax.types import CompletionStats
