@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dpojax.configs import MeshConfig, ScoringOptions
-from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
+from dpojax.data import PAIRS, Batches, Encoder, Example, completion_lengths, lengths_only
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
@@ -57,12 +57,12 @@ class FileScores:
     def __init__(self, config: ScoringOptions):
         tokenizer = tokenizer_for(config)
         self.config = config
-        self.examples = read_examples(config.data, Encoder(tokenizer), "pairs", config)
+        self.examples = read_examples(config.data, Encoder(tokenizer), PAIRS, config)
         self.lengths = completion_lengths(self.examples)
 
     def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
         """``[n, N]`` log-probabilities as those of pairs (chosen, rejected): ``[pairs, 2]``, their lengths, prompts."""
-        both = pair_up(CompletionStats(sums), without_tokens(self.examples))  # type: ignore[arg-type]  # NumPy's
+        both = pair_up(CompletionStats(sums), lengths_only(self.examples))  # type: ignore[arg-type]  # NumPy's
         there = np.asarray(both.chosen_len) > 0
         logps = np.stack([both.chosen, both.rejected], axis=1)[there]
         lengths = np.stack([both.chosen_len, both.rejected_len], axis=1)[there]

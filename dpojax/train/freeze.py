@@ -120,14 +120,14 @@ class Trunk:
     def under(self, batches: Batches, label: str, limit: int | None = None) -> Batches:
         """The batches with their rows' hidden states, as far as the first ``limit`` batches (default: all) ask."""
         rows = self._compute(batches, label, limit)
-        return batches.carrying(keep(self.directory, batches.tokens, self.width, self.dtype, rows))
+        return batches.with_hidden(keep(self.directory, batches.tokens, self.width, self.dtype, rows))
 
     def _compute(self, batches: Batches, label: str, limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
         seen: set[int] = set()
         for index in track(range(batches.first_pass(limit)), label):
             item = batches.collate(batches.indices[index])
             states = np.asarray(self.step(self.params, put_global(item.batch, batch_sharding(self.mesh))))
-            for i, stream, slots in batches.spans(item.index):
+            for i, stream, slots in batches.packed_spans(item.index):
                 if i not in seen:  # a batch may run over the epoch's end
                     seen.add(i)
                     yield i, states[stream, slots]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.data import Batches, without_tokens
+from dpojax.data import Batches, lengths_only
 from dpojax.packing import PairBatch
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, put_global
@@ -49,7 +49,7 @@ class HeldOut:
         """All held-out rows as one batch: loss and metrics of every row, and which of them count."""
         program = self.program
         assert program.objective is not None
-        rows = jax.tree.map(jnp.asarray, without_tokens(self.batches.examples))
+        rows = jax.tree.map(jnp.asarray, lengths_only(self.batches.examples))
 
         def logps(sums: np.ndarray) -> Logps:
             return logps_of(CompletionStats(jnp.asarray(sums)), rows, program.traits)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable
 
 import jax
@@ -116,9 +117,10 @@ def collect_logps(
     return sums
 
 
-def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
-    """Names what computes log-probabilities: a model's shape and content, and the compute dtype."""
-    return f"{config}/{content}/{dtype}"
+def model_key(config: DecoderConfig, content: str, dtype: str) -> dict[str, str | int]:
+    """What computes log-probabilities, in named fields: a model's shape and content, and the compute dtype."""
+    shape = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return {"config": shape, "content": content, "dtype": dtype}
 
 
 def is_live(config: DPOConfig, traits: Traits) -> bool:

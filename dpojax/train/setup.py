@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from dpojax.configs import DataOptions, DPOConfig, TrainOptions
-from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples, with_mismatched
+from dpojax.data import (
+    COMPLETIONS,
+    Batches,
+    Encoder,
+    Example,
+    RowKind,
+    fingerprint,
+    kind_of,
+    load_examples,
+    with_mismatched,
+)
 from dpojax.errors import UserError
 from dpojax.losses import Objective, Traits, traits_of
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
@@ -40,10 +50,10 @@ class Data:
 
     @property
     def content_hash(self) -> str:
-        return fingerprint(self.examples, values=True).hex()
+        return fingerprint(self.examples, annotations=True).hex()
 
 
-def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: DataOptions) -> list[Example]:
+def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, config: DataOptions) -> list[Example]:
     """Examples of the files, what became of their rows said on the console."""
     with Stage(f"Tokenizing {', '.join(Path(f).name for f in files)}", 1.0) as stage:
         examples, report = load_examples(
@@ -60,15 +70,12 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: str, config: D
     return examples
 
 
-def data_kind(config: TrainOptions) -> tuple[str, Traits]:
-    """What rows a run reads (:func:`~dpojax.data.rows.usable_part`), and its objective's traits."""
+def data_kind(config: TrainOptions) -> tuple[RowKind, Traits]:
+    """The rows that a run reads, and its objective's traits."""
     if not isinstance(config, DPOConfig):
-        return "completions", Traits(reference=False)
+        return COMPLETIONS, Traits(reference=False)
     traits = traits_of(make_objective(config).objective)
-    if traits.on == "labels":
-        return "labels", traits
-    asked = [name for name in ("margin", "weight") if name in traits.reads]
-    return " ".join(["pairs", *asked]), traits
+    return kind_of(traits), traits
 
 
 def load_data(config: TrainOptions) -> Data:
