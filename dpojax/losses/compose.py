@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from dpojax.losses.traits import Objective, Traits, traits_of
 from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
+
+Field = TypeVar("Field")
 
 EXPONENT = 43.0  # exp of it, squared, is still a float32
 DIVERGENCE_EXPONENT = 80.0  # as in TRL
@@ -324,7 +326,7 @@ def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
     return composed(shifted, traits, reads=traits.reads | {"margin"}, divergence=False)
 
 
-def given(field: Array | None, name: str) -> Array:
+def given(field: Field | None, name: str) -> Field:
     """An optional field of :class:`~dpojax.types.PairLogps`, which must be there.
 
     Raises:

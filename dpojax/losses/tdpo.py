@@ -33,6 +33,7 @@ def tdpo1(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
       One loss a pair, ``[B]``; exactly ``log 2`` where policy and reference agree.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> n = jnp.array([4])
     >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, kl=Sides(jnp.array([1.0]), jnp.array([2.0])))
     >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
@@ -66,6 +67,7 @@ def tdpo2(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float 
       ValueError: ``alpha`` below 0.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> n = jnp.array([4])
     >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, kl=Sides(jnp.array([1.0]), jnp.array([3.0])))
     >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)

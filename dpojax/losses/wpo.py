@@ -39,6 +39,7 @@ def wpo_weighted(objective: Objective) -> Objective:
       ValueError: the objective is of labelled completions or of rewards.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> from dpojax.losses import hinge
     >>> n, half = jnp.array([2]), 2 * jnp.log(jnp.array([0.5]))
     >>> p = PairLogps(half, half, n, n, squares=Sides(half, 2 * half))  # weights 1 and 2
@@ -77,6 +78,7 @@ def wpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array,
       One loss a pair, ``[B]``.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> n, half = jnp.array([2]), 2 * jnp.log(jnp.array([0.5]))
     >>> p = PairLogps(half, half, n, n, squares=Sides(half, 2 * half))  # weights 1 and 2
     >>> r = PairLogps(half - 1, half + 1, n, n)

@@ -27,7 +27,9 @@ from dpojax.losses.compose import swapped
 from dpojax.losses.spelling import probe
 from dpojax.losses.tokenwise import down_sampled, length_desensitized
 from dpojax.losses.wpo import wpo_weighted
-from tests.losses.test_catalogue import batch
+from dpojax.types import STATISTICS
+from tests.losses.fields import flat, put
+from tests.losses.test_catalogue import SUMS, batch
 
 hinge, ipo, kto, ld_dpo, sft, sigmoid = (LOSSES[n] for n in ("hinge", "ipo", "kto", "ld_dpo", "sft", "sigmoid"))
 BOTH = batch("sigmoid", 0)
@@ -97,7 +99,8 @@ def test_label_smoothing_is_the_expectation_over_flips(smoothing):
         want = (1 - smoothing) * LOSSES[name](*BOTH) + smoothing * LOSSES[name](swapped(POLICY), swapped(REF))
         close(with_label_smoothing(LOSSES[name], smoothing)(*BOTH), want)
     np.testing.assert_array_equal(swapped(POLICY).margin, -POLICY.margin)
-    np.testing.assert_array_equal(swapped(POLICY).chosen_tokens, POLICY.rejected_tokens)
+    for name in STATISTICS:
+        np.testing.assert_array_equal(getattr(swapped(POLICY), name).chosen, getattr(POLICY, name).rejected)
     # The data's margin is a property of the label: a flipped pair is asked for minus it.
     flipped = with_label_smoothing(with_margins(hinge, 0.5), smoothing)(*BOTH)
     h = (POLICY.chosen - REF.chosen) - (POLICY.rejected - REF.rejected) - 0.5 * POLICY.margin
@@ -114,8 +117,8 @@ def test_length_normalized_is_what_has_it_built_in():
 
 
 def test_reference_free_reads_no_reference():
-    zero = REF.replace(chosen=jnp.zeros_like(REF.chosen), rejected=jnp.zeros_like(REF.chosen),
-                       chosen_tokens=0 * REF.chosen_tokens, rejected_tokens=0 * REF.chosen_tokens)  # fmt: skip
+    zeros = {name: 0 * x for name, x in flat(REF).items() if name in SUMS or name.endswith("_tokens")}
+    zero = put(REF, **zeros)
     for name in ("sigmoid", "ipo", "ld_dpo", "wpo"):
         free = reference_free(LOSSES[name])
         close(free(*BOTH), LOSSES[name](POLICY, zero))
