@@ -6,7 +6,7 @@ from typing import Any
 
 from dpojax.configs import DPOConfig
 from dpojax.errors import UserError
-from dpojax.losses import Spelled, Traits, spelled, traits_of
+from dpojax.losses import ObjectiveSpec, Traits, spelled, traits_of
 
 # field -> (what it must be, whether a value is)
 RANGES: dict[str, tuple[str, Any]] = {
@@ -60,7 +60,7 @@ def check_options(config: Any) -> None:
         check_objective(config)
 
 
-def make_objective(config: DPOConfig) -> Spelled:
+def make_objective(config: DPOConfig) -> ObjectiveSpec:
     """The objective that ``--loss`` spells, with the options that it has.
 
     Raises:

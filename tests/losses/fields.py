@@ -12,7 +12,7 @@ def flat(logps: Any) -> dict[str, Any]:
     return {k: x for k, x in fields.items() if x is not None and not isinstance(x, Sides)} | apart
 
 
-def put(logps: Any, **fields: Any) -> Any:
+def put(logps: Any, /, **fields: Any) -> Any:
     """The log-probabilities with other values of these fields, named as :func:`flat` names them."""
     whole: dict[str, Any] = {}
     for name, x in fields.items():

@@ -110,6 +110,13 @@ def test_docstring_says_what_it_is_and_holds_a_hand_value(name):
     assert set(said.options.split(", ")) == {f"{o.name}={o.default}" for o in options} or not options
 
 
+def test_the_package_lists_every_name():
+    listed = dpojax.losses.__all__
+    assert len(set(listed)) == len(listed) and set(listed) >= {*LOSSES, *WRAPPERS}
+    assert all(getattr(dpojax.losses, name) is function for name, function in (LOSSES | WRAPPERS).items())
+    assert all(hasattr(dpojax.losses, name) for name in listed)
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_say_what_they_are(name):
     said = entry(WRAPPERS[name])

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dpojax.configs import DPOConfig, MeshConfig
 from dpojax.logprobs import pair_up
-from dpojax.losses import LOSSES, bound, sft, traits_of
+from dpojax.losses import LOSSES, sft, traits_of, with_options
 from dpojax.models import make_apply
 from dpojax.packing import Annotations
 from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
@@ -42,7 +42,7 @@ def one_device() -> Mesh:
 def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, scale=1.1):
     """A few steps; the reference is the starting policy, scaled so that its log-ratios are not zero."""
     mesh = mesh or one_device()
-    objective = bound(sft if loss == "imitation" else LOSSES[loss], beta=0.1)
+    objective = with_options(sft if loss == "imitation" else LOSSES[loss], beta=0.1)
     traits = traits_of(objective)
     if traits.on == "scores":
         config = dataclasses.replace(config, reward=True)
