@@ -60,7 +60,7 @@ def run_eval(config: EvalConfig) -> int:
     from dpojax.evaluate import preference_estimates
     from dpojax.evaluate.scoring import FileScores
     from dpojax.progress import console
-    from dpojax.train.checkpoint import options_of_run
+    from dpojax.train.rundir import options_of_run
 
     if config.output:
         check_file(config.output)
@@ -81,7 +81,7 @@ def run_eval(config: EvalConfig) -> int:
 
 
 def beta_of_run(own: dict[str, Any]) -> float:
-    """Of the objective that a run was trained with; 0.1 of what is no run."""
+    """The beta of the objective that a run was trained with; 0.1 without a run."""
     from dpojax.losses import spelled
 
     try:
@@ -98,7 +98,7 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
     from dpojax.startup import keep_memory
-    from dpojax.train.checkpoint import load_policy, tokenizer_for
+    from dpojax.train.by_name import load_policy, tokenizer_for
 
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
@@ -141,7 +141,7 @@ def run_export(config: ExportConfig) -> int:
     """``dpojax export``."""
     from dpojax.models import load_tokenizer, save_directory
     from dpojax.progress import console
-    from dpojax.train.checkpoint import load_run
+    from dpojax.train.by_name import load_run
 
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -157,7 +157,7 @@ def run_check_data(config: CheckDataConfig) -> int:
     """``dpojax check-data``."""
     from dpojax.data.check import check_files
     from dpojax.progress import console
-    from dpojax.train.checkpoint import load_policy_tokenizer
+    from dpojax.train.by_name import load_policy_tokenizer
 
     name = config.tokenizer or config.model
     lines, wrong = check_files(
@@ -220,7 +220,7 @@ COMMANDS = {
 
 def run(config: Config) -> int:
     """Carry out one command; returns its exit status."""
-    from dpojax.train.options import check_options
+    from dpojax.options import check_options
 
     def command() -> int:
         check_options(config)

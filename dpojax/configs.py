@@ -22,15 +22,33 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """How a forward pass computes."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, log-probabilities and losses stay float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel: XLA's own, cuDNN's for GPUs (bfloat16), Splash for TPUs, or what fits the devices."""
+    logprob_chunk_tokens: int = 512
+    """Completion tokens whose logits exist at one time; less takes less memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeOptions(ForwardOptions):
+    """How a train step computes: a forward pass, and what its backward pass keeps."""
+
+    remat: Literal["none", "dots", "block"] = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or whole layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model, and how it computes."""
+    """Which model, and which tokenizer."""
 
     model: str
     """Hugging Face directory, hub id (owner/name), .gguf file, or the --output directory of a run."""
     tokenizer: str | None = None
     """Where the tokenizer comes from, as for --model (default: the model's own)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype; parameters, log-probabilities and losses stay float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +63,10 @@ class DataOptions:
     """Pairs per step, over all devices (the paper: 64)."""
     max_shapes: int = 8
     """Shapes that batches are packed into at most; fewer are compiled where they keep padding below 8 %."""
-    logprob_chunk_tokens: int = 512
-    """Completion tokens whose logits exist at one time; less takes less memory."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel: XLA's own, cuDNN's for GPUs (bfloat16), Splash for TPUs, or what fits the devices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(ModelOptions, DataOptions):
+class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     """What `dpo` and `sft` share."""
 
     output: str
@@ -81,10 +95,8 @@ class TrainOptions(ModelOptions, DataOptions):
     """Gradients are scaled down to this global norm (the original repository: 10)."""
     gradient_accumulation_steps: int = 1
     """Micro-batches that a batch is computed in, one after another; results agree, memory falls."""
-    freeze: int | None = None
-    """Train only the top N layers and the final norm; what lies below is computed once for every row."""
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but weight products, or whole layers."""
+    train_top_layers: int | None = None
+    """Train only the top N layers and the final norm; the layers below are computed once for every row."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are arranged."""
     seed: int = 0
@@ -132,7 +144,7 @@ class SFTConfig(TrainOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoringOptions(ModelOptions, DataOptions):
+class ScoringOptions(ModelOptions, DataOptions, ForwardOptions):
     """What `logps` and `eval` share."""
 
 
@@ -165,6 +177,8 @@ class SampleConfig(ModelOptions):
 
     prompt: tuple[str, ...]
     """Prompts, each in quotes."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, log-probabilities and losses stay float32."""
     chat: bool = False
     """Put each prompt through the model's chat template as a user's message."""
     max_new_tokens: int = 64

@@ -116,7 +116,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: Any) -> dict[st
     from dpojax.data import Encoder, completion_lengths, load_examples
     from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
     from dpojax.evaluate.scoring import make_scorer
-    from dpojax.train.checkpoint import load_policy_tokenizer, load_run
+    from dpojax.train.by_name import load_policy_tokenizer, load_run
 
     policy, _ = load_run(run)
     tokenizer = load_policy_tokenizer(str(run))
@@ -217,7 +217,7 @@ def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> Non
 def measured(config: SentimentConfig, run: Path, seed: int, model: str) -> dict[str, Any]:
     """What `measure` finds, or found when it was last asked the same."""
     from dpojax.progress import console
-    from dpojax.train.checkpoint import load_policy
+    from dpojax.train.by_name import load_policy
 
     file = run / "results.json"
     asked = {"new_tokens": config.new_tokens, "samples_per_prompt": config.samples_per_prompt}

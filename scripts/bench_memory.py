@@ -34,13 +34,10 @@ sys.path.insert(0, str(ROOT))
 
 from dpojax.configs import DPOConfig
 from dpojax.data import Batches, Example
-from dpojax.logprobs import pair_up
-from dpojax.models import DecoderConfig, Model
-from dpojax.sharding import batch_sharding, param_shardings
-from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.setup import Program, make_program
-from dpojax.train.step import abstract_state, jit_train_step, make_train_step, state_shardings
-from dpojax.types import CompletionStats
+from dpojax.models import DecoderConfig
+from dpojax.packing import PairBatch
+from dpojax.train import Program, lower_step, task_of
+from dpojax.train.program import abstract_inputs, abstract_params, program_of
 
 MODEL = DecoderConfig(**SMOLLM2)
 CHOICES = {
@@ -79,14 +76,15 @@ def make_config(options: dict[str, Any], setting: Setting) -> DPOConfig:
     return DPOConfig(**fixed, **{**options, "logprob_chunk_tokens": chunk})
 
 
-def abstract_batch(program: Program, setting: Setting) -> Any:
-    """Shapes of a batch without padding, and of the reference's log-probabilities of it."""
+def make_batch(setting: Setting) -> PairBatch:
+    """A batch without padding."""
     side = np.zeros(setting.completion, np.int32)
     examples = [Example(np.zeros(setting.prompt, np.int32), (side, side))] * setting.pairs
-    batch = Batches(examples, setting.pairs, max_shapes=1, seed=0).collate(np.arange(setting.pairs)).batch
-    reference = pair_up(CompletionStats(np.zeros((setting.pairs, 2), np.float32)), batch)
-    rows = batch_sharding(program.mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), (batch, reference))
+    return Batches(examples, setting.pairs, max_shapes=1, seed=0).collate(np.arange(setting.pairs)).batch
+
+
+def program_for(config: DPOConfig) -> Program:
+    return program_of(config, task_of(config), MODEL, 1000)
 
 
 def figures(compiled: Any) -> dict[str, int]:
@@ -105,29 +103,17 @@ def figures(compiled: Any) -> dict[str, int]:
 @functools.cache
 def compiled_step(config: DPOConfig, setting: Setting) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of the train step, and of the state that it takes."""
-    program = make_program(config, Model(MODEL, None, {}))
-    schedule = make_schedule(config, 1000)
-    optimizer = make_optimizer(config, schedule)
-    shardings = state_shardings(program.mesh, MODEL, optimizer)
-    state = abstract_state(MODEL, optimizer, shardings)
-    step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
-    return figures(step.lower(state, *abstract_batch(program, setting)).compile()), state_bytes(state)
+    program, batch = program_for(config), make_batch(setting)
+    state, _, _ = abstract_inputs(program, batch)
+    return figures(lower_step(program, batch).compile()), state_bytes(state)
 
 
 @functools.cache
 def compiled_reference(config: DPOConfig, setting: Setting) -> dict[str, int]:
     """Bytes of the live reference's own program, and of its parameters."""
-    program = make_program(config, Model(MODEL, None, {}))
-    params = abstract_params(program)
-    batch, _ = abstract_batch(program, setting)
+    program = program_for(config)
+    params, (_, batch, _) = abstract_params(program), abstract_inputs(program, make_batch(setting))
     return {**figures(program.logps_step.lower(params, batch).compile()), "parameters": tree_bytes(params)}
-
-
-def abstract_params(program: Program) -> Any:
-    from dpojax.models.decoder import split
-
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, split(MODEL)[1], param_shardings(program.mesh, MODEL))
 
 
 def tree_bytes(tree: Any) -> int:

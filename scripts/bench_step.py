@@ -89,12 +89,12 @@ def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Options, model and batches; a random model and tokens where the spec names no model."""
     import jax
     import numpy as np
+    from dpojax.train.setup import load_data
 
     from dpojax.configs import DPOConfig
     from dpojax.data import Batches, Example
     from dpojax.models import DecoderConfig, Model, init_params
     from dpojax.train.checkpoint import load_policy
-    from dpojax.train.setup import load_data
 
     case = Case(**spec["case"])
     config = DPOConfig(
@@ -114,7 +114,7 @@ def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
         reference=spec["reference"],
     )
     if case.peer == "trl":
-        data = load_data(config)
+        data = load_data(config, task_of(config))
         return config, load_policy(config.model), data.batches
     shape = DecoderConfig(
         **TUNIX_MODEL, head_dim=64, norm_eps=1e-5, rope_theta=500_000.0, max_positions=2048, tied=False
@@ -127,39 +127,17 @@ def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     return config, Model(shape, params, {}), Batches(rows, case.pairs, max_shapes=1, seed=0)
 
 
-def our_references(config: Any, program: Any, model: Any, items: list[Any]) -> Any:
-    """A function from a batch's number and its arrays on the device to the reference's log-probabilities of it."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def our_step(config: Any, model: Any, batches: Any) -> tuple[Any, Any, Any]:
+    """The program, its first state and its reference, as `dpojax dpo` makes them."""
+    from dpojax.train import cached_reference, initial_state, live_reference, task_of
+    from dpojax.train.program import program_of
 
-    from dpojax.logprobs import pair_up
-    from dpojax.sharding import batch_sharding, param_shardings, put_global
-    from dpojax.types import CompletionStats
-
-    rows, shardings = batch_sharding(program.mesh), param_shardings(program.mesh, model.config)
-    params = put_global(model.params, shardings)
+    program = program_of(config, task_of(config), model.config, config.steps)
     if config.reference == "live":
-        # A copy of its own, as the library makes it: the policy's buffers may be the same host memory.
-        params = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(params)
-        return lambda i, batch: program.ref_step(params, batch)
-    sums = [np.asarray(program.logps_step(params, put_global(item.batch, rows))) for item in items]
-    return lambda i, batch: put_global(pair_up(CompletionStats(sums[i]), items[i].batch), rows)
-
-
-def our_step(config: Any, model: Any, items: list[Any]) -> tuple[Any, Any, Any, Any]:
-    """The jitted step, its first state, :func:`our_references`, and how a batch's rows are laid out."""
-    from dpojax.sharding import batch_sharding
-    from dpojax.train.optimizer import make_optimizer, make_schedule
-    from dpojax.train.setup import make_program
-    from dpojax.train.step import initial_state, jit_train_step, make_train_step, state_shardings
-
-    program, schedule = make_program(config, model), make_schedule(config, config.steps)
-    reference, optimizer = our_references(config, program, model, items), make_optimizer(config, schedule)
-    shardings = state_shardings(program.mesh, model.config, optimizer)
-    step = jit_train_step(make_train_step(program.loss_fn, optimizer, schedule), program.mesh, shardings)
-    state = initial_state(model.params, optimizer, config.seed, shardings)
-    return step, state, reference, batch_sharding(program.mesh)
+        reference: Any = live_reference(program, model.params)
+    else:
+        reference = cached_reference(program, model.params, batches, limit=config.steps)
+    return program, initial_state(program, model.params, config.seed, donate=True), reference
 
 
 def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +147,7 @@ def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
     prepare()
     import jax
 
-    from dpojax.sharding import put_global
+    from dpojax.sharding import batch_sharding, put_global
 
     rates = [gemm_rate()]
     config, model, batches = our_inputs(spec)
@@ -177,13 +155,13 @@ def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
     case, shape, items = Case(**spec["case"]), model.config, list(batches)[: spec["steps"]]
     for item in items:
         assert (item.batch.prompt_len == case.prompt).all() and (item.batch.completion_len == case.completion).all()
-    step, state, reference, rows = our_step(config, model, items)
+    program, state, reference = our_step(config, model, batches)
+    by_batch = batch_sharding(program.mesh)
     del model
     times, losses = [], []
-    for i, item in enumerate(items):
+    for item in items:
         start = time.perf_counter()
-        batch = put_global(item.batch, rows)
-        state, metrics = step(state, batch, reference(i, batch))
+        state, metrics = program.step(state, put_global(item.batch, by_batch), reference.of(item))
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - start)
         losses.append(metrics["loss"].mean)

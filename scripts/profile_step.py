@@ -34,7 +34,7 @@ from bench_step import our_inputs, our_step
 
 from dpojax.generate import make_sampler, pad_left
 from dpojax.models import load_model
-from dpojax.sharding import put_global
+from dpojax.sharding import batch_sharding, put_global
 from dpojax.startup import keep_memory
 
 WARMUP, STEPS = 2, 3
@@ -57,8 +57,9 @@ def training(case: str, directory: Path) -> tuple[str, Run]:
     config, model, batches = our_inputs({**spec, "steps": WARMUP + STEPS})
     keep_memory()
     items = list(batches)[: WARMUP + STEPS]
-    step, state, reference, rows = our_step(config, model, items)
-    inputs = [(put_global(item.batch, rows), reference(i, None)) for i, item in enumerate(items)]
+    program, state, reference = our_step(config, model, batches)
+    step, by_batch = program.step, batch_sharding(program.mesh)
+    inputs = [(put_global(item.batch, by_batch), reference.of(item)) for item in items]
     program_text = step.lower(state, *inputs[0]).compile().as_text()
     for pair in inputs[:WARMUP]:
         state, _ = step(state, *pair)

@@ -1,11 +1,14 @@
 """Estimates against closed forms."""
 
+import jax
 import numpy as np
 import pytest
 
 from dpojax.data import Example
-from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
+from dpojax.evaluate import estimate, exact_kl, preference_estimates, sampled_kl, win_rate
 from dpojax.evaluate.scoring import make_scorer
+from dpojax.models import make_apply
+from tests.conftest import plain_input
 
 
 def test_error_over_groups():
@@ -51,3 +54,23 @@ def test_samples_are_scored_as_prompts_with_one_completion(config, params):
     assert got.shape == (9, 1)
     alone = score(params, [Example(e.prompt, (e.completions[0], e.completions[0])) for e in examples[:2]], "Twice")
     np.testing.assert_allclose(alone, np.repeat(got[:2], 2, axis=1), rtol=1e-5)
+
+
+def test_exact_kl_is_that_of_whole_distributions(config, params):
+    """Against log-softmaxes of all logits, row by row."""
+    rng = np.random.default_rng(0)
+    tokens = lambda n: rng.integers(2, 384, n).astype(np.int32)  # noqa: E731
+    examples = [Example(tokens(n % 4 + 1), (tokens(n % 3 + 1), tokens(n % 2 + 1))) for n in range(9)]
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    got = exact_kl(config, params, other, examples, chunk_tokens=7)
+    assert (exact_kl(config, params, params, examples) == 0).all()
+
+    def log_softmax(weights, example, n):
+        text = np.concatenate([example.prompt, example.completions[n]])[None]
+        h, head = make_apply(config)(weights, plain_input(jax.numpy.asarray(text)))
+        logits = np.asarray(h[0, len(example.prompt) - 1 : -1] @ head.T, np.float64)
+        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+    for i, n in ((0, 0), (3, 1), (8, 0)):
+        p, q = (log_softmax(weights, examples[i], n) for weights in (params, other))
+        np.testing.assert_allclose(got[i, n], (np.exp(p) * (p - q)).sum(), rtol=1e-4, atol=1e-5)

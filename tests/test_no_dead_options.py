@@ -91,7 +91,7 @@ def train_changes(w) -> dict:
         "weight_decay": (0.1, {"optim": "adamw"}),
         "max_grad_norm": 1e-3,
         "gradient_accumulation_steps": (2, {"batch_size": 16}),
-        "freeze": 1,
+        "train_top_layers": 1,
         "remat": "block",
         "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
         "seed": 5,
@@ -192,7 +192,7 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) ->
     from dpojax import generate, progress
     from dpojax.data import cache
     from dpojax.evaluate import scoring
-    from dpojax.train import logps_cache, loop, setup
+    from dpojax.train import logps_cache, program
 
     directory.mkdir()
     monkeypatch.chdir(directory)
@@ -200,19 +200,19 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) ->
 
     def recording(make):
         def made(*args, **kwargs):
-            program = make(*args, **kwargs)
+            compiled = make(*args, **kwargs)
 
             def call(*inputs):
-                programs.append(hashlib.sha256(program.lower(*inputs).as_text().encode()).hexdigest())
-                return program(*inputs)
+                programs.append(hashlib.sha256(compiled.lower(*inputs).as_text().encode()).hexdigest())
+                return compiled(*inputs)
 
             return call
 
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "jit_train_step", recording(loop.jit_train_step))
-        for module in (setup, scoring):
+        patch.setattr(program, "jit_train_step", recording(program.jit_train_step))
+        for module in (program, scoring):
             patch.setattr(module, "make_logps_step", recording(module.make_logps_step))
         patch.setattr(generate, "make_sampler", recording(generate.make_sampler))
         patch.setattr(progress, "SECONDS_BETWEEN_LINES", float("inf"))  # lines that only a slow machine has

@@ -12,7 +12,7 @@ from dpojax.cli import main
 from dpojax.configs import DPOConfig
 from dpojax.losses import LOSSES, WRAPPERS
 from dpojax.losses.catalogue import entry
-from dpojax.train.options import check_options
+from dpojax.train.task import task_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # What GitHub's MathJax has without extensions, and the docstrings use.
@@ -85,7 +85,7 @@ def test_what_it_shows_runs(text, tmp_path, monkeypatch, capsys):
     spellings = re.findall(r"^\| `([^`]*)`", table, re.MULTILINE)
     assert len(spellings) == 6
     for spelling in spellings:
-        check_options(DPOConfig(model="", data=("pairs.jsonl",), output="", loss=spelling.strip('"')))
+        task_of(DPOConfig(model="", data=("pairs.jsonl",), output="", loss=spelling.strip('"')))
 
 
 def test_the_picture_is_small():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpojax.evaluate.statistics import Estimate, estimate
-from dpojax.types import beyond_rounding
+from dpojax.train.objectives import reward_terms
 
 
 def preference_estimates(
@@ -27,7 +27,7 @@ def preference_estimates(
 
     ``rewards/accuracies`` is the share of pairs whose chosen completion has the higher implicit reward;
     ``logps/accuracies`` the share where it has the higher log-probability, and ``.../per_token`` the higher one
-    per token. A tie counts half; rewards tie where their difference is below what float32 can tell
+    per token. A tie counts half; rewards tie where their difference is below float32's resolution
     (:data:`~dpojax.types.RESOLUTION`).
     """
     figures = {"logps/chosen": policy[:, 0], "logps/rejected": policy[:, 1]}
@@ -37,11 +37,7 @@ def preference_estimates(
     figures["logps/accuracies/per_token"] = half_for_ties(per_token[:, 0] - per_token[:, 1])
     if ref is not None:
         rewards = beta * (policy - ref)
-        figures["rewards/chosen"], figures["rewards/rejected"] = rewards[:, 0], rewards[:, 1]
-        figures["rewards/margins"] = rewards[:, 0] - rewards[:, 1]
-        margins = figures["rewards/margins"]
-        told = beyond_rounding(margins, beta * np.abs(policy).sum(axis=1))
-        figures["rewards/accuracies"] = half_for_ties(np.where(told, margins, 0))
+        figures |= reward_terms(rewards[:, 0], rewards[:, 1], beta * np.abs(policy).sum(axis=1))
     return {name: estimate(values, groups) for name, values in figures.items()}
 
 

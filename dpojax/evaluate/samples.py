@@ -1,4 +1,4 @@
-"""What fresh samples say: which policy wins, and how far it has moved from its reference."""
+"""Figures of fresh samples: which policy wins, and how far it has moved from its reference."""
 
 from collections.abc import Sequence
 

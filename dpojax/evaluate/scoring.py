@@ -6,20 +6,31 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, make_apply, make_attention
-from dpojax.sharding import batch_shards, constrainer, make_mesh, param_shardings, put_global
+from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
-from dpojax.train.checkpoint import load_policy, tokenizer_for
+from dpojax.train.by_name import load_policy, tokenizer_for
+from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.reference import collect_logps, content_hash, make_logps_step, model_key
-from dpojax.train.setup import check_fit, read_examples
-from dpojax.types import CompletionStats, PyTree
+from dpojax.train.scoring import collect_logps, content_hash, make_logps_step, model_key, place_params
+from dpojax.train.task import RowKind
+from dpojax.types import ApplyFn, CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
+
+
+def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_size: int) -> tuple[ApplyFn, Mesh, int]:
+    """The model over all devices, their mesh, and the smallest batch size from ``batch_size`` on that they divide."""
+    devices = jax.device_count()
+    batch_size = -(-batch_size // devices) * devices
+    mesh = make_mesh(MeshConfig(), config, batch_size)
+    kernel = make_attention(attention, mesh, dtype)
+    return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel), mesh, batch_size
 
 
 def make_scorer(
@@ -36,16 +47,12 @@ def make_scorer(
     Batches hold like numbers of tokens, in at least ``batch_size`` rows and a multiple of the devices. ``label``
     names the stage on the console.
     """
-    devices = jax.device_count()
-    rows = -(-batch_size // devices) * devices
-    mesh = make_mesh(MeshConfig(), config, rows)
-    kernel = make_attention(attention, mesh, dtype)
-    apply_fn = make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel)
+    apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
     step = make_logps_step(apply_fn, mesh, config, chunk_tokens=chunk_tokens)
 
     def score(params: PyTree, examples: list[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
-        on_mesh = lambda: put_global(params, param_shardings(mesh, config))  # noqa: E731
-        batches = Batches(examples, rows, max_shapes=max_shapes, sequences=batch_shards(mesh))
+        on_mesh = lambda: place_params(params, mesh, config)  # noqa: E731
+        batches = Batches(examples, batch_size, max_shapes=max_shapes, sequences=batch_shards(mesh))
         return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
 
     return score
@@ -57,7 +64,7 @@ class FileScores:
     def __init__(self, config: ScoringOptions):
         tokenizer = tokenizer_for(config)
         self.config = config
-        self.examples = read_examples(config.data, Encoder(tokenizer), "pairs", config)
+        self.examples = read_examples(config.data, Encoder(tokenizer), RowKind("pairs"), config)
         self.lengths = completion_lengths(self.examples)
 
     def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:

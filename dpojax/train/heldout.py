@@ -1,75 +1,79 @@
 """Held-out figures of a run: from sums of log-probabilities, or batch by batch where an objective reads more."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dpojax.data import Batches, without_tokens
-from dpojax.packing import PairBatch
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, put_global
-from dpojax.train.objectives import Metrics, Running, Whole, logps_of, mean_chosen_len, preference_terms
-from dpojax.train.reference import Reference, collect_logps
-from dpojax.train.setup import Program
-from dpojax.train.step import TrainState
+from dpojax.train.objectives import Metrics, Running, Terms, logps_of, terms_of
+from dpojax.train.program import Program
+from dpojax.train.reference import CachedReference, NoReference, Reference
+from dpojax.train.scoring import collect_logps
 from dpojax.types import CompletionStats, Logps, PyTree
 
 
-class HeldOut:
-    """A run's held-out data, to measure a policy on.
+def evaluate(
+    program: Program,
+    params: PyTree,
+    batches: Batches,
+    reference: Reference,
+    *,
+    running: Running | None = None,
+    beta: float | None = None,
+    sums: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Loss and metrics of a policy on held-out data, ``eval_...`` by name.
 
     Args:
       program: the run's functions.
+      params: all parameters of the policy, on the devices.
       batches: the held-out data.
-      reference: holds its log-probabilities of them, or computes them.
+      reference: of these batches.
+      running: the objective's running statistics (default: those before the first step).
+      beta: strength of the KL penalty (default: the program's own).
+      sums: the policy's log-probabilities of the examples, ``[n, N]``, where they are known.
     """
+    layout = program.layout
+    running = layout.running if running is None else running
+    beta_now = layout.hyper.beta if beta is None else np.float32(beta)
+    known = isinstance(reference, CachedReference | NoReference)
+    if program.traits.needs_forward_pass or not known:
+        metrics = metrics_by_batch(program, params, batches, reference, running, beta_now)
+        return {f"eval_{name}": metric.mean for name, metric in metrics.items()}
+    if sums is None:
+        sums = collect_logps(program.policy_logps, params, batches, program.mesh, "Evaluating")
+    ref_sums = reference.sums if isinstance(reference, CachedReference) else None
+    terms = terms_of_sums(program, batches, sums, ref_sums, running, beta_now)
+    # Not in float32, whose sum of many equal numbers is not their multiple.
+    return {f"eval_{name}": float(np.mean(x[mask > 0], dtype=np.float64)) for name, (x, mask) in terms.items()}
 
-    def __init__(self, program: Program, batches: Batches, reference: Reference):
-        self.program, self.batches, self.reference = program, batches, reference
-        self.step = jax.jit(self._of_batch)
 
-    def figures(self, state: TrainState, sums: np.ndarray | None = None) -> dict[str, float]:
-        """``eval_...`` figures of the state's policy; ``sums`` are its log-probabilities, ``[n, N]``, if known."""
-        program, batches = self.program, self.batches
-        if program.objective is not None and (program.traits.needs_forward_pass or self.reference.moves):
-            return {f"eval_{name}": metric.mean for name, metric in self._by_batch(state).items()}
-        if sums is None:
-            sums = collect_logps(program.policy_logps, state.policy, batches, program.mesh, "Evaluating")
-        if program.objective is None:  # imitation
-            tokens = batches.completions.sum()
-            return {"eval_loss": float(-sums.sum() / tokens), "eval_logps/chosen": float(sums.mean())}
-        terms = self._of_sums(sums, state.running)
-        # Not in float32, whose sum of many equal numbers is not their multiple.
-        return {f"eval_{name}": float(np.mean(x[real > 0], dtype=np.float64)) for name, (x, real) in terms.items()}
+def terms_of_sums(
+    program: Program, batches: Batches, sums: np.ndarray, ref_sums: np.ndarray | None, running: Running, beta: PyTree
+) -> Terms:
+    """Loss and metrics of every held-out pair or completion, with all of them as one batch."""
+    whole = jax.tree.map(jnp.asarray, without_tokens(batches.examples))
 
-    def _of_sums(self, sums: np.ndarray, running: Running) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """All held-out rows as one batch: loss and metrics of every row, and which of them count."""
-        program = self.program
-        assert program.objective is not None
-        rows = jax.tree.map(jnp.asarray, without_tokens(self.batches.examples))
+    def logps(sums: np.ndarray) -> Logps:
+        return logps_of(CompletionStats(jnp.asarray(sums)), whole, program.traits)
 
-        def logps(sums: np.ndarray) -> Logps:
-            return logps_of(CompletionStats(jnp.asarray(sums)), rows, program.traits)
+    policy = dataclasses.replace(logps(sums), running=running)
+    ref = None if ref_sums is None else logps(ref_sums)
+    return jax.device_get(terms_of(policy, ref, program.objective, beta, paired=sums.shape[1] > 1))
 
-        policy = dataclasses.replace(logps(sums), running=running)
-        ref = None if self.reference.eval_sums is None else logps(self.reference.eval_sums)
-        return jax.device_get(preference_terms(policy, ref, program.objective, program.beta))
 
-    def _by_batch(self, state: TrainState) -> Metrics:
-        total: Metrics = {}
-        rows, running = batch_sharding(self.program.mesh), state.running
-        for i, item in enumerate(track(list(self.batches), "Evaluating")):
-            ref = self.reference.of(item, held_out=True)
-            metrics = self.step(state.policy, put_global(item.batch, rows), ref, i, running)
-            total = jax.tree.map(jnp.add, total, metrics) if total else metrics
-        return total
-
-    def _of_batch(self, params: PyTree, batch: PairBatch, ref: Any, i: int, running: Running) -> Metrics:
-        """Its draws are the same at every evaluation."""
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i), len(batch.prompt_len))
-        whole = Whole(mean_chosen_len(batch), jnp.int32(0), running, training=False)
-        loss, metrics, _ = self.program.loss_fn(params, dataclasses.replace(batch, key=keys), ref, whole)
-        return {"loss": loss, **metrics}
+def metrics_by_batch(
+    program: Program, params: PyTree, batches: Batches, reference: Reference, running: Running, beta: PyTree
+) -> Metrics:
+    """Undivided loss and metrics, summed over the held-out batches."""
+    total: Metrics = {}
+    by_batch = batch_sharding(program.mesh)
+    for i, item in enumerate(track(list(batches), "Evaluating")):
+        batch = put_global(item.batch, by_batch)
+        metrics = program.eval_step(params, batch, reference.of(item), i, running, beta)
+        total = jax.tree.map(jnp.add, total, metrics) if total else metrics
+    return total

@@ -1,29 +1,105 @@
-"""The train loop: one function, top to bottom, for DPO and for SFT."""
+"""The train loop: :func:`fit` for objects in hand, :func:`train` for a run with a directory."""
 
 import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from dpojax.configs import DPOConfig, TrainOptions
+from dpojax.configs import TrainOptions
+from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
 from dpojax.models import Model
+from dpojax.options import check_options
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.startup import keep_memory
-from dpojax.train.checkpoint import Checkpoints, claim_directory, file_hash, load_policy, save_model_files
-from dpojax.train.freeze import UNTRAINED, Trunk, check_freeze, cut, separate
-from dpojax.train.heldout import HeldOut
-from dpojax.train.metrics import MetricsLog
-from dpojax.train.objectives import empty_running
-from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.options import check_options, make_objective
-from dpojax.train.reference import Reference, content_hash
-from dpojax.train.setup import Data, Program, check_fit, data_kind, load_data, make_program
-from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, part, state_shardings
+from dpojax.train.by_name import load_policy
+from dpojax.train.checkpoint import Checkpoints
+from dpojax.train.heldout import evaluate
+from dpojax.train.inputs import Data, check_fit, load_data
+from dpojax.train.log import MetricsLog
+from dpojax.train.logps_cache import LogpsCache
+from dpojax.train.objectives import Metrics
+from dpojax.train.program import Program, initial_state, program_of
+from dpojax.train.reference import (
+    CachedReference,
+    MovingReference,
+    Reference,
+    cached_reference,
+    live_reference,
+    moving_reference,
+    no_reference,
+)
+from dpojax.train.rundir import claim_directory, file_hash, save_model_files
+from dpojax.train.scoring import content_hash, model_key
+from dpojax.train.state import TrainState, partition, placed
+from dpojax.train.task import Task, task_of
+from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
+from dpojax.train.writers import JsonLines, TensorBoard
+
+OnStep = Callable[[int, TrainState], Any]
+"""``on_step(step, state)``, called after every step; returning False stops. The state's arrays live until the next
+step: what is kept of them must be copied."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that has been dispatched: its number, and what it has led to."""
+
+    step: int
+    state: TrainState
+    metrics: Metrics
+    item: IndexedBatch
+    reference: Reference
+
+
+def run_steps(
+    program: Program, state: TrainState, batches: Iterator[IndexedBatch], reference: Reference, first: int, last: int
+) -> Iterator[Step]:
+    """The steps after ``first`` up to ``last``, one after another; each takes over the memory of the state before."""
+    by_batch = batch_sharding(program.mesh)
+    for step in range(first + 1, last + 1):
+        item = next(batches)
+        state, metrics = program.step(state, put_global(item.batch, by_batch), reference.of(item))
+        reference = reference.after(step, state.params)
+        yield Step(step, state, metrics, item, reference)
+
+
+def fit(
+    program: Program,
+    state: TrainState,
+    batches: Batches,
+    reference: Reference,
+    *,
+    steps: int | None = None,
+    on_step: OnStep | None = None,
+) -> TrainState:
+    """The state after some more steps. Nothing is written or printed.
+
+    Args:
+      program: the run's functions (:func:`~dpojax.train.program.make_program`).
+      state: donated to the first step.
+      batches: a batch for every step, in their order.
+      reference: of these batches.
+      steps: how many (default: one for every batch).
+      on_step: called after every step; returning False stops.
+
+    Raises:
+      ValueError: more steps than batches.
+    """
+    steps = len(batches) if steps is None else steps
+    if steps > len(batches):
+        raise ValueError(f"{steps} steps need as many batches, and there are {len(batches)}; give Batches more epochs")
+    done = int(state.step)
+    for at in run_steps(program, state, batches.iterator(), reference, done, done + steps):
+        state = at.state
+        if on_step is not None and on_step(at.step, state) is False:
+            break
+    return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,110 +107,137 @@ class Result:
     """How a run ended."""
 
     steps: int
-    finished: bool  # False: stopped by a signal, to be continued
+    finished: bool  # False: stopped before its last step, to be continued
 
 
-def open_run(config: TrainOptions) -> tuple[Data, Model, Model, Program, dict[str, str]]:
-    """Read data, policy and reference, check that all fits together, and only then claim the output directory."""
-    check_options(config)
-    data = load_data(config)
-    model = load_policy(config.model, reward=data_kind(config)[1].on == "scores")
+def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Program, dict[str, str]]:
+    """Data, policy, reference, program and identities of a run, whose output directory is claimed once all of them
+    fit together."""
+    data = load_data(config, task)
+    model = load_policy(config.model, reward=task.traits.on == "scores")
     check_fit(model, data.examples, config.tokenizer or config.model)
-    check_freeze(config.freeze, model.config)
-    program = make_program(config, model)
-    facts = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
+    check_top_layers(config.train_top_layers, model.config)
+    program = program_of(config, task, model.config, data.total_steps)
+    identities = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
     ref_model = model
-    if isinstance(config, DPOConfig):
-        if config.ref_model is not None:
-            ref_model = load_policy(config.ref_model)
-            if ref_model.config != model.config:
-                raise UserError(f"--ref-model {config.ref_model}: differs from --model in shape; use one of its kind")
-        facts |= {f"hash of {path}": file_hash(path) for path in make_objective(config).files}
-        facts["reference_hash"] = facts["model_hash"] if ref_model is model else content_hash(ref_model.params)
-    claim_directory(config, facts)
+    if task.reference.model is not None:
+        ref_model = load_policy(task.reference.model)
+        if ref_model.config != model.config:
+            raise UserError(f"--ref-model {task.reference.model}: differs from --model in shape; use one of its kind")
+    if task.reference.form != "none":
+        same = ref_model is model
+        identities["reference_hash"] = identities["model_hash"] if same else content_hash(ref_model.params)
+    identities |= {f"hash of {path}": file_hash(path) for path in task.files}
+    claim_directory(config, identities)
     save_model_files(model, data.tokenizer, Path(config.output) / "model")
-    return data, model, ref_model, program, facts
+    return data, model, ref_model, program, identities
 
 
-def train(config: TrainOptions) -> Result:
+def references(
+    config: TrainOptions, task: Task, program: Program, data: Data, model: Model, content: str
+) -> tuple[Reference, Reference | None]:
+    """The run's reference, and that of its held-out data where it is another: log-probabilities from the cache, also
+    of a live reference, if sums are all that an evaluation reads."""
+    choice, traits = task.reference, task.traits
+    key = model_key(model.config, content, config.dtype)
+
+    def cached(batches: Batches, file: str, label: str, limit: int | None = None) -> Reference:
+        cache = LogpsCache(file, key, batches.completions.shape[1])
+        return cached_reference(program, model.params, batches, label=label, limit=limit, cache=cache)
+
+    if choice.form == "none":
+        return no_reference(), None
+    if choice.form == "moving":
+        return moving_reference(program, model.params, alpha=choice.alpha, every=choice.every), None
+    if choice.form == "live":
+        if traits.needs_live_reference:
+            console.print("  the objective reads single tokens of the reference, which runs in every step")
+        reference: Reference = live_reference(program, model.params)
+    else:
+        # First, and so in the run's own batches, whose rounding is then the steps' own.
+        reference = cached(data.batches, config.data[0], "Reference log-probabilities", data.total_steps)
+    if data.eval_batches is None or (choice.form == "live" and traits.needs_forward_pass):
+        return reference, None
+    return reference, cached(data.eval_batches, config.eval_data[0], "Reference log-probabilities, held-out")
+
+
+def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     """Run, or continue, what the options say; everything is written below ``config.output``.
 
     Longer than our other functions, so that a run reads from top to bottom in one place.
 
+    Args:
+      config: the options.
+      on_step: called after every step; returning False stops the run, after a checkpoint.
+
     Raises:
       UserError: bad options, data, model or output directory, or a disk that is full.
     """
-    data, model, ref_model, program, facts = open_run(config)
+    check_options(config)
+    task = task_of(config)
+    data, model, ref_model, program, identities = open_run(config, task)
     keep_memory()
     run, total_steps = Path(config.output), data.total_steps
     checkpoints = Checkpoints(run, config.save_total_limit)
-    if config.freeze is not None:
-        checkpoints.save_frozen(separate(model.params, config.freeze)[0])
+    if config.train_top_layers is not None:
+        checkpoints.save_frozen(separate(model.params, config.train_top_layers)[0])
     done = checkpoints.latest
     if done >= total_steps:
         console.print(f"{run}: this run is complete, at step {done}; nothing to do")
         return Result(done, finished=True)
 
     # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
-    ref_hash = facts.get("reference_hash", facts["model_hash"])
-    steps = (program.logps_step, program.ref_step)
-    reference = Reference(config, program.traits, *steps, program.mesh, ref_model, ref_hash)
-    reference.prepare(data.batches, data.eval_batches, total_steps)
+    ref_hash = identities.get("reference_hash", "")
+    reference, eval_reference = references(config, task, program, data, ref_model, ref_hash)
 
-    # ---- frozen layers: what leaves them, once for every row ------------------------------------------------------
+    # ---- frozen layers: their hidden states, once for every row ---------------------------------------------------
     batches, eval_batches = data.batches, data.eval_batches
-    frozen: tuple[str, ...] = ()
-    if config.freeze is not None:
-        below, model = cut(model, config.freeze)
-        trunk, frozen = Trunk(config, program.mesh, below), UNTRAINED
-        batches = trunk.under(batches, "Frozen layers", total_steps)
-        eval_batches = eval_batches and trunk.under(eval_batches, "Frozen layers, held-out")
-        del trunk, below
+    if config.train_top_layers is not None:
+        trunk_model, model = cut(model, config.train_top_layers)
+        trunk = Trunk(trunk_model, program.mesh, config, run, config.gradient_accumulation_steps)
+        batches = trunk.below(batches, "Frozen layers", total_steps)
+        eval_batches = eval_batches and trunk.below(eval_batches, "Frozen layers, held-out")
+        del trunk, trunk_model
 
-    # ---- state and step -------------------------------------------------------------------------------------------
-    schedule = make_schedule(config, total_steps)
-    optimizer = make_optimizer(config, schedule)
-    running = empty_running(program.objective) if program.objective else {}
-    shardings = state_shardings(program.mesh, model.config, optimizer, frozen, running)
-    step_fn = make_train_step(program.loss_fn, optimizer, schedule, config.gradient_accumulation_steps)
-    step_fn = jit_train_step(step_fn, program.mesh, shardings)
-    iterator = batches.iterator()
+    # ---- state ----------------------------------------------------------------------------------------------------
+    layout, iterator = program.layout, batches.iterator()
     if done:
-        state, position = checkpoints.restore(done, abstract_state(model.config, optimizer, shardings, running))
-        kept = part(model.params, frozen)[1]
-        state = dataclasses.replace(state, frozen=put_global(kept, shardings.frozen))
+        frozen = placed(partition(model.params, layout.frozen)[1], layout.shardings.frozen)
+        like = dataclasses.replace(layout.abstract(), hyper=layout.placed_hyper(), frozen=frozen)
+        state, position = checkpoints.restore(done, like)
         iterator.set_state(position)
-        if reference.moves:
-            reference.params = checkpoints.restore_moved(done, reference.params)
+        if isinstance(reference, MovingReference):
+            moved = checkpoints.restore_moved(done, reference.params)
+            reference = dataclasses.replace(reference, params=moved)
         console.print(f"{run}: continuing from step {done}")
     else:
-        state = initial_state(model.params, optimizer, config.seed, shardings, running)
+        state = initial_state(program, model.params, config.seed, donate=True)
     del model, ref_model
 
     # ---- steps ----------------------------------------------------------------------------------------------------
-    log = MetricsLog(run, done, total_steps, len(batches.examples))
-    rows = batch_sharding(program.mesh)
-    held_out = None if eval_batches is None else HeldOut(program, eval_batches, reference)
+    log = MetricsLog([JsonLines(run, done), TensorBoard(run, done)], total_steps, len(batches.examples))
 
-    def evaluate(step: int) -> float | None:
-        if held_out is None:
+    def figures_of(step: int, state: TrainState, reference: Reference) -> float | None:
+        if eval_batches is None:
             return None
-        unchanged = step == 0 and ref_hash == facts["model_hash"]  # the policy is its reference
-        figures = held_out.figures(state, reference.eval_sums if unchanged else None)
+        used = eval_reference or reference
+        # Before the first step the policy is its reference, unless that is another model.
+        same = step == 0 and ref_hash == identities["model_hash"]
+        sums = used.sums if same and isinstance(used, CachedReference) else None
+        figures = evaluate(program, state.policy, eval_batches, used, running=state.running, sums=sums)
         log.write(step, figures)
         log.show(step, figures)
         return figures["eval_loss"]
 
     if done == 0:
-        evaluate(0)
+        figures_of(0, state, reference)
     step = done
     with stop_signals() as stop, Stage("Training", total_steps, done) as stage:
-        while step < total_steps:
-            item = next(iterator)
-            state, metrics = step_fn(state, put_global(item.batch, rows), reference.of(item))
-            step += 1
-            reference.follow(step, state.params)
-            log.add(step, item, metrics)
+        for at in run_steps(program, state, iterator, reference, done, total_steps):
+            step = at.step
+            log.add(step, at.item, at.metrics)
+            if on_step is not None and on_step(step, at.state) is False:
+                stop.set()
             last, stopping = step == total_steps, stop.is_set()
             shows = step % config.logging_steps == 0 or last or stopping
             evaluates = step % config.eval_steps == 0 or last
@@ -143,10 +246,10 @@ def train(config: TrainOptions) -> Result:
                 log.flush()
             if shows:
                 log.show_steps(step)
-            eval_loss = evaluate(step) if evaluates else None
+            eval_loss = figures_of(step, at.state, at.reference) if evaluates else None
             if saves:
-                moved = reference.params if reference.moves else None
-                checkpoints.save(state, iterator.get_state(), eval_loss, moved)
+                moved = at.reference.params if isinstance(at.reference, MovingReference) else None
+                checkpoints.save(at.state, iterator.get_state(), eval_loss, moved)
             if evaluates or saves:
                 log.restart_clock()
             stage.advance()

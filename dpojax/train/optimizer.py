@@ -1,41 +1,66 @@
 """The optimizer and its schedule, by Optax."""
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dpojax.configs import TrainOptions
 from dpojax.types import PyTree
 
 
-def make_schedule(config: TrainOptions, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warmup that is above 0 from the first step on, then constant, linear or cosine.
+def make_schedule(
+    *,
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup",
+    warmup_steps: int = 0,
+    total_steps: int = 1,
+) -> optax.Schedule:
+    """Learning rate by step, relative to its peak: linear warmup that is above 0 from the first step on, then the rest.
 
-    The warmup is the original DPO repository's: ``(step + 1) / (warmup_steps + 1)`` of the peak.
+    The warmup is the original DPO repository's: ``(step + 1) / (warmup_steps + 1)``.
+
+    Args:
+      lr_scheduler_type: after the warmup: constant, or linear or cosine to 0 at the last step.
+      warmup_steps: steps of the warmup.
+      total_steps: steps of the run, those of the warmup included.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    rest = max(1, total_steps - warmup)
+    rest = max(1, total_steps - warmup_steps)
     after = {
-        "constant_with_warmup": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-    }[config.lr_scheduler_type]
-    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
-    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+        "constant_with_warmup": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(1.0, rest),
+    }[lr_scheduler_type]
+    ramp = optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps)
+    return optax.join_schedules([ramp, after], [warmup_steps]) if warmup_steps else after
 
 
-def make_optimizer(config: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm, then RMSprop (torch's: decay 0.99, no momentum, epsilon outside the root) or AdamW."""
-    if config.optim == "rmsprop":
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    optim: Literal["rmsprop", "adamw"] = "rmsprop",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 10.0,
+    optim_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then RMSprop (torch's: decay 0.99, no momentum, epsilon outside the root) or AdamW.
+
+    Args:
+      schedule: learning rate by step, relative to its peak (:func:`make_schedule`); the train step multiplies the
+        updates by the peak.
+      optim: the rule.
+      weight_decay: decoupled, per unit of learning rate; AdamW only.
+      max_grad_norm: gradients are scaled down to this global norm.
+      optim_dtype: of the moments; bfloat16 is rounded stochastically.
+    """
+    if optim == "rmsprop":
         rule = optax.rmsprop(schedule, decay=0.99, eps=1e-8, eps_in_sqrt=False)
     else:
-        rule = optax.adamw(schedule, weight_decay=config.weight_decay)
-    if config.optim_dtype == "bfloat16":
+        rule = optax.adamw(schedule, weight_decay=weight_decay)
+    if optim_dtype == "bfloat16":
         rule = bfloat16_moments(rule)
-    return optax.chain(clip_by_global_norm(config.max_grad_norm), rule)
+    return optax.chain(clip_by_global_norm(max_grad_norm), rule)
 
 
 def bfloat16_moments(rule: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -63,7 +88,7 @@ def _is_moment(x: PyTree) -> bool:
 
 
 def _round_by(x: Float[Array, "..."], noise: Float[Array, "..."]) -> Array:
-    """To bfloat16, up with the probability of what is cut off; ``noise`` has the shape of ``x``."""
+    """To bfloat16, up with a probability of the share that is cut off; ``noise`` has the shape of ``x``."""
     as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
     draw = (as_bits(noise) * jnp.uint32(2654435761)) >> 16  # Knuth's multiplicative hash spreads the low bits
     bits = (as_bits(x) + draw) & jnp.uint32(0xFFFF0000)

@@ -1,129 +1,87 @@
-"""The reference's log-probabilities: the forward pass alone, over all rows once or for one batch."""
+"""The frozen reference as the train step meets it: log-probabilities of a batch, by :meth:`Reference.of`.
+
+A reference is immutable. One that moves is replaced by the one that :meth:`Reference.after` returns.
+"""
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
-from dpojax.configs import DPOConfig, TrainOptions
 from dpojax.data import Batches, IndexedBatch
-from dpojax.logprobs import completion_logps, completion_stats
 from dpojax.losses import Traits
-from dpojax.models import DecoderConfig, Model
-from dpojax.models.decoder import unembedding
 from dpojax.packing import PairBatch
-from dpojax.progress import console, track
-from dpojax.sharding import batch_sharding, param_shardings, put_global
+from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.objectives import logps_of
-from dpojax.train.step import jit_forward
-from dpojax.types import ApplyFn, CompletionStats, PyTree, ReferenceOutput
-
-LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
-RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
+from dpojax.train.program import Program
+from dpojax.train.scoring import collect_logps, place_params
+from dpojax.types import CompletionStats, PyTree, ReferenceOutput
 
 
-def content_hash(params: PyTree) -> str:
-    """A fingerprint of a parameter tree: names, shapes and every byte; the reference's identity in checkpoints."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
-        x = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+class Reference:
+    """What all references have in common."""
+
+    def of(self, item: IndexedBatch) -> ReferenceOutput | None:
+        """The reference's log-probabilities of a batch; None where the objective reads none."""
+        raise NotImplementedError
+
+    def after(self, step: int, policy: PyTree) -> "Reference":
+        """The reference after this many steps, which have led to this policy; the earlier one is used no more."""
+        return self
 
 
-def make_logps_step(
-    apply_fn: ApplyFn, mesh: Mesh, config: DecoderConfig, *, chunk_tokens: int, micro_batches: int = 1
-) -> LogpsStep:
-    """A jitted ``logps_step(params, batch) -> [B, N]``: sums over each completion's tokens, nats."""
+class NoReference(Reference):
+    """That of an objective which reads none."""
 
-    def logps(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
-        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
-
-    return jit_forward(logps, mesh, config, micro_batches)
+    def of(self, item: IndexedBatch) -> ReferenceOutput | None:
+        return None
 
 
-def make_ref_step(
-    apply_fn: ApplyFn,
-    mesh: Mesh,
-    config: DecoderConfig,
-    traits: Traits,
-    *,
-    chunk_tokens: int,
-    micro_batches: int = 1,
-) -> RefStep:
-    """A jitted ``ref_step(params, batch)``: what an objective of these traits reads of a live reference."""
-    reads = (traits.reads & {"tokens"}) | ({"hidden"} if "kl" in traits.reads else set())
+@dataclasses.dataclass(frozen=True)
+class CachedReference(Reference):
+    """Sums of log-probabilities, ``[n, N]``, nats, of the examples that batches index; no parameters."""
 
-    def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
-        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
+    sums: np.ndarray
+    traits: Traits
+    mesh: Mesh
 
-    def output(stats: CompletionStats, batch: PairBatch) -> ReferenceOutput:
-        return ReferenceOutput(logps_of(stats, batch, traits), stats.hidden)
-
-    forward = jit_forward(stats, mesh, config, micro_batches)
-    shape = jax.jit(output, out_shardings=batch_sharding(mesh))
-
-    def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
-        ref = shape(forward(params, batch), batch)
-        return dataclasses.replace(ref, head=params[unembedding(config)]) if "kl" in traits.reads else ref
-
-    return ref_step
+    def of(self, item: IndexedBatch) -> ReferenceOutput | None:
+        sums = np.where(item.index[:, None] >= 0, self.sums[item.index], 0.0)
+        logps = logps_of(CompletionStats(sums), item.batch, self.traits)  # type: ignore[arg-type]  # NumPy's
+        return put_global(ReferenceOutput(logps), batch_sharding(self.mesh))
 
 
-def collect_logps(
-    step: LogpsStep,
-    params: PyTree | Callable[[], PyTree],
-    batches: Batches,
-    mesh: Mesh,
-    label: str,
-    limit: int | None = None,
-    cache: LogpsCache | None = None,
-) -> np.ndarray:
-    """Log-probabilities of every example in the first ``limit`` batches (default: all), ``[n, N]``; NaN elsewhere.
+@dataclasses.dataclass(frozen=True)
+class LiveReference(Reference):
+    """Parameters on the devices; every batch costs one more forward pass."""
 
-    Each example is computed once, however many epochs the batches run over, and not at all if the cache has it.
-    ``params`` may be a function, which is called if anything is to be computed.
-    """
-    n, N = batches.completions.shape
-    sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(batches.examples)
-    rows = batch_sharding(mesh)
-    todo = [i for i in range(batches.first_pass(limit)) if np.isnan(sums[batches.indices[i]]).any()]
-    if cache is not None and np.isfinite(sums).any():
-        console.print(f"{label}: {np.isfinite(sums[:, 0]).sum()} of {n} rows from the cache")
-    if not todo:
-        return sums
-    on_mesh = params() if callable(params) else params
-    try:
-        for i in track(todo, label):
-            item = batches.collate(batches.indices[i])
-            got = np.asarray(step(on_mesh, put_global(item.batch, rows)))
-            # A batch may run over the epoch's end, or over rows of the cache.
-            new = (item.index >= 0) & np.isnan(sums[item.index, 0])
-            sums[item.index[new]] = got[new]
-            if cache is not None:
-                cache.add([batches.examples[i] for i in item.index[new]], got[new])
-    finally:
-        if cache is not None:
-            cache.write()
-    return sums
+    params: PyTree
+    step: Callable[[PyTree, PairBatch], ReferenceOutput]
+    mesh: Mesh
+
+    def of(self, item: IndexedBatch) -> ReferenceOutput | None:
+        # Hidden states are of the policy's frozen layers; the reference may have others.
+        whole = dataclasses.replace(item.batch, hidden=None)
+        return self.step(self.params, put_global(whole, batch_sharding(self.mesh)))
 
 
-def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
-    """Names what computes log-probabilities: a model's shape and content, and the compute dtype."""
-    return f"{config}/{content}/{dtype}"
+@dataclasses.dataclass(frozen=True)
+class MovingReference(LiveReference):
+    """``ref <- alpha policy + (1 - alpha) ref`` every so many steps (Gorbatovski et al. 2024, TR-DPO, arXiv
+    2404.09656, equation 5)."""
 
+    alpha: float
+    every: int
 
-def is_live(config: DPOConfig, traits: Traits) -> bool:
-    """Whether the reference runs in every step: asked for, because it moves, or because the cache holds sums alone."""
-    return config.reference == "live" or config.sync_ref_model or traits.needs_live_reference
+    def after(self, step: int, policy: PyTree) -> Reference:
+        if step % self.every:
+            return self
+        return dataclasses.replace(self, params=mix(self.params, policy, self.alpha))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -132,85 +90,46 @@ def mix(ref: PyTree, policy: PyTree, alpha: float) -> PyTree:
     return jax.tree.map(lambda r, p: jnp.where(alpha == 1, p, alpha * p + (1 - alpha) * r), ref, policy)
 
 
-class Reference:
-    """The frozen reference as the train step meets it: log-probabilities of a batch, cached or live.
+def no_reference() -> NoReference:
+    """The reference of an objective that reads none."""
+    return NoReference()
 
-    Cached, every row's are computed once for all runs, before training, and kept beside the data
-    (:class:`~dpojax.train.logps_cache.LogpsCache`); the parameters are never on the devices, or let go. Live, they
-    stay, and every batch costs one more forward pass. With ``sync_ref_model`` they move (Gorbatovski et al. 2024,
-    TR-DPO, arXiv 2404.09656): ``ref <- alpha policy + (1 - alpha) ref`` every so many steps.
+
+def cached_reference(
+    program: Program,
+    params: PyTree | Callable[[], PyTree],
+    batches: Batches,
+    *,
+    label: str = "Reference log-probabilities",
+    limit: int | None = None,
+    cache: LogpsCache | None = None,
+) -> CachedReference:
+    """The reference of these batches, its log-probabilities computed once.
+
+    Args:
+      program: the run's functions.
+      params: the reference's parameters; or a function that gives them, which is called if anything is to be computed.
+      batches: those that :meth:`Reference.of` will be asked for, in their own packing, whose rounding is the steps'.
+      label: names the stage on the console.
+      limit: of batches; default: all.
+      cache: log-probabilities that are known; new ones are added.
     """
+    placed = lambda: place_params(params() if callable(params) else params, program.mesh, program.config)  # noqa: E731
+    sums = collect_logps(program.logps_step, placed, batches, program.mesh, label, limit, cache)
+    return CachedReference(sums, program.traits, program.mesh)
 
-    def __init__(
-        self,
-        config: TrainOptions,
-        traits: Traits,
-        logps_step: LogpsStep,
-        ref_step: RefStep,
-        mesh: Mesh,
-        model: Model,
-        model_hash: str,
-    ):
-        self.needed = isinstance(config, DPOConfig) and traits.reference
-        self.live = isinstance(config, DPOConfig) and is_live(config, traits)
-        self.traits, self.logps_step, self.ref_step, self.mesh, self.config = traits, logps_step, ref_step, mesh, config
-        self.moves = isinstance(config, DPOConfig) and config.sync_ref_model
-        self.model: Model | None = model
-        self.key = model_key(model.config, model_hash, config.dtype)
-        self.params: PyTree = None
-        self.sums: np.ndarray | None = None
-        self.eval_sums: np.ndarray | None = None
 
-    def prepare(self, batches: Batches, eval_batches: Batches | None, total_steps: int) -> None:
-        """Compute, or find in the cache, what ``total_steps`` of training will ask for."""
-        if not self.needed:
-            self.model = None
-            return
-        if self.live:
-            if isinstance(self.config, DPOConfig) and self.config.reference == "auto" and not self.moves:
-                console.print("  the objective reads single tokens of the reference, which runs in every step")
-            self._on_devices()
-        else:
-            # First, and so in the run's own batches, whose rounding is then the steps' own.
-            self.sums = self._collect(batches, self.config.data[0], "Reference log-probabilities", total_steps)
-        if eval_batches is not None and not self.moves and not (self.live and self.traits.needs_forward_pass):
-            label = "Reference log-probabilities, held-out"
-            self.eval_sums = self._collect(eval_batches, self.config.eval_data[0], label)
-        if not self.live:
-            self.params = None
-        self.model = None
+def live_reference(program: Program, params: PyTree) -> LiveReference:
+    """The reference of any batch; it has a copy of the parameters, as the policy's are donated to the step."""
+    return LiveReference(copied(program, params), program.ref_step, program.mesh)
 
-    def follow(self, step: int, policy: PyTree) -> None:
-        """After a step: move towards the policy, if it is time to."""
-        if not self.moves:
-            return
-        assert isinstance(self.config, DPOConfig)
-        if step % (self.config.ref_model_sync_steps or 512) == 0:
-            alpha = self.config.ref_model_mixup_alpha or 0.6
-            self.params = mix(self.params, policy, alpha)
 
-    def _on_devices(self) -> PyTree:
-        if self.params is None:
-            assert self.model is not None
-            shardings = param_shardings(self.mesh, self.model.config)
-            # A copy of its own: the policy's buffers, which may be the same host memory, are donated.
-            copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
-            self.params = copy(put_global(self.model.params, shardings))
-        return self.params
+def moving_reference(program: Program, params: PyTree, *, alpha: float = 0.6, every: int = 512) -> MovingReference:
+    """A live reference that every so many steps becomes ``alpha`` parts policy, ``1 - alpha`` parts itself."""
+    return MovingReference(copied(program, params), program.ref_step, program.mesh, alpha, every)
 
-    def _collect(self, batches: Batches, file: str, label: str, limit: int | None = None) -> np.ndarray:
-        cache = LogpsCache(file, self.key, batches.completions.shape[1])
-        return collect_logps(self.logps_step, self._on_devices, batches, self.mesh, label, limit, cache)
 
-    def of(self, item: IndexedBatch, *, held_out: bool = False) -> ReferenceOutput | None:
-        """The reference's log-probabilities of a batch; None where no objective reads them."""
-        if not self.needed:
-            return None
-        rows = batch_sharding(self.mesh)
-        if self.live:
-            whole = dataclasses.replace(item.batch, hidden=None)  # the reference may have another trunk
-            return self.ref_step(self.params, put_global(whole, rows))
-        known = self.eval_sums if held_out else self.sums
-        assert known is not None
-        sums = np.where(item.index[:, None] >= 0, known[item.index], 0.0)
-        return put_global(ReferenceOutput(logps_of(CompletionStats(sums), item.batch, self.traits)), rows)  # type: ignore[arg-type]
+def copied(program: Program, params: PyTree) -> PyTree:
+    """A copy of the parameters on the mesh."""
+    placed = place_params(params, program.mesh, program.config)
+    return jax.jit(lambda p: jax.tree.map(jnp.copy, p))(placed)

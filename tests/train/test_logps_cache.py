@@ -9,7 +9,7 @@ import pytest
 
 from dpojax import cli
 from dpojax.data import Example
-from dpojax.train import reference
+from dpojax.train import reference, scoring
 from dpojax.train.logps_cache import LogpsCache
 
 
@@ -71,7 +71,7 @@ def test_a_run_finds_what_logps_has_computed(tiny_dir, data, tmp_path, computed,
     assert cli.main(["logps", "--model", tiny_dir, "--data", str(data)]) == 0
     assert len(computed) == 24
     # When all is there, the reference's parameters never reach a device.
-    monkeypatch.setattr(reference.Reference, "_on_devices", lambda self: pytest.fail("parameters were asked for"))
+    monkeypatch.setattr(reference, "place_params", lambda *_: pytest.fail("parameters were asked for"))
     flags = ["--batch-size", "8", "--warmup-steps", "0", "--output", str(tmp_path / "run")]
     assert cli.main(["dpo", "--model", tiny_dir, "--data", str(data), *flags]) == 0
     assert "24 of 24 rows from the cache" in capsys.readouterr().out
@@ -81,16 +81,16 @@ def test_a_run_finds_what_logps_has_computed(tiny_dir, data, tmp_path, computed,
 
 
 def test_interrupted_computation_continues(tiny_dir, data, tmp_path, computed, monkeypatch):
-    real, calls = reference.put_global, []
+    real, calls = scoring.put_global, []
 
     def broken(tree, shardings):
         calls.append(1)
-        if len(calls) == 3:  # the parameters, a batch, and then
+        if len(calls) == 2:  # a batch, and then
             raise KeyboardInterrupt
         return real(tree, shardings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "put_global", broken)
+        patch.setattr(scoring, "put_global", broken)
         assert cli.main(["logps", "--model", tiny_dir, "--data", str(data)]) == 130
     done = len(computed)
     assert 0 < done < 24

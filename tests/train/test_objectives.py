@@ -16,8 +16,8 @@ from dpojax.logprobs import completion_rewards, completion_stats, pair_up
 from dpojax.losses import LOSSES, traits_of
 from dpojax.models import load_tokenizer, make_apply
 from dpojax.packing import Annotations
-from dpojax.train.objectives import Whole, empty_running, mean_chosen_len, preference_loss
-from dpojax.train.reference import make_ref_step
+from dpojax.train.objectives import BatchContext, empty_running, make_loss, mean_chosen_len
+from dpojax.train.program import make_ref_step
 from dpojax.types import STATISTICS, CompletionStats, ReferenceOutput
 from tests.conftest import plain_input, random_batch, sentence, write_rows
 from tests.train.test_step import one_device
@@ -196,9 +196,14 @@ def test_a_reference_that_moves(tiny_dir, pairs_file, tmp_path, alpha):
 
 def test_objective_of_ones_own_file(tiny_dir, pairs_file, tmp_path, capsys):
     file = tmp_path / "mine.py"
-    file.write_text("def mine(policy, ref, *, beta=0.3):\n    return -beta * (policy.chosen - policy.rejected)\n")
+    log = tmp_path / "log"
+    file.write_text(
+        f"open({str(log)!r}, 'a').write('executed\\n')\n"
+        "def mine(policy, ref, *, beta=0.3):\n    return -beta * (policy.chosen - policy.rejected)\n"
+    )
     lines = train(tiny_dir, pairs_file, tmp_path / "run", f"{file}:mine+0.1*sft", steps=3)
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
+    assert log.read_text() == "executed\n"  # once a run
     # Another content of the file is another run.
     file.write_text(file.read_text().replace("0.3", "0.4"))
     command = ["dpo", "--model", tiny_dir, "--data", pairs_file, "--eval-data", pairs_file, "--steps", "3", *OPTIONS]
@@ -233,8 +238,8 @@ def test_gradients_reach_a_model(config, params, batch, name):
     objective, apply_fn = LOSSES[name], make_apply(config)
     full = dataclasses.replace(batch, key=jax.random.split(jax.random.key(0), 4))
     ref = make_ref_step(apply_fn, one_device(), config, traits_of(objective), chunk_tokens=64)(params, full)
-    loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=64)
-    whole = Whole(mean_chosen_len(full), jnp.int32(0), empty_running(objective))
-    value, grads = jax.value_and_grad(lambda p: loss_fn(p, full, ref, whole)[0].sum)(params)
+    loss_fn = make_loss(apply_fn, objective, chunk_tokens=64)
+    context = BatchContext(jnp.float32(0.1), mean_chosen_len(full), jnp.int32(0), empty_running(objective))
+    value, grads = jax.value_and_grad(lambda p: loss_fn(p, full, ref, context)[0].sum)(params)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert any((g != 0).any() for g in jax.tree.leaves(grads))

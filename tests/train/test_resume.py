@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dpojax.cli import main
-from dpojax.train.checkpoint import load_run
+from dpojax.train.by_name import load_run
 from tests.conftest import write_rows
 
 RATES = ("pairs_per_second", "tokens_per_second")
@@ -100,6 +100,23 @@ def test_another_runs_directory_is_refused(tiny_dir, pairs_file, tmp_path, capsy
     (tmp_path / "other" / "thesis.tex").write_text("")
     assert main(options(tiny_dir, pairs_file, tmp_path / "other")) == 2
     assert "is no run of dpojax" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_format_is_read_but_not_continued(tiny_dir, pairs_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    args = options(tiny_dir, pairs_file, run, steps=2, train_top_layers=1)
+    assert main(args) == 0
+    known = json.loads((run / "run.json").read_text())
+    assert known.pop("format") == 2
+    known["freeze"] = known.pop("train_top_layers")
+    (run / "run.json").write_text(json.dumps(known))
+    capsys.readouterr()
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be continued" in error and "another directory" in error
+    assert all(command in error for command in ("eval", "sample", "export"))
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert main(["eval", "--model", str(run), "--data", pairs_file]) == 0
 
 
 def test_changed_data_under_the_same_name_is_another_run(tiny_dir, pairs_file, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """The step: reference equality, micro-batches, devices, precision; one update against a hand-made one."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -11,17 +10,12 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from dpojax.configs import DPOConfig, MeshConfig
-from dpojax.logprobs import pair_up
-from dpojax.losses import LOSSES, sft, traits_of, with_options
-from dpojax.models import make_apply
-from dpojax.packing import Annotations
-from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
-from dpojax.train.objectives import empty_running, imitation_loss, preference_loss
-from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.reference import make_ref_step
-from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
-from dpojax.types import CompletionStats
+from dpojax.configs import ComputeOptions, MeshConfig
+from dpojax.losses import LOSSES, traits_of
+from dpojax.packing import Annotations, packing_of
+from dpojax.sharding import batch_sharding, make_mesh, put_global
+from dpojax.train import initial_state, lower_step, make_optimizer, make_program, make_schedule
+from dpojax.train.scoring import place_params
 from tests.conftest import random_batch
 
 
@@ -42,33 +36,41 @@ def one_device() -> Mesh:
 def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, scale=1.1):
     """A few steps; the reference is the starting policy, scaled so that its log-ratios are not zero."""
     mesh = mesh or one_device()
-    objective = with_options(sft if loss == "imitation" else LOSSES[loss], beta=0.1)
+    objective = LOSSES["sft" if loss == "imitation" else loss]
     traits = traits_of(objective)
+    if loss == "imitation":
+        batch = chosen_alone(batch)
     if traits.on == "scores":
         config = dataclasses.replace(config, reward=True)
         params = {**params, "score": 0.1 * jnp.ones((1, config.width))}
-    apply_fn = make_apply(config, constrain=constrainer(mesh))
     # An optimizer without a root or a quotient, which would blow rounding up where gradients are near 0.
-    optimizer, schedule = optax.sgd(1e-2), optax.constant_schedule(1e-2)
-    running = empty_running(objective)
-    shardings = state_shardings(mesh, config, optimizer, running=running)
+    program = make_program(
+        *(config, objective),
+        mesh=mesh,
+        learning_rate=1e-2,
+        optimizer=optax.sgd(1.0),
+        micro_batches=micro,
+        compute=ComputeOptions(logprob_chunk_tokens=32),
+    )
     host_params = jax.tree.map(np.asarray, params)
-    on_mesh = put_global(batch, batch_sharding(mesh))
-    ref = None
+    on_mesh, ref = put_global(batch, batch_sharding(mesh)), None
     if traits.reference:
-        ref_step = make_ref_step(apply_fn, mesh, config, traits, chunk_tokens=32, micro_batches=micro)
         scaled = jax.tree.map(lambda x: x * np.float32(scale), host_params)
-        ref = ref_step(put_global(scaled, shardings.params), on_mesh)
-    loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=32)
-    if loss == "imitation":
-        loss_fn = imitation_loss(apply_fn, chunk_tokens=32)
-    step = jit_train_step(make_train_step(loss_fn, optimizer, schedule, micro), mesh, shardings)
-    state = initial_state(host_params, optimizer, 0, shardings, running)
+        ref = program.ref_step(place_params(scaled, mesh, config), on_mesh)
+    state = initial_state(program, host_params)
     history = []
     for _ in range(steps):
-        state, metrics = step(state, on_mesh, ref)
+        state, metrics = program.step(state, on_mesh, ref)
         history.append({name: metric.mean for name, metric in metrics.items()})
     return state, history
+
+
+def chosen_alone(batch):
+    """The batch's first completions, a row each, padded as they are."""
+    cut = dataclasses.replace(batch, completions=batch.completions[:, :1], completion_len=batch.completion_len[:, :1])
+    return dataclasses.replace(
+        cut, annotations=Annotations(), packing=packing_of(dataclasses.replace(cut, packing=None))
+    )
 
 
 def assert_same_run(a, b, rtol):
@@ -81,7 +83,7 @@ def assert_same_run(a, b, rtol):
 
 
 def test_policy_that_is_its_reference(config, params, batch):
-    full = dataclasses.replace(batch, real=jnp.ones(16))
+    full = dataclasses.replace(batch, valid=jnp.ones(16))
     _, history = run(config, params, full, scale=1.0, steps=1)
     assert history[0]["loss"] == float(jnp.float32(math.log(2)))
     assert history[0]["rewards/accuracies"] == 0.5
@@ -116,9 +118,8 @@ def test_eight_devices_are_one(config, params, batch, sizes, micro, loss):
 
 def test_parameters_and_moments_are_split_over_the_mesh(config, params):
     mesh = make_mesh(MeshConfig(1, 4, 2), config, 8)
-    optimizer = optax.rmsprop(1e-3)
-    shardings = state_shardings(mesh, config, optimizer)
-    state = initial_state(jax.tree.map(np.asarray, params), optimizer, 0, shardings)
+    program = make_program(config, LOSSES["sigmoid"], mesh=mesh, optimizer=optax.rmsprop(1e-3))
+    state = initial_state(program, jax.tree.map(np.asarray, params))
     for tree in (state.params, state.opt_state[0].nu):
         gate = tree["blocks"]["gate"]
         assert gate.addressable_shards[0].data.size == gate.size // 8
@@ -127,34 +128,28 @@ def test_parameters_and_moments_are_split_over_the_mesh(config, params):
 def test_compiled_step_never_holds_all_logits(config):
     """Temporary memory of the whole step, forward and backward, at chunk sizes that differ by 64."""
     wide = dataclasses.replace(config, vocab_size=65536)
-    mesh, optimizer = one_device(), optax.sgd(1e-2)
     batch = random_batch(np.random.default_rng(0), B=4, P=8, C=64)
     all_logits = batch.completions.size * wide.vocab_size * 4
 
     def temporary(chunk_tokens):
-        objective = functools.partial(LOSSES["sigmoid"], beta=0.1)
-        loss_fn = preference_loss(make_apply(wide), objective, beta=0.1, chunk_tokens=chunk_tokens)
-        shardings = state_shardings(mesh, wide, optimizer)
-        step = jit_train_step(make_train_step(loss_fn, optimizer, optax.constant_schedule(1e-2)), mesh, shardings)
-        ref = pair_up(CompletionStats(jnp.zeros((4, 2))), batch)
-        lowered = step.lower(abstract_state(wide, optimizer, shardings), batch, ref)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        compute = ComputeOptions(logprob_chunk_tokens=chunk_tokens)
+        program = make_program(wide, LOSSES["sigmoid"], mesh=one_device(), optimizer=optax.sgd(1e-2), compute=compute)
+        return lower_step(program, batch).compile().memory_analysis().temp_size_in_bytes
 
     small, whole = temporary(8), temporary(512)
     assert small < 0.4 * all_logits < all_logits < whole
 
 
-def test_rows_that_only_fill_up_change_nothing(config, params, batch):
-    cut = jax.tree.map(lambda x: x[:13], dataclasses.replace(batch, stream=None, scored=None))
-    kept = dataclasses.replace(cut, real=jnp.ones(13))
+def test_padding_rows_change_nothing(config, params, batch):
+    cut = jax.tree.map(lambda x: x[:13], dataclasses.replace(batch, packing=None))
+    kept = dataclasses.replace(cut, valid=jnp.ones(13))
     mesh = one_device()
     assert_same_run(run(config, params, batch, mesh=mesh), run(config, params, kept, mesh=mesh), rtol=1e-6)
 
 
 def test_rmsprop_is_torchs():
     """Three steps by hand: v = 0.99 v + 0.01 g^2, x -= lr g / (sqrt(v) + 1e-8)."""
-    config = DPOConfig(model="", data=(), output="", learning_rate=0.1, warmup_steps=0, max_grad_norm=1e9)
-    optimizer = make_optimizer(config, make_schedule(config, 10))
+    optimizer = make_optimizer(make_schedule(total_steps=10), max_grad_norm=1e9)
     x, v = np.array([1.0, -2.0]), np.zeros(2)
     params = jnp.asarray(x, jnp.float32)
     state = optimizer.init(params)
@@ -162,15 +157,15 @@ def test_rmsprop_is_torchs():
         v = 0.99 * v + 0.01 * g**2
         x = x - 0.1 * g / (np.sqrt(v) + 1e-8)
         updates, state = optimizer.update(jnp.asarray(g, jnp.float32), state, params)
-        params = optax.apply_updates(params, updates)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: 0.1 * u, updates))
     np.testing.assert_allclose(params, x, rtol=1e-5)
 
 
 def test_bfloat16_moments_follow_float32_ones():
     """Adam's second moment moves by a thousandth a step, a quarter of what bfloat16 resolves: unbiased all the same."""
-    config = DPOConfig(model="", data=(), output="", optim="adamw", max_grad_norm=1e9)
     narrow, wide = (
-        make_optimizer(dataclasses.replace(config, optim_dtype=d), lambda _: 1e-3) for d in ("bfloat16", "float32")
+        make_optimizer(lambda _: 1e-3, optim="adamw", max_grad_norm=1e9, optim_dtype=dtype)
+        for dtype in ("bfloat16", "float32")
     )
     params = jnp.zeros((4096,))
 
@@ -190,8 +185,7 @@ def test_bfloat16_moments_follow_float32_ones():
 
 def test_schedules():
     def rates(kind):
-        config = DPOConfig(model="", data=(), output="", learning_rate=1.0, warmup_steps=4, lr_scheduler_type=kind)
-        schedule = make_schedule(config, 12)
+        schedule = make_schedule(lr_scheduler_type=kind, warmup_steps=4, total_steps=12)
         return [float(schedule(i)) for i in range(13)]
 
     warmup = [0.2, 0.4, 0.6, 0.8]
@@ -203,7 +197,6 @@ def test_schedules():
 
 
 def test_gradients_are_clipped_to_the_norm():
-    config = DPOConfig(model="", data=(), output="", max_grad_norm=1.0, warmup_steps=0, learning_rate=1.0)
-    clip = make_optimizer(config, make_schedule(config, 1))
+    clip = make_optimizer(make_schedule(), max_grad_norm=1.0)
     a, b = (clip.update(jnp.array([scale, scale]), clip.init(jnp.zeros(2)), jnp.zeros(2)) for scale in (10.0, 1000.0))
     np.testing.assert_allclose(a[1][1][0].nu, b[1][1][0].nu, rtol=1e-5)

@@ -9,37 +9,29 @@ import sys
 import pytest
 
 COMPILE = """
-import functools, json
-import jax, jax.numpy as jnp, numpy as np, optax
+import json
+import jax, numpy as np, optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from dpojax.data.batches import pack
-from dpojax.losses import sigmoid
-from dpojax.models import DecoderConfig, make_apply, make_attention
-from dpojax.sharding import batch_sharding, constrainer
-from dpojax.train.objectives import preference_loss
-from dpojax.train.step import abstract_state, jit_train_step, make_train_step, state_shardings
-from dpojax.types import PairBatch, PairLogps
+from dpojax.configs import ComputeOptions
+from dpojax.losses import LOSSES
+from dpojax.models import DecoderConfig
+from dpojax.packing import PairBatch, pack
+from dpojax.train import lower_step, make_program
 
-config = DecoderConfig(32000, 2048, 16, 16, 8, 128, 8192, 1e-5, 1e4, 4096, True)  # a Llama of 1.1 billion
+# a Llama of 1.1 billion
+config = DecoderConfig(vocab_size=32000, width=2048, layers=16, heads=16, kv_heads=8, head_dim=128, mlp_width=8192,
+                       norm_eps=1e-5, rope_theta=1e4, max_positions=4096, tied=True)
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 mesh = Mesh(np.array(devices).reshape(2, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-B, P, C, streams = 32, 500, 250, 8
+B, P, C, sequences = 32, 500, 250, 8
 lengths = np.full((B,), P, np.int32), np.full((B, 2), C, np.int32)
-stream, scored = pack(*lengths, P, C, streams, B // streams * 1000, B // streams * 500)
+packing = pack(*lengths, P, C, sequences, B // sequences * 1000, B // sequences * 500)
 zeros = lambda *shape: np.zeros(shape, np.int32)
-batch = PairBatch(zeros(B, P), lengths[0], zeros(B, 2, C), lengths[1], np.ones(B, np.float32), stream, scored)
-logps = PairLogps(*[np.zeros(B, np.float32)] * 2, *[zeros(B)] * 2)
-rows = batch_sharding(mesh)
-abstract = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree)
-
-attention = make_attention("auto", mesh, "bfloat16")
-apply_fn = make_apply(config, dtype="bfloat16", remat="block", constrain=constrainer(mesh), attention=attention)
-loss_fn = preference_loss(apply_fn, functools.partial(sigmoid, beta=0.1), beta=0.1, chunk_tokens=2048)
-optimizer = optax.adamw(1e-6)
-shardings = state_shardings(mesh, config, optimizer)
-step = jit_train_step(make_train_step(loss_fn, optimizer, lambda _: 1e-6), mesh, shardings)
-program = step.lower(abstract_state(config, optimizer, shardings), abstract(batch), abstract(logps)).compile()
+batch = PairBatch(zeros(B, P), lengths[0], zeros(B, 2, C), lengths[1], np.ones(B, np.float32), packing)
+compute = ComputeOptions(dtype="bfloat16", remat="block", logprob_chunk_tokens=2048)
+program = make_program(config, LOSSES["sigmoid"], mesh=mesh, optimizer=optax.adamw(1.0), compute=compute)
+program = lower_step(program, batch).compile()
 memory, text = program.memory_analysis(), program.as_text()
 print(json.dumps({
     "kernels": text.count('custom_call_target="tpu_custom_call"'),

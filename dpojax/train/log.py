@@ -1,22 +1,18 @@
-"""Where a run's figures go: metrics.jsonl (a line for every step), TensorBoard, and the console."""
+"""A run's figures by step: fetched together, with rates, to the writers and to the console."""
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from dpojax.data import IndexedBatch
 from dpojax.errors import UserError
 from dpojax.progress import console
 from dpojax.train.objectives import Metrics
+from dpojax.train.writers import Writer
 
 CONSOLE_NAMES = {
     "loss": "loss",
@@ -34,43 +30,42 @@ CONSOLE_NAMES = {
 
 
 class MetricsLog:
-    """Figures by step. A run that continues from step ``resume`` drops what was written beyond it.
+    """Figures by step.
 
     Steps are added as undivided device arrays and fetched together by :meth:`flush`, so that the device never waits
     for the log. A step that compiles a new shape counts in no rate.
+
+    Args:
+      writers: take every figure.
+      total_steps: of the run.
+      examples: of an epoch.
     """
 
-    def __init__(self, directory: Path, resume: int, total_steps: int, examples: int):
-        self.total_steps, self.examples = total_steps, examples
-        path = directory / "metrics.jsonl"
-        old = path.read_text().splitlines() if path.exists() and resume else []
-        path.write_text("".join(line + "\n" for line in old if 0 <= _step_of(line) <= resume))
-        self.file = path.open("a")
-        # Not tensorboardX's SummaryWriter: its thread dies of a full disk without a word, and its queue then blocks.
-        (directory / "tensorboard").mkdir(exist_ok=True)
-        self.board = EventsWriter(str(directory / "tensorboard" / "events"))
-        # TensorBoard drops what an earlier process wrote beyond this step.
-        start = SessionLog(status=SessionLog.START)
-        self.board.write_event(Event(wall_time=time.time(), step=resume + 1 if resume else 0, session_log=start))
+    def __init__(self, writers: Sequence[Writer], total_steps: int, examples: int):
+        self.writers, self.total_steps, self.examples = writers, total_steps, examples
         self.pending: list[tuple[int, PairCount, Metrics]] = []
         self.unshown: list[dict[str, float]] = []
         self.shapes: set[tuple[tuple[int, ...], ...]] = set()
         self.clock = time.perf_counter()
 
     def add(self, step: int, item: IndexedBatch, metrics: Metrics) -> None:
-        """A step that has been dispatched."""
+        """Take a step that has been dispatched."""
         shape = tuple(x.shape for x in jax.tree.leaves(item.batch))
-        if shape not in self.shapes:
-            # Its time is mostly the compiler's: what was pending keeps its rate, this step gets none.
+        new = shape not in self.shapes
+        if new:
+            # Its time is mostly the compiler's: pending steps keep their rate, this step gets none.
             self.shapes.add(shape)
             jax.block_until_ready(metrics)
-            self.pending.append((step, PairCount(item, timed=False), metrics))
+        self.pending.append((step, PairCount(item, timed=not new), metrics))
+        if new:
             self.clock = time.perf_counter()
-        else:
-            self.pending.append((step, PairCount(item, timed=True), metrics))
 
     def flush(self) -> None:
-        """Fetch what is pending and write a line for each step."""
+        """Fetch the pending steps, and write the figures of each.
+
+        Raises:
+          UserError: the loss is not finite, or the disk is full.
+        """
         fetched = jax.device_get([metrics for _, _, metrics in self.pending])
         now = time.perf_counter()
         timed = [count for _, count, _ in self.pending if count.timed]
@@ -88,47 +83,48 @@ class MetricsLog:
             self.write(step, figures)
             self.unshown.append(figures)
         self.pending.clear()
-        with self._disk():
-            self.board.flush()
+        for writer in self.writers:
+            with self._disk(writer):
+                writer.flush()
 
     @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
+    def _disk(self, writer: Writer) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             again = "free some space and give the same command again, which continues from the last checkpoint"
-            raise UserError(f"{self.file.name}: cannot be written ({error.strerror}); {again}") from None
+            raise UserError(f"{writer.name}: cannot be written ({error.strerror}); {again}") from None
 
     def restart_clock(self) -> None:
-        """After an evaluation or a save, whose time counts in no rate; nothing may be pending."""
+        """Leave the time of an evaluation or a save out of the rates; nothing may be pending."""
         self.clock = time.perf_counter()
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """A line now, whatever becomes of the process next."""
-        with self._disk():
-            self.file.write(json.dumps({"step": step, **figures}) + "\n")
-            self.file.flush()
-            for name, value in figures.items():
-                self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        """Give the figures of a step to every writer."""
+        for writer in self.writers:
+            with self._disk(writer):
+                writer.write(step, figures)
 
     def show_steps(self, step: int) -> None:
-        """On the console, the means of the steps since the last call."""
+        """Print the means of the steps since the last call."""
         names = dict.fromkeys(name for figures in self.unshown for name in figures)
         means = {name: float(np.mean([f[name] for f in self.unshown if name in f])) for name in names}
         self.show(step, means)
         self.unshown.clear()
 
     def show(self, step: int, figures: dict[str, float]) -> None:
+        """Print figures of a step."""
         shown = [f"{label} {figures[name]:.4g}" for name, label in CONSOLE_NAMES.items() if name in figures]
         console.print(f"step {step}/{self.total_steps}: {', '.join(shown)}")
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        """Close every writer."""
+        for writer in self.writers:
+            writer.close()
 
 
 class PairCount:
-    """What a batch holds: pairs, real tokens (the prompt once), and computed positions."""
+    """Pairs, tokens (the prompt once) and computed positions of a batch."""
 
     def __init__(self, item: IndexedBatch, timed: bool):
         batch = item.batch
@@ -138,10 +134,3 @@ class PairCount:
         self.tokens = int(batch.prompt_len.sum() + batch.completion_len.sum())
         assert batch.packing is not None
         self.computed = batch.packing.padded_index.size
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1  # half a line, left behind by a run that was killed

@@ -1,7 +1,6 @@
 """The top of a model on kept hidden states is the whole model, in figures, gradients, files and resumed runs."""
 
 import dataclasses
-import functools
 import json
 import re
 import resource
@@ -14,18 +13,16 @@ import optax
 import pytest
 
 from dpojax.cli import main
-from dpojax.configs import DPOConfig, MeshConfig
+from dpojax.configs import ComputeOptions, MeshConfig
 from dpojax.data import Batches, Example
 from dpojax.errors import UserError
-from dpojax.logprobs import pair_up
 from dpojax.losses import LOSSES
-from dpojax.models import Model, init_params, load_model, make_apply
-from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global
-from dpojax.train.checkpoint import load_run
-from dpojax.train.freeze import UNTRAINED, Trunk, cut, join, keep, separate
-from dpojax.train.objectives import preference_loss
-from dpojax.train.step import abstract_state, initial_state, jit_train_step, make_train_step, state_shardings
-from dpojax.types import CompletionStats
+from dpojax.models import Model, init_params, load_model
+from dpojax.sharding import make_mesh
+from dpojax.train import initial_state, lower_step, make_program, run_steps
+from dpojax.train.by_name import load_run
+from dpojax.train.reference import CachedReference
+from dpojax.train.top_layers import Trunk, cut, join, separate, stored
 from tests.train.test_resume import curve, finish, options, start, wait_for_step
 
 LAYERS = 3
@@ -46,31 +43,33 @@ def examples():
     return [Example(tokens(1, 9), (tokens(1, 7), tokens(1, 7))) for _ in range(21)]
 
 
-def make_step(config, mesh, optimizer, frozen=(), micro=1, chunk=32):
-    objective = functools.partial(LOSSES["sigmoid"], beta=0.1)
-    apply_fn = make_apply(config, constrain=constrainer(mesh))
-    loss_fn = preference_loss(apply_fn, objective, beta=0.1, chunk_tokens=chunk)
-    shardings = state_shardings(mesh, config, optimizer, frozen)
-    step = make_train_step(loss_fn, optimizer, optax.constant_schedule(1e-2), micro)
-    return jit_train_step(step, mesh, shardings), shardings
+def program_of(config, mesh, n=None, micro=1, chunk=32):
+    """Plain SGD, whose updates are the gradients."""
+    return make_program(
+        *(config, LOSSES["sigmoid"]),
+        mesh=mesh,
+        learning_rate=1e-2,
+        optimizer=optax.sgd(1.0),
+        micro_batches=micro,
+        compute=ComputeOptions(logprob_chunk_tokens=chunk),
+        train_top_layers=n,
+    )
 
 
-def run(model, examples, directory, *, freeze=None, sizes=(8, 1, 1), micro=1):
-    """An epoch of SGD, whose updates are the gradients; the reference is arbitrary."""
-    mesh, optimizer = make_mesh(MeshConfig(*sizes), model.config, 16 // micro), optax.sgd(1e-2)
+def run(model, examples, directory, *, n=None, sizes=(8, 1, 1), micro=1):
+    """An epoch; the reference is arbitrary."""
+    mesh = make_mesh(MeshConfig(*sizes), model.config, 16 // micro)
     sequences = sizes[0] * sizes[1] * micro
     batches = Batches(examples, 16, max_shapes=2, sequences=sequences, seed=0)
-    if freeze is not None:
-        options = DPOConfig(model="", data=(), output=str(directory), gradient_accumulation_steps=micro)
-        trunk, model = cut(model, freeze)
-        batches = Trunk(options, mesh, trunk).under(batches, "Frozen layers")
-    step, shardings = make_step(model.config, mesh, optimizer, UNTRAINED if freeze else (), micro)
-    state = initial_state(model.params, optimizer, 0, shardings)
-    history, rows = [], batch_sharding(mesh)
-    for item in batches:
-        ref = pair_up(CompletionStats(np.full((16, 2), -30, np.float32)), item.batch)
-        state, metrics = step(state, put_global(item.batch, rows), put_global(ref, rows))
-        history.append({name: metric.mean for name, metric in metrics.items()})
+    program = program_of(model.config, mesh, n, micro)
+    if n is not None:
+        trunk, model = cut(model, n)
+        batches = Trunk(trunk, mesh, ComputeOptions(), directory, micro).below(batches, "Frozen layers")
+    reference = CachedReference(np.full((len(examples), 2), -30, np.float32), program.traits, mesh)
+    state, history = initial_state(program, model.params), []
+    for at in run_steps(program, state, batches.iterator(), reference, 0, len(batches)):
+        history.append({name: metric.mean for name, metric in at.metrics.items()})
+        state = at.state
     return jax.tree.map(np.asarray, state.params), history
 
 
@@ -80,24 +79,24 @@ def assert_close(got, want, start, rtol):
         np.testing.assert_allclose(a - c, b - c, rtol=0, atol=rtol * float(np.abs(b - c).max()))
 
 
-@pytest.mark.parametrize("freeze", [1, LAYERS])
-def test_updates_are_the_whole_models(model, examples, tmp_path, freeze):
+@pytest.mark.parametrize("n", [1, LAYERS])
+def test_updates_are_the_whole_models(model, examples, tmp_path, n):
     """The first step's update of the trained part, against the gradient of the whole model's loss."""
-    start = separate(model.params, freeze)[1]
+    start = separate(model.params, n)[1]
     first = examples[:16]
-    trained, history = run(model, first, tmp_path, freeze=freeze)
+    trained, history = run(model, first, tmp_path, n=n)
     whole, known = run(model, first, tmp_path)
     assert len(history) == 1
     for name in history[0].keys() - {"grad_norm"}:
         assert history[0][name] == pytest.approx(known[0][name], rel=1e-5), name
     assert 0 < history[0]["grad_norm"] < known[0]["grad_norm"]
-    assert_close(trained, separate(whole, freeze)[1], start, rtol=2e-4)
+    assert_close(trained, separate(whole, n)[1], start, rtol=2e-4)
 
 
 @pytest.mark.parametrize(("sizes", "micro"), [((8, 1, 1), 2), ((2, 2, 2), 1), ((4, 1, 2), 4)], ids=str)
 def test_devices_and_micro_batches_agree(model, examples, tmp_path, sizes, micro):
-    want = run(model, examples, tmp_path, freeze=2)
-    got = run(model, examples, tmp_path, freeze=2, sizes=sizes, micro=micro)
+    want = run(model, examples, tmp_path, n=2)
+    got = run(model, examples, tmp_path, n=2, sizes=sizes, micro=micro)
     assert len(got[1]) == 2
     for a, b in zip(got[1], want[1], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
@@ -117,21 +116,15 @@ def test_frozen_layers_and_unembedding_cost_nothing(config, chunk):
     (XLA counts a loop's operations once, however often it runs: its figure tells of the unembedding alone.)
     """
     deep = dataclasses.replace(config, layers=8, vocab_size=4096)
-    mesh, optimizer = make_mesh(MeshConfig(8, 1, 1), deep, 16), optax.sgd(1e-2)
+    mesh = make_mesh(MeshConfig(8, 1, 1), deep, 16)
     rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(0, 384, n).astype(np.int32)  # noqa: E731
     examples = [Example(tokens(8), (tokens(8), tokens(8))) for _ in range(16)]
     batch = Batches(examples, 16, max_shapes=1, sequences=8).collate(np.arange(16)).batch
-    ref = pair_up(CompletionStats(np.zeros((16, 2), np.float32)), batch)
-
-    def compiled(shape, frozen, batch):
-        step, shardings = make_step(shape, mesh, optimizer, frozen, chunk=chunk)
-        return step.lower(abstract_state(shape, optimizer, shardings), batch, ref).compile()
-
-    whole = compiled(deep, (), batch)
-    top = dataclasses.replace(deep, layers=2)
+    whole = lower_step(program_of(deep, mesh, chunk=chunk), batch).compile()
     hidden = np.zeros((*batch.packing.padded_index.shape, deep.width), np.float32)
-    frozen = compiled(top, UNTRAINED, dataclasses.replace(batch, hidden=hidden))
+    top = program_of(deep, mesh, 2, chunk=chunk)
+    frozen = lower_step(top, dataclasses.replace(batch, hidden=hidden)).compile()
     of_unembedding = lambda program: re.findall(r"= f32\[4096,32\]\S* dot\(", program.as_text())  # noqa: E731
     assert of_unembedding(whole) and not of_unembedding(frozen)
     for program, layers in ((whole, 8), (frozen, 2)):
@@ -141,7 +134,7 @@ def test_frozen_layers_and_unembedding_cost_nothing(config, chunk):
 
 def test_run_exports_and_samples(tiny_dir, pairs_file, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(options(tiny_dir, pairs_file, run, freeze=1, steps=30, batch_size=16)) == 0
+    assert main(options(tiny_dir, pairs_file, run, train_top_layers=1, steps=30, batch_size=16)) == 0
     zero, one, *rest = curve(run)
     assert (zero["eval_rewards/accuracies"], one["rewards/accuracies"]) == (0.5, 0.5)
     assert one["loss"] == pytest.approx(0.69314718, abs=1e-6)
@@ -167,7 +160,7 @@ def test_run_exports_and_samples(tiny_dir, pairs_file, tmp_path, capsys):
 
 def test_frozen_part_that_is_damaged_is_written_again(tiny_dir, pairs_file, tmp_path, capsys):
     run = tmp_path / "run"
-    args = options(tiny_dir, pairs_file, run, freeze=1, steps=1)
+    args = options(tiny_dir, pairs_file, run, train_top_layers=1, steps=1)
     export = ["export", "--run", str(run), "--output", str(tmp_path / "out")]
     assert main(args) == 0
     for path in (run / "frozen").rglob("*"):
@@ -188,20 +181,20 @@ def test_full_disk_is_said(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(UserError, match=r"hidden states .* cannot be kept"):
-            keep(tmp_path, np.full(9, 8), 64, np.dtype(np.float32), rows)
+            stored(tmp_path, np.full(9, 8), 64, np.dtype(np.float32), rows)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_killed_and_continued_is_never_killed(tiny_dir, pairs_file, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(start(options(tiny_dir, pairs_file, whole, freeze=1)))
-    process = start(options(tiny_dir, pairs_file, broken, freeze=1))
+    finish(start(options(tiny_dir, pairs_file, whole, train_top_layers=1)))
+    process = start(options(tiny_dir, pairs_file, broken, train_top_layers=1))
     wait_for_step(process, broken, 10)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert load_run(broken)[1] >= 10
-    assert "continuing from step" in finish(start(options(tiny_dir, pairs_file, broken, freeze=1)))
+    assert "continuing from step" in finish(start(options(tiny_dir, pairs_file, broken, train_top_layers=1)))
     assert curve(broken) == curve(whole)
     jax.tree.map(np.testing.assert_array_equal, load_run(broken)[0].params, load_run(whole)[0].params)
 
@@ -210,7 +203,7 @@ def test_killed_and_continued_is_never_killed(tiny_dir, pairs_file, tmp_path):
 def test_every_layer_and_bfloat16(tiny_dir, pairs_file, tmp_path, reference):
     """N = L leaves the embeddings alone; hidden states are kept in the compute dtype."""
     run = tmp_path / "run"
-    args = options(tiny_dir, pairs_file, run, freeze=2, steps=3, dtype="bfloat16", reference=reference)
+    args = options(tiny_dir, pairs_file, run, train_top_layers=2, steps=3, dtype="bfloat16", reference=reference)
     assert main(args) == 0
     assert curve(run)[1]["rewards/accuracies"] == 0.5
     assert load_run(run)[1] == 3
@@ -218,15 +211,15 @@ def test_every_layer_and_bfloat16(tiny_dir, pairs_file, tmp_path, reference):
 
 @pytest.mark.parametrize("n", [0, -1, 3])
 def test_layers_that_are_not_there(tiny_dir, pairs_file, tmp_path, capsys, n):
-    assert main(options(tiny_dir, pairs_file, tmp_path / "run", freeze=n)) == 2
+    assert main(options(tiny_dir, pairs_file, tmp_path / "run", train_top_layers=n)) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"--freeze {n}: " in said and "number of layers, 2" in said
+    assert said.count("\n") == 1 and f"--train-top-layers {n}: " in said and "number of layers, 2" in said
     assert not (tmp_path / "run").exists()
 
 
 def test_sft(tiny_dir, pairs_file, tmp_path):
     run = tmp_path / "run"
-    args = options(tiny_dir, pairs_file, run, freeze=1, steps=20, gradient_accumulation_steps=1)
+    args = options(tiny_dir, pairs_file, run, train_top_layers=1, steps=20, gradient_accumulation_steps=1)
     assert main(["sft", *args[1:]]) == 0
     losses = [line["eval_loss"] for line in curve(run) if "eval_loss" in line]
     assert losses[-1] < losses[0]

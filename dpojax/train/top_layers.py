@@ -1,7 +1,7 @@
-"""--freeze: the layers below the top N, and the embeddings, stay as they are, so each row goes through them once.
+"""--train-top-layers: the layers below the top N, and the embeddings, are frozen, so each row goes through them once.
 
-What is left to train is a decoder of N layers that reads hidden states. It is tied: its one embedding matrix is the
-model's unembedding, which is frozen too.
+The trained part is a decoder of N layers that reads hidden states. It is tied: its one embedding matrix is the model's
+unembedding, which is frozen too.
 """
 
 import dataclasses
@@ -14,28 +14,28 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from dpojax.configs import TrainOptions
+from dpojax.configs import ForwardOptions
 from dpojax.data import Batches
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
 from dpojax.packing import PairBatch, model_input
 from dpojax.progress import track
-from dpojax.sharding import batch_sharding, constrainer, param_shardings, put_global
-from dpojax.train.step import jit_forward
+from dpojax.sharding import batch_sharding, constrainer, put_global
+from dpojax.train.scoring import jit_forward, place_params
 from dpojax.types import PyTree
 
 UNTRAINED: tuple[str, ...] = ("embed",)
 """What of the top's parameters no step changes: the unembedding."""
 
 
-def check_freeze(freeze: int | None, config: DecoderConfig) -> None:
+def check_top_layers(n: int | None, config: DecoderConfig) -> None:
     """Refuse a number of layers that the model does not have.
 
     Raises:
       UserError: naming the flag and the model's number of layers.
     """
-    if freeze is not None and not 1 <= freeze <= config.layers:
-        raise UserError(f"--freeze {freeze}: must be from 1 to the model's number of layers, {config.layers}")
+    if n is not None and not 1 <= n <= config.layers:
+        raise UserError(f"--train-top-layers {n}: must be from 1 to the model's number of layers, {config.layers}")
 
 
 def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
@@ -44,7 +44,7 @@ def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
 
 
 def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
-    """A model's parameters that are frozen, and those that are trained: its top n layers and final norm."""
+    """The frozen parameters of a model, and the trained ones: its top n layers and final norm."""
     L = len(params["blocks"]["attn_norm"])
     trained = {"blocks": jax.tree.map(lambda x: x[L - n :], params["blocks"]), "final_norm": params["final_norm"]}
     frozen = {name: x for name, x in params.items() if name not in trained}
@@ -54,7 +54,7 @@ def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
 
 
 def join(frozen: PyTree, trained: PyTree) -> PyTree:
-    """The inverse of :func:`separate`, on the host."""
+    """The whole model's parameters, on the host: the inverse of :func:`separate`."""
     blocks = trained["blocks"]
     if "blocks" in frozen:
         blocks = jax.tree.map(lambda *parts: np.concatenate(parts), frozen["blocks"], blocks)
@@ -74,19 +74,19 @@ def cut(model: Model, n: int) -> tuple[Model, Model]:
     )
 
 
-def keep(
-    directory: Path, tokens: np.ndarray, width: int, dtype: np.dtype, rows: Iterable[tuple[int, np.ndarray]]
+def stored(
+    directory: Path, tokens: np.ndarray, width: int, dtype: np.dtype, examples: Iterable[tuple[int, np.ndarray]]
 ) -> Callable[[int], np.ndarray]:
-    """Rows' hidden states, as a function of the row, kept in a file in this directory.
+    """Examples' hidden states as a function of the example's index, from a file in this directory.
 
-    The file has no name, so it goes when the process does, however that ends; the system holds in memory what fits.
+    The file has no name, so it goes when the process ends, in whatever way. The system keeps in memory what fits.
 
     Args:
       directory: where the file lies.
-      tokens: of every row.
+      tokens: of every example.
       width: D.
       dtype: of the hidden states.
-      rows: row and hidden states ``[tokens, D]``, of those that will be asked for.
+      examples: index and hidden states ``[tokens, D]`` of the examples that will be asked for.
 
     Raises:
       UserError: the disk is full.
@@ -95,50 +95,60 @@ def keep(
     size = int(ends[-1]) * width * dtype.itemsize
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
-            file.truncate(size)  # rows that are not kept are holes
+            file.truncate(size)  # examples that are not stored are holes
             # Not written through the map: on a full disk, that would kill the process.
-            for i, states in rows:
+            for i, states in examples:
                 file.seek(int(ends[i]) * width * dtype.itemsize)
                 file.write(np.ascontiguousarray(states, dtype).tobytes())
             file.flush()
             kept = np.memmap(file, dtype, mode="r", shape=(int(ends[-1]), width))
     except OSError as error:
-        said = f"the frozen layers' hidden states ({size / 1e9:.2g} GB) cannot be kept ({error.strerror})"
-        raise UserError(f"{directory}: {said}; free some space, or train without --freeze") from None
+        full = f"the frozen layers' hidden states ({size / 1e9:.2g} GB) cannot be kept ({error.strerror})"
+        raise UserError(f"{directory}: {full}; free some space, or train without --train-top-layers") from None
     return lambda i: kept[ends[i] : ends[i + 1]]
 
 
 class Trunk:
-    """The frozen layers on the devices, to compute what leaves them; when it is let go, they are."""
+    """The frozen layers on the devices, which compute the hidden states that the trained layers read.
 
-    def __init__(self, config: TrainOptions, mesh: Mesh, model: Model):
+    Args:
+      model: the trunk (:func:`cut`).
+      mesh: where it runs.
+      compute: how it computes.
+      micro_batches: pieces that a batch is computed in.
+      directory: where hidden states are stored.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, compute: ForwardOptions, directory: Path, micro_batches: int = 1):
         self.mesh, self.width = mesh, model.config.width
-        self.directory, self.dtype = Path(config.output), jax.numpy.dtype(config.dtype)
-        self.params = put_global(model.params, param_shardings(mesh, model.config))
-        self.step = make_trunk_step(config, mesh, model.config)
+        self.directory, self.dtype = directory, jax.numpy.dtype(compute.dtype)
+        self.params = place_params(model.params, mesh, model.config)
+        self.step = make_trunk_step(model.config, mesh, compute, micro_batches)
 
-    def under(self, batches: Batches, label: str, limit: int | None = None) -> Batches:
-        """The batches with their rows' hidden states, as far as the first ``limit`` batches (default: all) ask."""
-        rows = self._compute(batches, label, limit)
-        return batches.carrying(keep(self.directory, batches.tokens, self.width, self.dtype, rows))
+    def below(self, batches: Batches, label: str, limit: int | None = None) -> Batches:
+        """The batches with the hidden states of the examples in the first ``limit`` of them (default: all)."""
+        examples = self._compute(batches, label, limit)
+        return batches.carrying(stored(self.directory, batches.tokens, self.width, self.dtype, examples))
 
     def _compute(self, batches: Batches, label: str, limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
         seen: set[int] = set()
         for index in track(range(batches.first_pass(limit)), label):
             item = batches.collate(batches.indices[index])
             states = np.asarray(self.step(self.params, put_global(item.batch, batch_sharding(self.mesh))))
-            for i, stream, slots in batches.spans(item.index):
+            for i, sequence, span in batches.spans(item.index):
                 if i not in seen:  # a batch may run over the epoch's end
                     seen.add(i)
-                    yield i, states[stream, slots]
+                    yield i, states[sequence, span]
 
 
-def make_trunk_step(config: TrainOptions, mesh: Mesh, shape: DecoderConfig) -> Callable[[PyTree, PairBatch], Array]:
-    """A jitted ``trunk_step(params, batch) -> [R, T, D]``: hidden states as they leave the trunk's last layer."""
-    attention = make_attention(config.attention, mesh, config.dtype)
-    apply_fn = make_apply(shape, dtype=config.dtype, constrain=constrainer(mesh), attention=attention, normed=False)
+def make_trunk_step(
+    shape: DecoderConfig, mesh: Mesh, compute: ForwardOptions, micro_batches: int = 1
+) -> Callable[[PyTree, PairBatch], Array]:
+    """A jitted ``trunk_step(params, batch) -> [R, T, D]``: the hidden states after the trunk's last layer."""
+    attention = make_attention(compute.attention, mesh, compute.dtype)
+    apply_fn = make_apply(shape, dtype=compute.dtype, constrain=constrainer(mesh), attention=attention, normed=False)
 
     def forward(params: PyTree, batch: PairBatch) -> Float[Array, "R T D"]:
         return apply_fn(params, model_input(batch))[0]
 
-    return jit_forward(forward, mesh, shape, config.gradient_accumulation_steps)
+    return jit_forward(forward, mesh, shape, micro_batches)

@@ -1,0 +1,67 @@
+"""The exact divergence of a policy from its reference, along completions that are given."""
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from dpojax.data import Batches, Example
+from dpojax.evaluate.scoring import forward_over_mesh
+from dpojax.logprobs import completion_stats
+from dpojax.models import DecoderConfig
+from dpojax.models.decoder import unembedding
+from dpojax.packing import PairBatch
+from dpojax.progress import track
+from dpojax.sharding import batch_sharding, batch_shards, param_shardings, put_global
+from dpojax.train.scoring import place_params
+from dpojax.types import PyTree, ReferenceOutput
+
+
+def exact_kl(
+    config: DecoderConfig,
+    policy: PyTree,
+    ref: PyTree,
+    examples: list[Example],
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    batch_size: int = 8,
+    chunk_tokens: int = 512,
+    label: str = "KL from the reference",
+) -> np.ndarray:
+    r"""Sums over completions' tokens of the exact KL divergence of policy from reference, ``[n, N]``, nats.
+
+    .. math:: \sum_t KL(\pi(\cdot | x, y_{<t}) \,\|\, \pi_\mathrm{ref}(\cdot | x, y_{<t}))
+
+    On the policy's own samples, its mean is that of :func:`~dpojax.evaluate.samples.sampled_kl` with less variance: the
+    expectation over each token is taken, not drawn. Divided by the completion's length, it is per token.
+
+    Args:
+      config: shape of both models.
+      policy, ref: their parameters.
+      examples: prompts with N completions each.
+      dtype, attention: of the forward passes.
+      batch_size: rows at least, over all devices.
+      chunk_tokens: completion tokens whose logits exist at one time.
+      label: names the stage on the console.
+    """
+    apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
+    batches = Batches(examples, batch_size, max_shapes=8, sequences=batch_shards(mesh))
+    head, by_batch, shardings = unembedding(config), batch_sharding(mesh), param_shardings(mesh, config)
+
+    def kls(policy: PyTree, ref: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
+        hidden = completion_stats(apply_fn, policy, batch, reads=frozenset({"hidden"})).hidden
+        # The statistic is KL(reference || policy): here the two change places.
+        theirs = ReferenceOutput(None, hidden, policy[head])  # type: ignore[arg-type]  # no sums are read
+        reads = frozenset({"kl"})
+        kl = completion_stats(apply_fn, ref, batch, chunk_tokens=chunk_tokens, reads=reads, ref=theirs).kl
+        assert kl is not None
+        return kl
+
+    step = jax.jit(kls, in_shardings=(shardings, shardings, by_batch), out_shardings=by_batch)
+    on_mesh = [place_params(params, mesh, config) for params in (policy, ref)]
+    out = np.zeros(batches.completions.shape, np.float32)
+    for item in track(list(batches), label):
+        got = np.asarray(step(*on_mesh, put_global(item.batch, by_batch)))
+        there = item.index >= 0
+        out[item.index[there]] = got[there]
+    return out

@@ -1,0 +1,56 @@
+"""Ranges of every command's options; a value outside is refused in one sentence before anything is read."""
+
+import dataclasses
+from math import inf
+from typing import Any
+
+from dpojax.errors import UserError
+
+# field -> (what it must be, whether a value is)
+RANGES: dict[str, tuple[str, Any]] = {
+    "beta": ("above 0 and finite", lambda v: 0 < v < inf),
+    "label_smoothing": ("from 0 to below 0.5", lambda v: 0 <= v < 0.5),
+    "ref_model_mixup_alpha": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "learning_rate": ("above 0 and finite", lambda v: 0 < v < inf),
+    "max_grad_norm": ("above 0", lambda v: v > 0),
+    "weight_decay": ("at least 0", lambda v: v >= 0),
+    "warmup_steps": ("at least 0", lambda v: v >= 0),
+    "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
+    "temperature": ("at least 0", lambda v: v >= 0),
+    "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "data": ("at least one file", len),
+    "prompt": ("at least one text", len),
+    "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
+} | {
+    name: ("at least 1", lambda v: v >= 1)
+    for name in (
+        *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
+        *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
+        "ref_model_sync_steps",
+    )
+}
+
+
+def flag(field: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def check_options(config: Any) -> None:
+    """Refuse values outside their range, and options that have no effect together with another option.
+
+    Raises:
+      UserError: naming the flag, its value and what it must be.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in RANGES and value is not None:
+            must, holds = RANGES[field.name]
+            if not holds(value):
+                shown = "" if value == () else f" {value}"
+                raise UserError(f"{flag(field.name)}{shown}: must be {must}")
+    if getattr(config, "weight_decay", 0) and config.optim != "adamw":
+        raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
+    if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
+        n = config.gradient_accumulation_steps
+        raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")

@@ -1,0 +1,255 @@
+"""The functions that a run consists of, compiled for a mesh, from objects in hand."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dpojax.configs import ComputeOptions, MeshConfig, TrainOptions
+from dpojax.logprobs import completion_stats
+from dpojax.losses import Objective, Traits, traits_of
+from dpojax.models import DecoderConfig, make_apply, make_attention
+from dpojax.models.decoder import split, unembedding
+from dpojax.packing import PairBatch
+from dpojax.sharding import batch_sharding, constrainer, make_mesh, param_shardings
+from dpojax.train.objectives import (
+    BatchContext,
+    LossFn,
+    Metrics,
+    Running,
+    empty_running,
+    logps_of,
+    make_loss,
+    mean_chosen_len,
+)
+from dpojax.train.optimizer import make_optimizer, make_schedule
+from dpojax.train.scoring import LogpsStep, jit_forward, make_logps_step
+from dpojax.train.state import StateLayout, TrainState, state_layout
+from dpojax.train.step import StepFn, jit_train_step, make_train_step
+from dpojax.train.task import Task
+from dpojax.train.top_layers import UNTRAINED, top_config
+from dpojax.types import ApplyFn, CompletionStats, PyTree, ReferenceOutput
+
+RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
+EvalStep = Callable[..., Metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of a run, and the mesh that they run on.
+
+    Attributes:
+      mesh: the devices.
+      objective: ``(policy, ref) -> [B]`` losses.
+      traits: what the objective reads.
+      config: shape of the whole model, the reference's; the policy's is ``layout.config``.
+      layout: how a train state looks and lies.
+      step: ``(state, batch, ref) -> (state, metrics)``, jitted; the state is donated.
+      eval_step: ``(params, batch, ref, i, running, beta) -> metrics`` of a held-out batch, undivided, jitted.
+      logps_step: ``(params, batch) -> [B, N]`` sums of log-probabilities under a whole model, jitted.
+      policy_logps: the same under the policy, whose batches carry hidden states where only top layers are trained.
+      ref_step: ``(params, batch) -> ReferenceOutput``, what the objective reads of a live reference.
+    """
+
+    mesh: Mesh
+    objective: Objective
+    traits: Traits
+    config: DecoderConfig
+    layout: StateLayout
+    step: StepFn
+    eval_step: EvalStep
+    logps_step: LogpsStep
+    policy_logps: LogpsStep
+    ref_step: RefStep
+
+
+def make_program(
+    config: DecoderConfig,
+    objective: Objective,
+    *,
+    mesh: Mesh | None = None,
+    beta: float = 0.1,
+    learning_rate: float | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    schedule: optax.Schedule | None = None,
+    micro_batches: int = 1,
+    compute: ComputeOptions | None = None,
+    train_top_layers: int | None = None,
+) -> Program:
+    """The program of a model and an objective.
+
+    Args:
+      config: the model's shape.
+      objective: ``(policy, ref) -> [B]`` losses.
+      mesh: default: all devices, each with a copy of the model.
+      beta: strength of the KL penalty, for the terms of the objective that bind none.
+      learning_rate: the peak, by which the optimizer's updates are multiplied; default: 1e-6, or, with an optimizer
+        of your own, 1.
+      optimizer: default: RMSprop with gradients clipped to a norm of 10.
+      schedule: learning rate by step, relative to the peak; what your own optimizer was built with, for the log.
+      micro_batches: pieces that a batch is computed in, one after another.
+      compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
+      train_top_layers: N trains the top N layers and the final norm alone.
+    """
+    mesh, compute = mesh or make_mesh(MeshConfig(), config), compute or ComputeOptions()
+    peak = learning_rate if learning_rate is not None else 1e-6 if optimizer is None else 1.0
+    schedule = schedule or make_schedule()
+    optimizer = optimizer or make_optimizer(schedule)
+    trained = config if train_top_layers is None else top_config(config, train_top_layers)
+    frozen = () if train_top_layers is None else UNTRAINED
+    traits, chunk = traits_of(objective), compute.logprob_chunk_tokens
+    attention, place = make_attention(compute.attention, mesh, compute.dtype), constrainer(mesh)
+
+    def apply_of(shape: DecoderConfig, remat: str = "none") -> ApplyFn:
+        return make_apply(shape, dtype=compute.dtype, remat=remat, constrain=place, attention=attention)
+
+    def logps_of_model(shape: DecoderConfig) -> LogpsStep:
+        return make_logps_step(apply_of(shape), mesh, shape, chunk_tokens=chunk, micro_batches=micro_batches)
+
+    loss_fn = make_loss(apply_of(trained, compute.remat), objective, chunk_tokens=chunk)
+    layout = state_layout(
+        mesh,
+        trained,
+        optimizer,
+        beta=beta,
+        learning_rate=peak,
+        frozen=frozen,
+        running=empty_running(objective),
+    )
+    step = make_train_step(loss_fn, optimizer, schedule, micro_batches)
+    logps_step = logps_of_model(config)
+    return Program(
+        mesh=mesh,
+        objective=objective,
+        traits=traits,
+        config=config,
+        layout=layout,
+        step=jit_train_step(step, mesh, layout.shardings),
+        eval_step=jax.jit(make_eval_step(loss_fn)),
+        logps_step=logps_step,
+        policy_logps=logps_step if trained == config else logps_of_model(trained),
+        ref_step=make_ref_step(apply_of(config), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches),
+    )
+
+
+def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, total_steps: int) -> Program:
+    """The program of a command's options.
+
+    Raises:
+      UserError: the mesh does not fit the devices, the model or the batch.
+    """
+    micro = config.gradient_accumulation_steps
+    schedule = make_schedule(
+        lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps, total_steps=total_steps
+    )
+    optimizer = make_optimizer(
+        schedule,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim_dtype=config.optim_dtype,
+    )
+    return make_program(
+        model_config,
+        task.objective,
+        mesh=make_mesh(config.mesh, model_config, config.batch_size // micro),
+        beta=task.beta,
+        learning_rate=config.learning_rate,
+        optimizer=optimizer,
+        schedule=schedule,
+        micro_batches=micro,
+        compute=config,
+        train_top_layers=config.train_top_layers,
+    )
+
+
+def make_eval_step(loss_fn: LossFn) -> EvalStep:
+    """``eval_step(params, batch, ref, i, running, beta) -> metrics``; the i-th batch draws the same at every
+    evaluation."""
+
+    def eval_step(
+        params: PyTree, batch: PairBatch, ref: ReferenceOutput | None, i: int, running: Running, beta: Any
+    ) -> Metrics:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i), len(batch.prompt_len))
+        context = BatchContext(beta, mean_chosen_len(batch), jnp.int32(0), running, training=False)
+        loss, metrics, _ = loss_fn(params, dataclasses.replace(batch, key=keys), ref, context)
+        return {"loss": loss, **metrics}
+
+    return eval_step
+
+
+def make_ref_step(
+    apply_fn: ApplyFn,
+    mesh: Mesh,
+    config: DecoderConfig,
+    traits: Traits,
+    *,
+    chunk_tokens: int,
+    micro_batches: int = 1,
+) -> RefStep:
+    """``ref_step(params, batch)``, compiled: what an objective of these traits reads of a live reference."""
+    reads = traits.reference_statistics | ({"hidden"} if traits.compares_distributions else set())
+
+    def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
+        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
+
+    def output(stats: CompletionStats, batch: PairBatch) -> ReferenceOutput:
+        return ReferenceOutput(logps_of(stats, batch, traits), stats.hidden)
+
+    forward = jit_forward(stats, mesh, config, micro_batches)
+    shape = jax.jit(output, out_shardings=batch_sharding(mesh))
+
+    def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
+        ref = shape(forward(params, batch), batch)
+        return dataclasses.replace(ref, head=params[unembedding(config)]) if traits.compares_distributions else ref
+
+    return ref_step
+
+
+def initial_state(program: Program, params: PyTree, seed: int = 0, *, donate: bool = False) -> TrainState:
+    """The state before the first step, laid out over the program's mesh.
+
+    Args:
+      program: the run's functions.
+      params: of the policy, as host arrays or on the devices.
+      seed: of the random key for objectives that draw.
+      donate: whether the state may take over the memory of ``params``, which must not be used afterwards.
+    """
+    return program.layout.initial(params, seed, donate=donate)
+
+
+def abstract_inputs(program: Program, batch: PairBatch) -> tuple[TrainState, PairBatch, ReferenceOutput | None]:
+    """Shapes, dtypes and shardings of the step's inputs for a batch of these shapes; nothing is allocated.
+
+    The devices of the program's mesh need not be there.
+    """
+    by_batch, traits = batch_sharding(program.mesh), program.traits
+
+    def placed(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_batch), tree)
+
+    ref = None
+    if traits.needs_live_reference:
+        ref = jax.eval_shape(program.ref_step, abstract_params(program), placed(batch))
+        head = ref.head and abstract_params(program)[unembedding(program.config)]
+        ref = dataclasses.replace(placed(dataclasses.replace(ref, head=None)), head=head)
+    elif traits.reference:
+        zeros = jax.ShapeDtypeStruct(batch.completion_len.shape, jnp.float32)
+        output = lambda sums, batch: ReferenceOutput(logps_of(CompletionStats(sums), batch, traits))  # noqa: E731
+        ref = placed(jax.eval_shape(output, zeros, batch))
+    return program.layout.abstract(), placed(batch), ref
+
+
+def abstract_params(program: Program) -> PyTree:
+    """Shapes, dtypes and shardings of the whole model's parameters."""
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, split(program.config)[1], param_shardings(program.mesh, program.config))
+
+
+def lower_step(program: Program, batch: PairBatch) -> Any:
+    """The train step lowered for a batch of these shapes, to compile for devices that need not be there."""
+    return program.step.lower(*abstract_inputs(program, batch))  # type: ignore[attr-defined]

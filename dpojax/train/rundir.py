@@ -1,0 +1,99 @@
+"""A run's directory: what it holds, and whose it is.
+
+run.json          format, the command's options, content hashes of model, reference and data
+model/            config.json and tokenizer, for export
+frozen/           with --train-top-layers: the parameters that no step changes
+metrics.jsonl, tensorboard/
+checkpoints/N/    params (the trained ones) | train (step, optimizer state, random key) | position (of the data),
+                  and, with --sync-ref-model, reference
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpojax.configs import TrainOptions
+from dpojax.errors import UserError
+from dpojax.models import Model
+from dpojax.models.safetensors import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 2
+"""Of run.json and checkpoints; runs of an earlier format are read, but not continued."""
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is the ``--output`` directory of a run."""
+    return (Path(path) / "run.json").is_file()
+
+
+def options_of_run(path: str | Path) -> dict[str, Any]:
+    """The options of a run, by name, as those of today; empty where ``path`` is no run."""
+    if not is_run(path):
+        return {}
+    options = read_json(Path(path) / "run.json")
+    if "freeze" in options:  # format 1
+        options["train_top_layers"] = options.pop("freeze")
+    return options
+
+
+def file_hash(path: str) -> str:
+    """A fingerprint of a file's bytes."""
+    return hashlib.blake2b(Path(path).expanduser().read_bytes(), digest_size=16).hexdigest()
+
+
+def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
+    """Take ``--output`` for this run, or find that it holds the same run already.
+
+    Args:
+      config: every option; all but ``output`` must agree with those in the directory.
+      identities: content hashes (model, reference, data) that must agree too.
+
+    Raises:
+      UserError: the directory holds another run, a run of an earlier format, or files that are no run.
+    """
+    directory = Path(config.output)
+    mine = {"format": FORMAT, "command": type(config).__name__, **_flat(dataclasses.asdict(config)), **identities}
+    del mine["output"]
+    if is_run(directory):
+        theirs = read_json(directory / "run.json")
+        if theirs.get("format") != FORMAT:
+            raise UserError(
+                f"--output {directory}: holds a run of another version of dpojax, which cannot be continued (eval, "
+                "sample and export still read it); name another directory to start anew"
+            )
+        differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        if differing:
+            named = ", ".join(f"{n} ({theirs.get(n)!r} there, {mine.get(n)!r} here)" for n in differing)
+            raise UserError(f"--output {directory}: holds a run with another {named}; name another directory")
+        return
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"--output {directory}: exists and is no run of dpojax; name a new or empty directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {directory}: cannot be made ({error.strerror}); name another directory") from None
+    partial = directory / "run.json.partial"
+    partial.write_text(json.dumps(mine, indent=2))
+    partial.replace(directory / "run.json")
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}" if name else key).items()}
+    return {name: list(value) if isinstance(value, tuple) else value}
+
+
+def save_model_files(model: Model, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write what export needs beside the weights, once, whole or not at all."""
+    if directory.exists():
+        return
+    partial = directory.with_name(directory.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "config.json").write_text(json.dumps(model.hf_config, indent=2))
+    tokenizer.save_pretrained(partial)
+    partial.replace(directory)

@@ -1,0 +1,119 @@
+"""Log-probabilities of examples under fixed parameters: the forward pass alone."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from dpojax.data import Batches
+from dpojax.logprobs import completion_logps
+from dpojax.models import DecoderConfig
+from dpojax.packing import PairBatch, packing_of
+from dpojax.progress import console, track
+from dpojax.sharding import batch_sharding, param_shardings, put_global
+from dpojax.train.logps_cache import LogpsCache
+from dpojax.train.state import placed
+from dpojax.train.step import join_micro, split_micro
+from dpojax.types import ApplyFn, PyTree
+
+LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
+
+
+def place_params(params: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
+    """The parameters as arrays laid out over a mesh."""
+    return placed(params, param_shardings(mesh, config))
+
+
+def content_hash(params: PyTree) -> str:
+    """A fingerprint of a parameter tree: names, shapes and every byte; a model's identity in run.json and caches."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
+        x = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
+        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
+    """Names what computes log-probabilities: a model's shape and content, and the compute dtype."""
+    return f"{config}/{content}/{dtype}"
+
+
+def jit_forward(
+    forward: Callable[[PyTree, PairBatch], Any], mesh: Mesh, config: DecoderConfig, micro_batches: int = 1
+) -> Callable[[PyTree, PairBatch], Any]:
+    """``forward(params, batch)``, arrays ``[B, ...]`` or ``[R, ...]``, compiled for a mesh.
+
+    It goes through a batch in the train step's micro-batches, so that both see the same shapes.
+    """
+
+    def whole(params: PyTree, batch: PairBatch) -> Any:
+        if micro_batches == 1:
+            return forward(params, batch)
+        R = packing_of(batch).padded_index.shape[0]
+        parts = jax.lax.map(lambda micro: forward(params, micro), split_micro(batch, micro_batches, R))
+        return jax.tree.map(lambda x: join_micro(x, R), parts)
+
+    by_batch = batch_sharding(mesh)
+    return jax.jit(whole, in_shardings=(param_shardings(mesh, config), by_batch), out_shardings=by_batch)
+
+
+def make_logps_step(
+    apply_fn: ApplyFn, mesh: Mesh, config: DecoderConfig, *, chunk_tokens: int, micro_batches: int = 1
+) -> LogpsStep:
+    """A jitted ``logps_step(params, batch) -> [B, N]``: sums over each completion's tokens, nats."""
+
+    def logps(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
+        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
+
+    return jit_forward(logps, mesh, config, micro_batches)
+
+
+def collect_logps(
+    step: LogpsStep,
+    params: PyTree | Callable[[], PyTree],
+    batches: Batches,
+    mesh: Mesh,
+    label: str,
+    limit: int | None = None,
+    cache: LogpsCache | None = None,
+) -> np.ndarray:
+    """Log-probabilities of every example in the first ``limit`` batches (default: all), ``[n, N]``; NaN elsewhere.
+
+    Each example is computed once, however many epochs the batches run over, and not at all if the cache has it.
+
+    Args:
+      step: computes a batch's.
+      params: on the devices; or a function that gives them, which is called if anything is to be computed.
+      batches: what to go through.
+      mesh: where.
+      label: names the stage on the console.
+      limit: of batches.
+      cache: log-probabilities that are known; new ones are added.
+    """
+    n, N = batches.completions.shape
+    sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(batches.examples)
+    by_batch = batch_sharding(mesh)
+    todo = [i for i in range(batches.first_pass(limit)) if np.isnan(sums[batches.indices[i]]).any()]
+    if cache is not None and np.isfinite(sums).any():
+        console.print(f"{label}: {np.isfinite(sums[:, 0]).sum()} of {n} rows from the cache")
+    if not todo:
+        return sums
+    on_mesh = params() if callable(params) else params
+    try:
+        for i in track(todo, label):
+            item = batches.collate(batches.indices[i])
+            got = np.asarray(step(on_mesh, put_global(item.batch, by_batch)))
+            # A batch may run over the epoch's end, or over rows of the cache.
+            new = (item.index >= 0) & np.isnan(sums[item.index, 0])
+            sums[item.index[new]] = got[new]
+            if cache is not None:
+                cache.add([batches.examples[i] for i in item.index[new]], got[new])
+    finally:
+        if cache is not None:
+            cache.write()
+    return sums
