@@ -24,7 +24,7 @@ from dpojax.configs import (
 from dpojax.errors import UserError
 
 if TYPE_CHECKING:
-    from dpojax.data import Encoder
+    from dpojax.data import Encoder, RowKind
 
 Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | ExportConfig | CheckDataConfig | LossesConfig
 
@@ -92,8 +92,6 @@ def beta_of_run(own: dict[str, Any]) -> float:
 
 def run_sample(config: SampleConfig) -> int:
     """``dpojax sample``."""
-    import jax
-
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
@@ -105,8 +103,12 @@ def run_sample(config: SampleConfig) -> int:
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
     model = load_policy(config.model)
     keep_memory()
+    # A prompt is computed once for as many of its completions as a batch holds.
+    together = min(config.num_samples, config.batch_size)
+    rounds = -(-config.num_samples // together)
     sampler = make_sampler(
         model.config,
+        num_samples=together,
         max_new_tokens=config.max_new_tokens,
         eos_ids=(encoder.eos,),
         temperature=config.temperature,
@@ -115,31 +117,30 @@ def run_sample(config: SampleConfig) -> int:
     )
     drawn = sample_all(
         sampler,
-        jax.device_put(model.params),
-        [prompt for prompt in prompts for _ in range(config.num_samples)],
-        batch_size=min(config.batch_size, len(prompts) * config.num_samples),
+        model.params,
+        [prompt for prompt in prompts for _ in range(rounds)],
+        batch_size=min(max(1, config.batch_size // together), len(prompts) * rounds),
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
-    )
-    for i, tokens in enumerate(drawn):  # by print, which leaves a model's text as it is
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        print(f"{i // config.num_samples + 1}. {config.prompt[i // config.num_samples]}|{text}")
+    ).lists()
+    for i, prompt in enumerate(config.prompt):
+        completions = [tokens for round in drawn[i * rounds : (i + 1) * rounds] for tokens in round]
+        for tokens in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
+            print(f"{i + 1}. {prompt}|{tokenizer.decode(tokens, skip_special_tokens=True)}")
     return 0
 
 
 def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
     """A prompt in tokens, as a row of data would have it."""
     try:
-        if chat:
-            text = encoder.render(([{"role": "user", "content": text}], ()))[0]
-        return encoder.finish_prompt(encoder.tokenize([text])[0])
+        return encoder.encode_prompt([{"role": "user", "content": text}] if chat else text)
     except ValueError as error:
         raise UserError(f"--prompt {text!r}: {error}") from None
 
 
 def run_export(config: ExportConfig) -> int:
     """``dpojax export``."""
-    from dpojax.models import load_tokenizer, save_directory
+    from dpojax.models import load_tokenizer, save_model
     from dpojax.progress import console
     from dpojax.train.by_name import load_run
 
@@ -147,7 +148,7 @@ def run_export(config: ExportConfig) -> int:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a directory")
     model, step = load_run(config.run, config.checkpoint)
-    save_directory(model.params, model.config, model.hf_config, output, dtype=config.dtype)
+    save_model(model, output, dtype=config.dtype)
     load_tokenizer(str(Path(config.run) / "model")).save_pretrained(output)
     console.print(f"the policy of step {step} written to {output}")
     return 0
@@ -159,13 +160,27 @@ def run_check_data(config: CheckDataConfig) -> int:
     from dpojax.progress import console
     from dpojax.train.by_name import load_policy_tokenizer
 
-    name = config.tokenizer or config.model
-    lines, wrong = check_files(
-        config.data, load_policy_tokenizer(name) if name else None, config.kind, config.max_length
-    )
+    kind, name = kind_to_check(config), config.tokenizer or config.model
+    lines, wrong = check_files(config.data, load_policy_tokenizer(name) if name else None, kind, config.max_length)
     for line in lines:
         console.print(line)
     return 1 if wrong else 0
+
+
+def kind_to_check(config: CheckDataConfig) -> "RowKind":
+    """The rows that ``--loss`` reads, or those of ``--kind``."""
+    from dpojax.data import RowKind, kind_of
+    from dpojax.losses import spelled, traits_of
+
+    if config.loss is None:
+        return RowKind(config.kind or "pairs")
+    try:
+        kind = kind_of(traits_of(spelled(config.loss).objective))
+    except ValueError as error:
+        raise UserError(f"--loss {config.loss}: {error}") from None
+    if config.kind not in (None, kind.form):
+        raise UserError(f"--kind {config.kind}: --loss {config.loss} reads {kind.form}; leave one of them out")
+    return kind
 
 
 def run_losses(config: LossesConfig) -> int:

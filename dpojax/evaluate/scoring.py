@@ -9,16 +9,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpojax.configs import MeshConfig, ScoringOptions
-from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
+from dpojax.data import PAIRS, Batches, Encoder, Example, completion_lengths, lengths_only
 from dpojax.logprobs import pair_up
-from dpojax.models import DecoderConfig, make_apply, make_attention
+from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
-from dpojax.train.by_name import load_policy, tokenizer_for
+from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.scoring import collect_logps, content_hash, make_logps_step, model_key, place_params
-from dpojax.train.task import RowKind
+from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
 from dpojax.types import ApplyFn, CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
@@ -28,7 +27,8 @@ def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_s
     """The model over all devices, their mesh, and the smallest batch size from ``batch_size`` on that they divide."""
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
-    mesh = make_mesh(MeshConfig(), config, batch_size)
+    mesh = make_mesh(MeshConfig())
+    check_divides(mesh, config)
     kernel = make_attention(attention, mesh, dtype)
     return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel), mesh, batch_size
 
@@ -64,12 +64,12 @@ class FileScores:
     def __init__(self, config: ScoringOptions):
         tokenizer = tokenizer_for(config)
         self.config = config
-        self.examples = read_examples(config.data, Encoder(tokenizer), RowKind("pairs"), config)
+        self.examples = read_examples(config.data, Encoder(tokenizer), PAIRS, config)
         self.lengths = completion_lengths(self.examples)
 
     def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
         """``[n, N]`` log-probabilities as those of pairs (chosen, rejected): ``[pairs, 2]``, their lengths, prompts."""
-        both = pair_up(CompletionStats(sums), without_tokens(self.examples))  # type: ignore[arg-type]  # NumPy's
+        both = pair_up(CompletionStats(sums), lengths_only(self.examples))  # type: ignore[arg-type]  # NumPy's
         there = np.asarray(both.chosen_len) > 0
         logps = np.stack([both.chosen, both.rejected], axis=1)[there]
         lengths = np.stack([both.chosen_len, both.rejected_len], axis=1)[there]
@@ -88,9 +88,10 @@ class FileScores:
 
     def of(self, name: str) -> np.ndarray:
         """``[n, N]`` log-probabilities of the completions under the model of this name, nats."""
-        config, model = self.config, load_policy(name)
+        config, files = self.config, open_policy(name)
+        check_fit(files.config, self.examples, config.tokenizer or name)
+        model = files.load(make_mesh(MeshConfig()))
         keep_memory()
-        check_fit(model, self.examples, config.tokenizer or name)
         scorer = make_scorer(
             model.config,
             dtype=config.dtype,
@@ -99,6 +100,6 @@ class FileScores:
             max_shapes=config.max_shapes,
             chunk_tokens=config.logprob_chunk_tokens,
         )
-        key = model_key(model.config, content_hash(model.params), config.dtype)
+        key = model_key(model.config, fingerprint(model.params), config.dtype)
         cache = LogpsCache(config.data[0], key, self.lengths.shape[1])
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dpojax.losses import LOSSES, WRAPPERS
 from dpojax.losses.compose import at_beta, open_options, takes_beta, weighted_sum
-from dpojax.losses.traits import Beta, Objective, traits_of
+from dpojax.losses.traits import Objective, traits_of
 from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 
 IN_FILE = re.compile(r"([^\s+*(),=]+\.py):([A-Za-z_]\w*)")
@@ -47,7 +47,7 @@ class ObjectiveSpec:
     @property
     def beta(self) -> float:
         """The beta, bound or by default, of the first term that has one, else 0.1; it scales the implicit rewards."""
-        first = self.betas[0][0] if self.betas else None
+        first = self.betas[0][0] if self.betas else DEFAULT_BETA
         return first if _is_number(first) else DEFAULT_BETA
 
     @property

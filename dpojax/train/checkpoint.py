@@ -11,7 +11,6 @@ from typing import Any
 
 import absl.logging
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -161,7 +160,9 @@ def readable(directory: Path, fix: str = "remove this directory, and the one bef
 
 
 def restore_params(directory: Path, shapes: PyTree) -> PyTree:
-    """The parameters of a directory, as NumPy arrays of these shapes."""
-    to_numpy = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=np.ndarray), shapes)
+    """The parameters of a directory, born where the shapes' shardings place them."""
+    born = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), shapes
+    )
     with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy))
+        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=born))

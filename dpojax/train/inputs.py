@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jax.sharding import Mesh
+
 from dpojax.configs import DataOptions, TrainOptions
-from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples, with_mismatched
+from dpojax.data import Batches, Encoder, Example, RowKind, fingerprint, load_examples, with_mismatched
 from dpojax.errors import UserError
-from dpojax.models import Model
+from dpojax.models import DecoderConfig
 from dpojax.progress import Stage, console
-from dpojax.sharding import batch_shards, make_mesh
+from dpojax.sharding import batch_shards
 from dpojax.train.by_name import tokenizer_for
-from dpojax.train.task import RowKind, Task
+from dpojax.train.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ class Data:
     @property
     def content_hash(self) -> str:
         """A fingerprint of all tokens and annotations, in their order."""
-        return fingerprint(self.examples, values=True).hex()
+        return fingerprint(self.examples, annotations=True).hex()
 
 
 def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, config: DataOptions) -> list[Example]:
@@ -51,7 +53,7 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, confi
         examples, report = load_examples(
             files,
             encoder,
-            kind=kind.words,
+            kind=kind,
             max_length=config.max_length,
             skip_bad_rows=getattr(config, "skip_bad_rows", None),
             progress=stage.reach,
@@ -62,11 +64,11 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, confi
     return examples
 
 
-def load_data(config: TrainOptions, task: Task) -> Data:
+def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
     """The run's training and held-out data, read, tokenised and batched; figures of them are printed.
 
     Raises:
-      UserError: no tokenizer, a file that cannot be read, a row that cannot be used, or a mesh that does not fit.
+      UserError: no tokenizer, a file that cannot be read, a row that cannot be used, or no row is left.
     """
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
@@ -80,7 +82,7 @@ def load_data(config: TrainOptions, task: Task) -> Data:
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
     micro = config.gradient_accumulation_steps
-    sequences = batch_shards(make_mesh(config.mesh, None, config.batch_size // micro)) * micro
+    sequences = batch_shards(mesh) * micro
     shape_options = {"max_shapes": config.max_shapes, "sequences": sequences}
     batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **shape_options)
     console.print(f"  {batches.sentence()}")
@@ -96,11 +98,11 @@ def load_data(config: TrainOptions, task: Task) -> Data:
     return Data(tokenizer, batches, eval_batches, total_steps)
 
 
-def check_fit(model: Model, examples: Sequence[Example], name: str) -> None:
+def check_fit(model: DecoderConfig, examples: Sequence[Example], name: str) -> None:
     """Refuse tokens that the model has no embedding for; JAX would read its last one without an error.
 
     Args:
-      model: the model.
+      model: the decoder's choices.
       examples: all that it will be given.
       name: where their tokens come from, for the error.
 
@@ -108,7 +110,7 @@ def check_fit(model: Model, examples: Sequence[Example], name: str) -> None:
       UserError: naming the largest token and the number of embeddings.
     """
     top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in examples)
-    size, positions = model.config.vocab_size, model.config.max_positions
+    size, positions = model.vocab_size, model.max_positions
     if top >= size:
         raise UserError(f"{name}: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
     longest = max(len(e.prompt) + max(map(len, e.completions)) for e in examples)

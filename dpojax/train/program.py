@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from dpojax.configs import ComputeOptions, MeshConfig, TrainOptions
 from dpojax.logprobs import completion_stats
 from dpojax.losses import Objective, Traits, traits_of
-from dpojax.models import DecoderConfig, make_apply, make_attention
-from dpojax.models.decoder import split, unembedding
+from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention
 from dpojax.packing import PairBatch
-from dpojax.sharding import batch_sharding, constrainer, make_mesh, param_shardings
+from dpojax.sharding import batch_sharding, constrainer, make_mesh
 from dpojax.train.objectives import (
     BatchContext,
     LossFn,
@@ -95,7 +94,8 @@ def make_program(
       compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
       train_top_layers: N trains the top N layers and the final norm alone.
     """
-    mesh, compute = mesh or make_mesh(MeshConfig(), config), compute or ComputeOptions()
+    mesh, compute = mesh or make_mesh(MeshConfig()), compute or ComputeOptions()
+    check_divides(mesh, config)
     peak = learning_rate if learning_rate is not None else 1e-6 if optimizer is None else 1.0
     schedule = schedule or make_schedule()
     optimizer = optimizer or make_optimizer(schedule)
@@ -136,11 +136,11 @@ def make_program(
     )
 
 
-def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, total_steps: int) -> Program:
+def program_of(config: TrainOptions, task: Task, model: DecoderConfig, mesh: Mesh, total_steps: int) -> Program:
     """The program of a command's options.
 
     Raises:
-      UserError: the mesh does not fit the devices, the model or the batch.
+      UserError: the mesh does not divide the model.
     """
     micro = config.gradient_accumulation_steps
     schedule = make_schedule(
@@ -154,9 +154,9 @@ def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, to
         optim_dtype=config.optim_dtype,
     )
     return make_program(
-        model_config,
+        model,
         task.objective,
-        mesh=make_mesh(config.mesh, model_config, config.batch_size // micro),
+        mesh=mesh,
         beta=task.beta,
         learning_rate=config.learning_rate,
         optimizer=optimizer,
@@ -205,7 +205,7 @@ def make_ref_step(
 
     def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
         ref = shape(forward(params, batch), batch)
-        return dataclasses.replace(ref, head=params[unembedding(config)]) if traits.compares_distributions else ref
+        return dataclasses.replace(ref, head=params[config.unembedding]) if traits.compares_distributions else ref
 
     return ref_step
 
@@ -234,20 +234,14 @@ def abstract_inputs(program: Program, batch: PairBatch) -> tuple[TrainState, Pai
 
     ref = None
     if traits.needs_live_reference:
-        ref = jax.eval_shape(program.ref_step, abstract_params(program), placed(batch))
-        head = ref.head and abstract_params(program)[unembedding(program.config)]
+        ref = jax.eval_shape(program.ref_step, abstract_params(program.config, program.mesh), placed(batch))
+        head = ref.head and abstract_params(program.config, program.mesh)[program.config.unembedding]
         ref = dataclasses.replace(placed(dataclasses.replace(ref, head=None)), head=head)
     elif traits.reference:
         zeros = jax.ShapeDtypeStruct(batch.completion_len.shape, jnp.float32)
         output = lambda sums, batch: ReferenceOutput(logps_of(CompletionStats(sums), batch, traits))  # noqa: E731
         ref = placed(jax.eval_shape(output, zeros, batch))
     return program.layout.abstract(), placed(batch), ref
-
-
-def abstract_params(program: Program) -> PyTree:
-    """Shapes, dtypes and shardings of the whole model's parameters."""
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, split(program.config)[1], param_shardings(program.mesh, program.config))
 
 
 def lower_step(program: Program, batch: PairBatch) -> Any:

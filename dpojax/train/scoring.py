@@ -1,6 +1,7 @@
 """Log-probabilities of examples under fixed parameters: the forward pass alone."""
 
-import hashlib
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,10 @@ from jaxtyping import Array, Float
 
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
-from dpojax.models import DecoderConfig
+from dpojax.models import DecoderConfig, param_shardings
 from dpojax.packing import PairBatch, packing_of
 from dpojax.progress import console, track
-from dpojax.sharding import batch_sharding, param_shardings, put_global
+from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.state import placed
 from dpojax.train.step import join_micro, split_micro
@@ -28,19 +29,9 @@ def place_params(params: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
     return placed(params, param_shardings(mesh, config))
 
 
-def content_hash(params: PyTree) -> str:
-    """A fingerprint of a parameter tree: names, shapes and every byte; a model's identity in run.json and caches."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
-        x = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
-    """Names what computes log-probabilities: a model's shape and content, and the compute dtype."""
-    return f"{config}/{content}/{dtype}"
+def model_key(config: DecoderConfig, content: str, dtype: str) -> dict[str, str | int]:
+    """What computes log-probabilities, in named fields: a decoder's choices, its content hash, the compute dtype."""
+    return {"config": json.dumps(dataclasses.asdict(config), sort_keys=True), "content": content, "dtype": dtype}
 
 
 def jit_forward(

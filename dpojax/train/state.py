@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dpojax.models.config import DecoderConfig
-from dpojax.models.decoder import split
-from dpojax.sharding import param_shardings, put_global, replicated
+from dpojax.models.params import abstract_params, param_shardings
+from dpojax.sharding import put_global, replicated
 from dpojax.train.objectives import Running
 from dpojax.types import PyTree
 
@@ -130,7 +130,7 @@ class StateLayout:
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, to restore into or to compile for."""
-        shapes = jax.eval_shape(lambda params: self.make(params, self.hyper, 0), split(self.config)[1])
+        shapes = jax.eval_shape(lambda params: self.make(params, self.hyper, 0), abstract_params(self.config))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings)
 
 
@@ -148,7 +148,7 @@ def state_layout(
     hyper = Hyper(np.float32(beta), np.float32(learning_rate))  # type: ignore[arg-type]  # NumPy's
     running, frozen, everywhere = running or {}, tuple(frozen), replicated(mesh)
     trained, kept = partition(param_shardings(mesh, config), frozen)
-    shapes, _ = partition(split(config)[1], frozen)
+    shapes, _ = partition(abstract_params(config), frozen)
     moments = optax.tree.map_params(
         optimizer,
         lambda _, s: s,

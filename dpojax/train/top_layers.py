@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -18,6 +19,7 @@ from dpojax.configs import ForwardOptions
 from dpojax.data import Batches
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
+from dpojax.models.params import flatten, nest
 from dpojax.packing import PairBatch, model_input
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, constrainer, put_global
@@ -40,12 +42,13 @@ def check_top_layers(n: int | None, config: DecoderConfig) -> None:
 
 def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
     """The shape of a model's top n layers."""
-    return dataclasses.replace(config, layers=n, tied=True)
+    kinds = config.kind_of_layer[config.layers - n :]
+    return dataclasses.replace(config, layers=n, tied=True, kind_of_layer=kinds)
 
 
 def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
     """The frozen parameters of a model, and the trained ones: its top n layers and final norm."""
-    L = len(params["blocks"]["attn_norm"])
+    L = next(iter(params["blocks"].values())).shape[0]
     trained = {"blocks": jax.tree.map(lambda x: x[L - n :], params["blocks"]), "final_norm": params["final_norm"]}
     frozen = {name: x for name, x in params.items() if name not in trained}
     if n < L:  # Orbax saves no array without elements
@@ -53,11 +56,19 @@ def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
     return frozen, trained
 
 
+def separate_shapes(shapes: PyTree, n: int) -> tuple[PyTree, PyTree]:
+    """:func:`separate` of abstract parameters, placement included: layers are split over no mesh axis."""
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s.sharding)  # noqa: E731
+    parts = jax.eval_shape(lambda params: separate(params, n), shapes)
+    flat = flatten(shapes)
+    return tuple(nest({path: placed(x, flat[path]) for path, x in flatten(part).items()}) for part in parts)
+
+
 def join(frozen: PyTree, trained: PyTree) -> PyTree:
-    """The whole model's parameters, on the host: the inverse of :func:`separate`."""
+    """The whole model's parameters: the inverse of :func:`separate`."""
     blocks = trained["blocks"]
     if "blocks" in frozen:
-        blocks = jax.tree.map(lambda *parts: np.concatenate(parts), frozen["blocks"], blocks)
+        blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), frozen["blocks"], blocks)
     return {**frozen, **trained, "blocks": blocks}
 
 
@@ -65,11 +76,12 @@ def cut(model: Model, n: int) -> tuple[Model, Model]:
     """A model as two: a trunk, and the top n layers, which go on from its hidden states."""
     config, params = model.config, model.params
     _, trained = separate(params, n)
-    below = jax.tree.map(lambda x: x[: config.layers - n], params["blocks"])
+    below_n, kinds = config.layers - n, config.kind_of_layer[: config.layers - n]
+    below = jax.tree.map(lambda x: x[:below_n], params["blocks"])
     trunk = {"embed": params["embed"], "blocks": below, "final_norm": params["final_norm"]}
-    top = {"embed": params["embed" if config.tied else "head"], **trained}
+    top = {"embed": params[config.unembedding], **trained}
     return (
-        Model(dataclasses.replace(config, layers=config.layers - n, tied=True), trunk, model.hf_config),
+        Model(dataclasses.replace(config, layers=below_n, tied=True, kind_of_layer=kinds), trunk, model.hf_config),
         Model(top_config(config, n), top, model.hf_config),
     )
 
@@ -128,14 +140,14 @@ class Trunk:
     def below(self, batches: Batches, label: str, limit: int | None = None) -> Batches:
         """The batches with the hidden states of the examples in the first ``limit`` of them (default: all)."""
         examples = self._compute(batches, label, limit)
-        return batches.carrying(stored(self.directory, batches.tokens, self.width, self.dtype, examples))
+        return batches.with_hidden(stored(self.directory, batches.tokens, self.width, self.dtype, examples))
 
     def _compute(self, batches: Batches, label: str, limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
         seen: set[int] = set()
         for index in track(range(batches.first_pass(limit)), label):
             item = batches.collate(batches.indices[index])
             states = np.asarray(self.step(self.params, put_global(item.batch, batch_sharding(self.mesh))))
-            for i, sequence, span in batches.spans(item.index):
+            for i, sequence, span in batches.packed_spans(item.index):
                 if i not in seen:  # a batch may run over the epoch's end
                     seen.add(i)
                     yield i, states[sequence, span]

@@ -99,7 +99,7 @@ SPELLED = {  # its own beta; that of its rewards where 0.5 is given; whether a r
 def test_a_spelled_objective_takes_beta_later(text):
     spec, bound = spelled(text), spelled(text, beta=0.5)
     own, given, *free = SPELLED[text]
-    assert spec.beta == own and spec.takes_beta == ("beta=0.3)" != text[4:] and text != "sft")
+    assert spec.beta == own and spec.takes_beta == (text[4:] != "beta=0.3)" and text != "sft")
     policy, ref = batch("kto" if "kto" in text else "sigmoid", 0)
     close(at_beta(spec.objective, policy, ref, jnp.float32(0.5)), bound.objective(policy, ref))
     np.testing.assert_array_equal(at_beta(spec.objective, policy, ref, None), spec.objective(policy, ref))
