@@ -192,7 +192,7 @@ def make_ref_step(
     micro_batches: int = 1,
 ) -> RefStep:
     """``ref_step(params, batch)``, compiled: what an objective of these traits reads of a live reference."""
-    reads = (traits.reads & {"tokens"}) | ({"hidden"} if "kl" in traits.reads else set())
+    reads = traits.reference_statistics | ({"hidden"} if traits.compares_distributions else set())
 
     def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
         return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
@@ -205,7 +205,7 @@ def make_ref_step(
 
     def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
         ref = shape(forward(params, batch), batch)
-        return dataclasses.replace(ref, head=params[config.unembedding]) if "kl" in traits.reads else ref
+        return dataclasses.replace(ref, head=params[config.unembedding]) if traits.compares_distributions else ref
 
     return ref_step
 
