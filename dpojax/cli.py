@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dpojax.configs import (
     ExportConfig,
     LogpsConfig,
     LossesConfig,
+    MeshConfig,
     SampleConfig,
     SFTConfig,
     TrainOptions,
@@ -97,33 +99,39 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
+    from dpojax.sharding import make_mesh
     from dpojax.startup import keep_memory
     from dpojax.train.by_name import load_policy, tokenizer_for
 
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
-    model = load_policy(config.model)
+    side_by_side = -(-min(config.batch_size, len(prompts) * config.num_samples) // config.num_samples)
+    mesh = make_mesh(MeshConfig(), jax.devices()[: math.gcd(side_by_side, jax.device_count())])
+    model = load_policy(config.model, mesh=mesh)
     keep_memory()
     sampler = make_sampler(
         model.config,
         max_new_tokens=config.max_new_tokens,
         eos_ids=(encoder.eos,),
+        num_samples=config.num_samples,
         temperature=config.temperature,
         top_p=config.top_p,
         dtype=config.dtype,
+        mesh=mesh,
     )
     drawn = sample_all(
         sampler,
-        jax.device_put(model.params),
-        [prompt for prompt in prompts for _ in range(config.num_samples)],
-        batch_size=min(config.batch_size, len(prompts) * config.num_samples),
+        model.params,
+        prompts,
+        batch_size=side_by_side,
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
     )
-    for i, tokens in enumerate(drawn):  # by print, which leaves a model's text as it is
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        print(f"{i // config.num_samples + 1}. {config.prompt[i // config.num_samples]}|{text}")
+    for i, completions in enumerate(drawn.lists()):
+        for tokens in completions:  # by print, which leaves a model's text as it is
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            print(f"{i + 1}. {config.prompt[i]}|{text}")
     return 0
 
 
@@ -139,7 +147,7 @@ def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
 
 def run_export(config: ExportConfig) -> int:
     """``dpojax export``."""
-    from dpojax.models import load_tokenizer, save_directory
+    from dpojax.models import load_tokenizer, save_model
     from dpojax.progress import console
     from dpojax.train.by_name import load_run
 
@@ -147,7 +155,7 @@ def run_export(config: ExportConfig) -> int:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a directory")
     model, step = load_run(config.run, config.checkpoint)
-    save_directory(model.params, model.config, model.hf_config, output, dtype=config.dtype)
+    save_model(model, output, dtype=config.dtype)
     load_tokenizer(str(Path(config.run) / "model")).save_pretrained(output)
     console.print(f"the policy of step {step} written to {output}")
     return 0

@@ -1,19 +1,21 @@
 """The mesh, and which mesh axis each logical axis of an array is split over."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dpojax.configs import MeshConfig
 from dpojax.errors import UserError
-from dpojax.models.config import DecoderConfig
-from dpojax.models.decoder import Constrain, param_axes
 from dpojax.types import PyTree
 
 MeshAxes = str | tuple[str, ...] | None
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+"""Pins an activation, whose dimensions are these logical axes, to its place on the mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +33,37 @@ class Rules:
     mlp: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
 
+    def mesh_axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is split over, none or several."""
+        axes = getattr(self, axis)
+        return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
     def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """The partition of an array with these logical axes.
+
+        Raises:
+          ValueError: two of its dimensions would be split over one mesh axis.
+        """
+        used = [name for axis in axes if axis is not None for name in self.mesh_axes(axis)]
+        if len(set(used)) < len(used):
+            raise ValueError(f"logical axes {axes} are split over mesh axes {used}, one of them twice")
         return PartitionSpec(*(None if axis is None else getattr(self, axis) for axis in axes))
 
 
 RULES = Rules()
 
 
-def make_mesh(config: MeshConfig, model: DecoderConfig | None = None, rows: int | None = None) -> Mesh:
-    """The devices as a mesh of (data, fsdp, tensor).
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices as a mesh of (data, fsdp, tensor), neighbours along fast links where devices have links.
 
     Args:
       config: devices along each axis; one of them may be -1, for the rest.
-      model: checked to divide evenly.
-      rows: pairs computed side by side, checked to divide evenly.
+      devices: those to use (default: all of JAX's default kind).
 
     Raises:
-      UserError: the sizes do not fit the devices, the model or the batch.
+      UserError: the sizes do not fit the devices.
     """
-    devices = jax.devices()
+    devices = list(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
     known = int(np.prod([n for n in sizes.values() if n != -1]))
     free = [axis for axis, n in sizes.items() if n == -1]
@@ -60,18 +74,27 @@ def make_mesh(config: MeshConfig, model: DecoderConfig | None = None, rows: int 
     if int(np.prod(list(sizes.values()))) != len(devices):
         flags = " x ".join(f"{axis} {n}" for axis, n in dataclasses.asdict(config).items())
         raise UserError(f"--mesh: {flags} does not fit {len(devices)} devices; make the product equal their number")
-    for dimension, axis in (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp_width", "tensor"), ("width", "fsdp")):
-        if model is not None and getattr(model, dimension) % sizes[axis]:
-            n = getattr(model, dimension)
-            raise UserError(f"--mesh.{axis}: {sizes[axis]} does not divide the model's {dimension}, {n}; use a divisor")
-    if model is not None and model.vocab_size % sizes["tensor"]:
-        raise UserError(f"--mesh.tensor: {sizes['tensor']} does not divide the vocabulary, {model.vocab_size}")
-    if rows is not None and rows % (sizes["data"] * sizes["fsdp"]):
-        split = sizes["data"] * sizes["fsdp"]
-        raise UserError(f"--batch-size: {rows} pairs side by side do not divide over {split} devices; use a multiple")
-    shape = tuple(sizes.values())
-    grid = np.array(devices).reshape(shape)
-    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    # Devices in their order of numbers ignore a TPU's links; this orders them along the torus.
+    ordered = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(ordered, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of JAX's first device."""
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Refuse a batch that does not divide over the devices that split it.
+
+    Raises:
+      UserError: naming the flag, its value and the number of devices.
+    """
+    shards = batch_shards(mesh)
+    if batch_size % shards:
+        raise UserError(
+            f"--batch-size: {batch_size} pairs side by side do not divide over {shards} devices; use a multiple"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,12 +110,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Parts that a batch is split into."""
     return mesh.size // mesh.shape["tensor"]
-
-
-def param_shardings(mesh: Mesh, config: DecoderConfig) -> PyTree:
-    """A sharding for every parameter, in the parameters' structure."""
-    to_sharding = lambda axes: NamedSharding(mesh, RULES.spec(axes))  # noqa: E731
-    return jax.tree.map(to_sharding, param_axes(config), is_leaf=lambda x: isinstance(x, tuple))
 
 
 def constrainer(mesh: Mesh) -> Constrain:

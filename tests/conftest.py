@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax.models import DecoderConfig, init_params, save_directory
+from dpojax.models import DecoderConfig, Model, config_from_hf, init_params, save_model
 from dpojax.packing import ModelInput, PairBatch, pack
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -50,8 +50,6 @@ HF_CONFIG = {
 
 
 def decoder_config(raw: dict) -> DecoderConfig:
-    from dpojax.models.config import config_from_hf
-
     return config_from_hf(raw, "test")
 
 
@@ -79,7 +77,7 @@ def tiny_dir(config, params, tmp_path_factory) -> str:
     from transformers import ByT5Tokenizer
 
     directory = tmp_path_factory.mktemp("tiny")
-    save_directory(params, config, HF_CONFIG, directory)
+    save_model(Model(config, params, HF_CONFIG), directory)
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"

@@ -5,21 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
-    *(
-        "errors",
-        "configs",
-        "options",
-        "progress",
-        "cachedir",
-        "startup",
-        "types",
-        "losses",
-        "show",
-        "theory",
-        "packing",
-        "logprobs",
-    ),
-    *("models", "data", "sharding", "train", "generate", "evaluate", "cli", "__main__"),
+    *("errors", "configs", "options", "progress", "cachedir", "startup", "types", "sharding", "losses", "show"),
+    *("theory", "packing", "logprobs", "models", "data", "train", "generate", "evaluate", "cli", "__main__"),
 ]
 
 

@@ -19,8 +19,8 @@ def logits(config, params, row):
 
 def test_greedy_with_cache_is_greedy_without(config, params):
     sampler = make_sampler(config, max_new_tokens=7, eos_ids=(), temperature=0.0)
-    got = sample_all(sampler, params, PROMPTS, batch_size=2, seed=0)
-    for prompt, completion in zip(PROMPTS, got, strict=True):
+    got = sample_all(sampler, params, PROMPTS, batch_size=2, seed=0).lists()
+    for prompt, (completion,) in zip(PROMPTS, got, strict=True):
         best = logits(config, params, prompt + completion).argmax(axis=-1)
         assert best[len(prompt) - 1 : -1].tolist() == completion
 
@@ -29,7 +29,7 @@ def test_samples_follow_the_models_distribution(config, params):
     n = 4000
     sampler = make_sampler(config, max_new_tokens=1, eos_ids=())
     drawn = sample_all(sampler, params, [PROMPTS[0]] * n, batch_size=1000, seed=0)
-    counts = np.bincount([row[0] for row in drawn], minlength=config.vocab_size)
+    counts = np.bincount(drawn.tokens[:, 0, 0], minlength=config.vocab_size)
     probs = np.asarray(jax.nn.softmax(logits(config, params, PROMPTS[0])[-1]))
     error = np.sqrt(probs * (1 - probs) / n)
     assert (np.abs(counts / n - probs) < 5 * error + 1e-3).all()
@@ -37,17 +37,18 @@ def test_samples_follow_the_models_distribution(config, params):
 
 def test_an_eos_ends_a_completion_and_counts(config, params):
     greedy = make_sampler(config, max_new_tokens=7, eos_ids=(), temperature=0.0)
-    free = sample_all(greedy, params, PROMPTS, batch_size=3, seed=0)
+    free = [row for (row,) in sample_all(greedy, params, PROMPTS, batch_size=3, seed=0).lists()]
     eos = free[0][2]
     ended = make_sampler(config, max_new_tokens=7, eos_ids=(eos,), temperature=0.0)
     got = sample_all(ended, params, PROMPTS, batch_size=3, seed=0)
-    for a, b in zip(got, free, strict=True):
+    for (a,), b in zip(got.lists(), free, strict=True):
         assert a == (b[: b.index(eos) + 1] if eos in b else b)
+    assert got.ended[:, 0].tolist() == [eos in b for b in free]
 
 
 def test_seeds_and_order(config, params):
     sampler = make_sampler(config, max_new_tokens=5, eos_ids=(1,))
-    a, b, c = (sample_all(sampler, params, PROMPTS, batch_size=2, seed=s) for s in (0, 0, 1))
+    a, b, c = (sample_all(sampler, params, PROMPTS, batch_size=2, seed=s).lists() for s in (0, 0, 1))
     assert a == b != c and len(a) == 3
 
 

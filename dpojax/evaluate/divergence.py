@@ -7,11 +7,10 @@ from jaxtyping import Array, Float
 from dpojax.data import Batches, Example
 from dpojax.evaluate.scoring import forward_over_mesh
 from dpojax.logprobs import completion_stats
-from dpojax.models import DecoderConfig
-from dpojax.models.decoder import unembedding
+from dpojax.models import DecoderConfig, param_shardings
 from dpojax.packing import PairBatch
 from dpojax.progress import track
-from dpojax.sharding import batch_sharding, batch_shards, param_shardings, put_global
+from dpojax.sharding import batch_sharding, batch_shards, put_global
 from dpojax.train.scoring import place_params
 from dpojax.types import PyTree, ReferenceOutput
 
@@ -46,7 +45,7 @@ def exact_kl(
     """
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
     batches = Batches(examples, batch_size, max_shapes=8, sequences=batch_shards(mesh))
-    head, by_batch, shardings = unembedding(config), batch_sharding(mesh), param_shardings(mesh, config)
+    head, by_batch, shardings = config.unembedding, batch_sharding(mesh), param_shardings(mesh, config)
 
     def kls(policy: PyTree, ref: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
         hidden = completion_stats(apply_fn, policy, batch, reads=frozenset({"hidden"})).hidden

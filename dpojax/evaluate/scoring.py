@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
 from dpojax.logprobs import pair_up
-from dpojax.models import DecoderConfig, make_apply, make_attention
+from dpojax.models import DecoderConfig, fingerprint, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import load_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.scoring import collect_logps, content_hash, make_logps_step, model_key, place_params
+from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
 from dpojax.train.task import RowKind
 from dpojax.types import ApplyFn, CompletionStats, PyTree
 
@@ -28,7 +28,7 @@ def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_s
     """The model over all devices, their mesh, and the smallest batch size from ``batch_size`` on that they divide."""
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
-    mesh = make_mesh(MeshConfig(), config, batch_size)
+    mesh = make_mesh(MeshConfig())
     kernel = make_attention(attention, mesh, dtype)
     return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel), mesh, batch_size
 
@@ -88,7 +88,7 @@ class FileScores:
 
     def of(self, name: str) -> np.ndarray:
         """``[n, N]`` log-probabilities of the completions under the model of this name, nats."""
-        config, model = self.config, load_policy(name)
+        config, model = self.config, load_policy(name, mesh=make_mesh(MeshConfig()))
         keep_memory()
         check_fit(model, self.examples, config.tokenizer or name)
         scorer = make_scorer(
@@ -99,6 +99,6 @@ class FileScores:
             max_shapes=config.max_shapes,
             chunk_tokens=config.logprob_chunk_tokens,
         )
-        key = model_key(model.config, content_hash(model.params), config.dtype)
+        key = model_key(model.config, fingerprint(model.params), config.dtype)
         cache = LogpsCache(config.data[0], key, self.lengths.shape[1])
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

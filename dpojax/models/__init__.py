@@ -1,21 +1,50 @@
-"""The decoder, its configuration, and its weights in and out."""
+"""The decoder, its choices and parameters, and its weights in and out."""
 
 from dpojax.models.attention import make_attention
 from dpojax.models.config import DecoderConfig
-from dpojax.models.decoder import init_params, make_apply, param_axes
-from dpojax.models.load import Model, as_reward_model, check_model, load_model, load_tokenizer
-from dpojax.models.safetensors import save_directory
+from dpojax.models.decoder import make_apply
+from dpojax.models.families import FAMILIES, config_from_hf
+from dpojax.models.identity import fingerprint
+from dpojax.models.load import (
+    Model,
+    ModelFiles,
+    as_reward_model,
+    load_model,
+    load_tokenizer,
+    new_model,
+    open_model,
+    save_model,
+)
+from dpojax.models.params import (
+    abstract_params,
+    check_divides,
+    combine,
+    init_params,
+    param_shardings,
+    param_specs,
+    partition,
+)
 
 __all__ = [
+    "FAMILIES",
     "DecoderConfig",
     "Model",
+    "ModelFiles",
+    "abstract_params",
     "as_reward_model",
-    "check_model",
+    "check_divides",
+    "combine",
+    "config_from_hf",
+    "fingerprint",
     "init_params",
     "load_model",
     "load_tokenizer",
     "make_apply",
     "make_attention",
-    "param_axes",
-    "save_directory",
+    "new_model",
+    "open_model",
+    "param_shardings",
+    "param_specs",
+    "partition",
+    "save_model",
 ]

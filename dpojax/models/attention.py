@@ -1,4 +1,7 @@
-"""Rotary embedding, and attention under the mask of shared prompts."""
+"""Rotary embedding, and attention under the mask of shared prompts.
+
+Optimization barriers are for XLA's CPU compiler; ``scripts/profile_step.py`` measures what they save.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,21 +12,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.errors import UserError
-from dpojax.models.config import DecoderConfig
+from dpojax.models.config import Rope
 from dpojax.packing import ModelInput, gather
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 Attention = Callable[[Array, Array, Array], Array]
 """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of packed sequences -> ``[R, T, H, h]``."""
+MakeAttention = Callable[[ModelInput, int | None], Attention]
+"""A batch and how many of the latest tokens a token sees (None: all) -> attention."""
 
 
 def rope_table(
-    positions: Int[Array, "B T"], config: DecoderConfig
+    positions: Int[Array, "B T"], rope: Rope, head_dim: int
 ) -> tuple[Float[Array, "B T f"], Float[Array, "B T f"]]:
     """Cosine and sine of position x frequency (Su et al. 2021, arXiv 2104.09864), float32."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    freqs = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
+    rotated = int(head_dim * rope.share)
+    exponents = jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated
+    freqs = 1.0 / rope.theta**exponents
+    scaling = rope.scaling
     if scaling is not None and scaling.kind == "linear":
         freqs = freqs / scaling.factor
     elif scaling is not None:
@@ -39,11 +45,16 @@ def rope_table(
 def rotate(
     x_BTNh: Float[Array, "B T N h"], cos: Float[Array, "B T f"], sin: Float[Array, "B T f"]
 ) -> Float[Array, "B T N h"]:
-    """Rotary embedding in Hugging Face's layout: the first and the second half of a head are the two coordinates."""
-    first, second = jnp.split(x_BTNh.astype(jnp.float32), 2, axis=-1)
+    """Rotary embedding in Hugging Face's layout: the first and the second half of a head are the two coordinates.
+
+    Where the tables are of a part of the head's width, the rest is left as it is.
+    """
+    width = 2 * cos.shape[-1]
+    rest = x_BTNh[..., width:]
+    first, second = jnp.split(x_BTNh[..., :width].astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNh.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNh.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 @jax.custom_vjp
@@ -55,8 +66,8 @@ def attend(
 ) -> Float[Array, "B X H h"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), softmax in float32.
 
-    A row that may see nothing gets the mean of all values; nobody reads it. The backward pass is made by hand, with p
-    the softmax and o the output: ``ds = p * (do @ v - sum(do * o)) / sqrt(h)``.
+    A fully masked query returns the mean of the values; callers discard it. The backward pass is written by hand, with
+    p the softmax and o the output: ``ds = p * (do @ v - sum(do * o)) / sqrt(h)``.
     """
     return _attend_forward(q_BXHh, k_BYKh, v_BYKh, mask_BXY)[0]
 
@@ -137,27 +148,35 @@ def _repeat_backward(N: int, kept: None, g: Array) -> tuple[Array]:
 repeat.defvjp(lambda x, N: (jnp.repeat(x, N, axis=0), None), _repeat_backward)
 
 
-def shared_prompt_attention(inputs: ModelInput, attend: Attend = attend) -> Attention:
+def causal(n: int, window: int | None = None) -> Bool[Array, "1 n n"]:
+    """True where a token sees a token: itself and earlier ones, of these the latest ``window`` (None: all)."""
+    mask = jnp.tril(jnp.ones((1, n, n), bool))
+    return mask if window is None else mask & ~jnp.tril(mask, -window)
+
+
+def shared_prompt_attention(inputs: ModelInput, window: int | None = None, attend: Attend = attend) -> Attention:
     """Attention where completions see their prompt and themselves, in blocks: no score between two completions of a
     prompt, nor of a prompt with its completions, is ever computed.
 
     Args:
       inputs: what the model reads; says which padded columns are prompt and which completion.
+      window: how many of the latest tokens a token sees, itself included (None: all).
       attend: attention of one block, as :func:`attend` and :func:`cudnn_attend`.
     """
     B, P, C = inputs.prompt_len.shape[0], inputs.prompt, inputs.completion
-    real = jnp.arange(P)[None, :] >= P - inputs.prompt_len[:, None]
-    causal = lambda n: jnp.tril(jnp.ones((1, n, n), bool))  # noqa: E731
+    valid = jnp.arange(P)[None, :] >= P - inputs.prompt_len[:, None]
 
     def on_padded(q: Array, k: Array, v: Array) -> Array:
         N = (q.shape[1] - P) // C if C else 0
-        prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P) & real[:, None, :])
+        prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P, window) & valid[:, None, :])
         if N == 0:
             return prompts
         own = lambda x: x[:, P:].reshape(B * N, C, *x.shape[2:])  # noqa: E731
         behind = lambda x: jnp.concatenate([repeat(x[:, :P], N), own(x)], axis=1)  # noqa: E731
-        mask = jnp.repeat(jnp.broadcast_to(real[:, None, :], (B, C, P)), N, axis=0)
-        mask = jnp.concatenate([mask, jnp.broadcast_to(causal(C), (B * N, C, C))], axis=2)
+        # A prompt ends, and its completions begin, at the same column, so distances are those of the columns.
+        near = jnp.ones((1, C, P), bool) if window is None else causal(P + C, window)[:, P:, :P]
+        mask = jnp.repeat(near & valid[:, None, :], N, axis=0)
+        mask = jnp.concatenate([mask, jnp.broadcast_to(causal(C, window), (B * N, C, C))], axis=2)
         completions = attend(own(q), behind(k), behind(v), mask)
         return jnp.concatenate([prompts, completions.reshape(B, N * C, *q.shape[2:])], axis=1)
 
@@ -169,20 +188,24 @@ def cudnn_attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
-def splash_shared_prompt_attention(inputs: ModelInput, mesh: Mesh | None) -> Attention:
-    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh."""
+def splash_shared_prompt_attention(inputs: ModelInput, window: int | None, mesh: Mesh | None) -> Attention:
+    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh.
+
+    Layers with a window go through XLA's own attention: the kernel's mask is built for full attention.
+    """
+    if window is not None:
+        return shared_prompt_attention(inputs, window)
     from dpojax.models.splash import splash_attention  # a TPU's compiler, which others need not load
 
     def on_padded(q: Array, k: Array, v: Array) -> Array:
-        return splash_attention(
-            q, k, v, inputs.prompt_len, prompt=inputs.prompt, completion=inputs.completion, mesh=mesh
-        )
+        P, C = inputs.prompt, inputs.completion
+        return splash_attention(q, k, v, inputs.prompt_len, prompt=P, completion=C, mesh=mesh)
 
     return from_padded(on_padded, inputs)
 
 
-def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> Callable[[ModelInput], Attention]:
-    """Attention by name, as ``--attention`` has it.
+def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> MakeAttention:
+    """Attention of a batch and a window, by the name of its kernel, as ``--attention`` has it.
 
     Args:
       name: "xla" (any device), "cudnn" (an NVIDIA GPU, bfloat16), "splash" (a TPU), or "auto": the kernel that is
@@ -202,8 +225,8 @@ def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") 
     if name == "cudnn" and dtype != "bfloat16":
         raise UserError(f"--attention cudnn: does not compute in {dtype}; add --dtype bfloat16, or use xla")
     if name == "splash":
-        return lambda inputs: splash_shared_prompt_attention(inputs, mesh)
-    return lambda inputs: shared_prompt_attention(inputs, cudnn_attend if name == "cudnn" else attend)
+        return lambda inputs, window: splash_shared_prompt_attention(inputs, window, mesh)
+    return lambda inputs, window: shared_prompt_attention(inputs, window, cudnn_attend if name == "cudnn" else attend)
 
 
 def from_padded(on_padded: Attention, inputs: ModelInput) -> Attention:
@@ -212,9 +235,8 @@ def from_padded(on_padded: Attention, inputs: ModelInput) -> Attention:
 
     def attention(q: Array, k: Array, v: Array) -> Array:
         H, K = q.shape[2], k.shape[2]
-        joint = move(
-            jnp.concatenate([q, k, v], axis=2), inputs.packed_index, inputs.padded_index
-        )  # one gather instead of three
+        joint = jnp.concatenate([q, k, v], axis=2)  # one gather instead of three
+        joint = move(joint, inputs.packed_index, inputs.padded_index)
         joint = joint.reshape(B, -1, *joint.shape[2:])
         out = on_padded(joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :])
         return move(out.reshape(R, -1, *out.shape[2:]), inputs.padded_index, inputs.packed_index)

@@ -1,37 +1,19 @@
 """GGUF files: weights (dequantized by the `gguf` library), configuration and tokenizer from their metadata."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpojax.errors import UserError
-from dpojax.models.config import DecoderConfig, config_from_hf
-from dpojax.models.safetensors import BLOCK_NAMES, TOP_NAMES, assemble
-from dpojax.types import PyTree
+from dpojax.models.config import DecoderConfig
+from dpojax.models.families import FAMILIES, Family
+from dpojax.models.weights import Placed, places
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
-
-GGUF_NAMES = {
-    TOP_NAMES["embed"]: "token_embd.weight",
-    TOP_NAMES["final_norm"]: "output_norm.weight",
-    TOP_NAMES["head"]: "output.weight",
-}
-GGUF_BLOCK_NAMES = {
-    "attn_norm": "attn_norm",
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "mlp_norm": "ffn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
 
 
 @functools.lru_cache(maxsize=2)
@@ -44,7 +26,7 @@ def _reader(path: Path, modified: int, size: int) -> "GGUFReader":
 
 
 class GGUFFile:
-    """An open GGUF file: metadata by key, tensors by Hugging Face name."""
+    """An open GGUF file: metadata by key, tensors by GGUF's name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,23 +44,24 @@ class GGUFFile:
         return default if field is None else field.contents()
 
     def hf_config(self) -> dict[str, Any]:
-        """The metadata as Hugging Face's ``config.json`` would say it."""
+        """The metadata as a Hugging Face ``config.json`` would have it."""
         family = self.get("general.architecture")
-        if family != "llama":
-            raise UserError(f"{self.path}: architecture {family!r} is not supported in GGUF; use a llama model")
+        if family not in FAMILIES:
+            known = " or ".join(sorted(FAMILIES))
+            raise UserError(f"{self.path}: architecture {family!r} is not supported in GGUF; use a {known} model")
 
         def key(name: str, default: Any = None) -> Any:
-            value = self.get(f"llama.{name}", default)
+            value = self.get(f"{family}.{name}", default)
             if value is None:
-                raise UserError(f"{self.path}: no metadata llama.{name}; convert the model again")
+                raise UserError(f"{self.path}: no metadata {family}.{name}; convert the model again")
             return value
 
         if "rope_freqs.weight" in self.tensors:
             raise UserError(f"{self.path}: scaled rotary frequencies are not read from GGUF; use its safetensors")
         heads, width = key("attention.head_count"), key("embedding_length")
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{FAMILIES[family].architecture}ForCausalLM"],
+            "model_type": family,
             "hidden_act": "silu",
             "hidden_size": width,
             "intermediate_size": key("feed_forward_length"),
@@ -92,35 +75,46 @@ class GGUFFile:
             "max_position_embeddings": key("context_length"),
             "vocab_size": len(self.get("tokenizer.ggml.tokens", [])) or key("vocab_size"),
             "tie_word_embeddings": "output.weight" not in self.tensors,
-            "attention_bias": False,
-            "mlp_bias": False,
+            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in self.tensors,
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
 
-    def tensor(self, name: str, heads: int = 0) -> np.ndarray:
-        """A tensor as float32; ``heads`` > 0 undoes the interleaving of rotary pairs that GGUF has in q and k."""
+
+class GGUFSource:
+    """A GGUF file's tensors by Hugging Face's name, dequantized slice by slice
+    (:class:`~dpojax.models.weights.TensorSource`)."""
+
+    def __init__(self, file: GGUFFile, family: Family, config: DecoderConfig):
+        self.path, self.tensors = file.path, file.tensors
+        self.places: dict[str, tuple[str, Placed]] = {}
+        for place in places(family, config).values():
+            kind = ".bias" if place.tensor.name.endswith(".bias") else ".weight"
+            for layer in range(place.layers or 1):
+                gguf = place.tensor.gguf.format(layer) + kind
+                self.places[place.name(layer)] = (gguf, place)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        gguf, _ = self.places.get(name, ("", None))
+        if gguf not in self.tensors:
+            return None
+        return tuple(int(n) for n in reversed(self.tensors[gguf].shape))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A slice of a tensor as float32; whole rows are dequantized, those of the slice alone."""
         from gguf import dequantize
 
-        if name not in self.tensors:
-            raise UserError(f"{self.path}: tensor {name} is missing; fetch the file again")
-        tensor = self.tensors[name]
-        x = dequantize(tensor.data, tensor.tensor_type)
-        if heads:
-            x = x.reshape(heads, -1, 2, x.shape[-1]).swapaxes(1, 2)
-        return x
-
-
-def load_gguf(file: GGUFFile, progress: Callable[[float], None]) -> tuple[DecoderConfig, PyTree]:
-    """Read a GGUF file; parameters are float32 NumPy arrays."""
-    config = config_from_hf(file.hf_config(), str(file.path))
-    names: dict[str, tuple[str, int]] = {hf: (name, 0) for hf, name in GGUF_NAMES.items()}
-    interleaved = {"q": config.heads, "k": config.kv_heads}
-    for layer in range(config.layers):
-        for key, name in GGUF_BLOCK_NAMES.items():
-            names[BLOCK_NAMES[key].format(layer)] = (f"blk.{layer}.{name}.weight", interleaved.get(key, 0))
-    return config, assemble(config, lambda hf: file.tensor(*names[hf]), str(file.path), progress)
+        gguf, place = self.places[name]
+        tensor = self.tensors[gguf]
+        if len(index) == 1:
+            return dequantize(tensor.data, tensor.tensor_type)[index]
+        x = dequantize(tensor.data[index[0]], tensor.tensor_type)
+        if place.tensor.gguf_pairs:  # the two halves of every head are interleaved
+            head_dim = place.shape[-1]
+            x = x.reshape(-1, head_dim // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        return x[:, index[1]]
 
 
 def _pre_tokenizer(kind: str, path: Path) -> Any:

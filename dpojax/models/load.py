@@ -1,45 +1,119 @@
-"""A model by name: a Hugging Face directory, a hub id, or a GGUF file."""
+"""A model by name: a Hugging Face directory, a hub id, or a GGUF file; or a new one."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dpojax.errors import UserError, first_line
-from dpojax.models.config import DecoderConfig, config_from_hf
-from dpojax.models.gguf import GGUFFile, gguf_tokenizer, load_gguf
-from dpojax.models.safetensors import load_directory, read_json, tensor_files
+from dpojax.models.config import DecoderConfig
+from dpojax.models.families import FAMILIES, Family, family_of
+from dpojax.models.gguf import GGUFFile, GGUFSource, gguf_tokenizer
+from dpojax.models.params import init_params, param_shardings
+from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
+from dpojax.models.weights import TensorSource, load_params
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Progress = Callable[[float], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model as it lies on disk: shape, parameters (float32 NumPy arrays) and the ``config.json`` to export with."""
+    """A model: the decoder's choices, its parameters (float32 arrays) and the ``config.json`` to export with."""
 
     config: DecoderConfig
     params: PyTree
     hf_config: dict[str, Any]
 
+    @property
+    def family(self) -> Family:
+        return family_of(self.hf_config, "config.json")
 
-def as_reward_model(model: Model) -> Model:
-    """The model with a head that scores completions, which starts at zero, in place of its unembedding.
 
-    It is exported as ``LlamaForSequenceClassification`` of one label.
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model's files, opened: its choices and ``config.json``; no tensor has been read."""
+
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    source: TensorSource
+
+    def load(self, mesh: Mesh | None = None, progress: Progress = lambda share: None, *, reward: bool = False) -> Model:
+        """The model with its parameters born on the mesh (:func:`~dpojax.models.weights.load_params`).
+
+        ``reward`` puts a head that scores completions in place of the unembedding (:func:`as_reward_model`).
+        """
+        family = family_of(self.hf_config, str(self.source.path))
+        params = load_params(self.source, family, self.config, mesh, progress)
+        model = Model(self.config, params, self.hf_config)
+        return as_reward_model(model, mesh) if reward else model
+
+
+def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The choices and ``config.json`` of a model with a head that scores completions in place of its unembedding.
+
+    It is exported as ``...ForSequenceClassification`` of one label.
     """
-    if model.config.reward:
-        return model
-    params = {name: x for name, x in model.params.items() if name != "head"}
-    params["score"] = np.zeros((1, model.config.width), np.float32)
-    raw = {**model.hf_config, "architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
+    if config.reward:
+        return config, hf_config
+    architecture = family_of(hf_config, "config.json").architecture
+    raw = {**hf_config, "architectures": [f"{architecture}ForSequenceClassification"], "id2label": {"0": "reward"}}
     raw |= {"label2id": {"reward": 0}, "num_labels": 1}
     if raw.get("pad_token_id") is None:  # transformers finds a row's end by it
         raw["pad_token_id"] = raw.get("eos_token_id")
-    return Model(dataclasses.replace(model.config, reward=True), params, raw)
+    return dataclasses.replace(config, head="score"), raw
+
+
+def as_reward_model(model: Model, mesh: Mesh | None = None) -> Model:
+    """The model with a head that scores completions, which starts at zero, in place of its unembedding."""
+    if model.config.reward:
+        return model
+    config, raw = reward_config(model.config, model.hf_config)
+    params = {name: x for name, x in model.params.items() if name != "head"}
+    score = jnp.zeros((1, config.width), jnp.float32)
+    params["score"] = score if mesh is None else jax.device_put(score, param_shardings(mesh, config)["score"])
+    return Model(config, params, raw)
+
+
+def new_model(config: DecoderConfig, family: str = "llama", seed: int = 0, mesh: Mesh | None = None) -> Model:
+    """A model with fresh random parameters, and the ``config.json`` that it is saved with.
+
+    Args:
+      config: the decoder's choices.
+      family: ``model_type`` of the family that it is one of.
+      seed: of the parameters.
+      mesh: where they are born (default: whole, on JAX's first device).
+
+    Raises:
+      UserError: no such family, or it has no models of these choices.
+    """
+    if family not in FAMILIES:
+        raise UserError(f"no family {family!r}; use one of {', '.join(sorted(FAMILIES))}")
+    return Model(config, init_params(config, seed, mesh), FAMILIES[family].hf_config(config))
+
+
+def save_model(model: Model, directory: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model as a Hugging Face directory, ``config.json`` and safetensors, tensor by tensor.
+
+    Args:
+      model: what to write.
+      directory: where; it is complete or not there.
+      dtype: of the written weights, float32 or bfloat16.
+      shard_bytes: files are split above this size.
+
+    Raises:
+      UserError: the directory cannot be written, or the disk is full.
+    """
+    save_directory(
+        model.params, model.config, model.family, model.hf_config, Path(directory), dtype=dtype, shard_bytes=shard_bytes
+    )
 
 
 def resolve(name: str) -> Path:
@@ -58,37 +132,39 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
-def check_model(name: str) -> DecoderConfig:
-    """The shape of a model, and that it has weights, before anything long is begun.
+def open_model(name: str) -> ModelFiles:
+    """A model's files, opened: its choices, and where its tensors are.
+
+    Args:
+      name: a Hugging Face directory, a hub id or a ``.gguf`` file.
 
     Raises:
-      UserError: no such model, an unsupported one, or none with weights.
+      UserError: no such model, an unsupported or damaged one, or none with weights.
     """
     path = resolve(name)
     if path.is_dir():
-        config = config_from_hf(read_json(path / "config.json"), str(path / "config.json"))
-        tensor_files(path)
-        return config
-    return config_from_hf(GGUFFile(path).hf_config(), str(path))
+        raw = read_json(path / "config.json")
+        config = family_of(raw, str(path / "config.json")).read(raw, str(path / "config.json"))
+        return ModelFiles(config, raw, SafetensorsSource(path))
+    file = GGUFFile(path)
+    raw = file.hf_config()
+    family = family_of(raw, str(path))
+    config = family.read(raw, str(path))
+    return ModelFiles(config, raw, GGUFSource(file, family, config))
 
 
-def load_model(name: str, progress: Callable[[float], None] = lambda share: None) -> Model:
-    """Read a model's weights.
+def load_model(name: str, progress: Progress = lambda share: None, *, mesh: Mesh | None = None) -> Model:
+    """A model with its weights.
 
     Args:
       name: a Hugging Face directory, a hub id or a ``.gguf`` file.
       progress: called with the share that is read, from 0 to 1.
+      mesh: where the parameters are born (default: whole, on JAX's first device).
 
     Raises:
       UserError: no such model, no weights, or damaged ones.
     """
-    path = resolve(name)
-    if path.is_dir():
-        config, params = load_directory(path, progress)
-        return Model(config, params, read_json(path / "config.json"))
-    file = GGUFFile(path)
-    config, params = load_gguf(file, progress)
-    return Model(config, params, file.hf_config())
+    return open_model(name).load(mesh, progress)
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

@@ -11,7 +11,6 @@ from typing import Any
 
 import absl.logging
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -160,8 +159,8 @@ def readable(directory: Path, fix: str = "remove this directory, and the one bef
         raise UserError(f"{directory}: damaged checkpoint ({first_line(error)}); {fix}") from error
 
 
-def restore_params(directory: Path, shapes: PyTree) -> PyTree:
-    """The parameters of a directory, as NumPy arrays of these shapes."""
-    to_numpy = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=np.ndarray), shapes)
+def restore_params(directory: Path, like: PyTree) -> PyTree:
+    """The parameters of a directory, laid out as the abstract arrays ``like`` are."""
     with ocp.PyTreeCheckpointer() as reader:
-        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=to_numpy))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=like, restore_args=restore_args))

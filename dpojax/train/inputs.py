@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jax.sharding import Mesh
+
 from dpojax.configs import DataOptions, TrainOptions
 from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples, with_mismatched
 from dpojax.errors import UserError
 from dpojax.models import Model
 from dpojax.progress import Stage, console
-from dpojax.sharding import batch_shards, make_mesh
+from dpojax.sharding import batch_shards
 from dpojax.train.by_name import tokenizer_for
 from dpojax.train.task import RowKind, Task
 
@@ -62,11 +64,11 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, confi
     return examples
 
 
-def load_data(config: TrainOptions, task: Task) -> Data:
-    """The run's training and held-out data, read, tokenised and batched; figures of them are printed.
+def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
+    """The run's training and held-out data, read, tokenised and batched for a mesh; figures of them are printed.
 
     Raises:
-      UserError: no tokenizer, a file that cannot be read, a row that cannot be used, or a mesh that does not fit.
+      UserError: no tokenizer, a file that cannot be read, or a row that cannot be used.
     """
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
@@ -79,8 +81,7 @@ def load_data(config: TrainOptions, task: Task) -> Data:
     epochs = config.epochs
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
-    micro = config.gradient_accumulation_steps
-    sequences = batch_shards(make_mesh(config.mesh, None, config.batch_size // micro)) * micro
+    sequences = batch_shards(mesh) * config.gradient_accumulation_steps
     shape_options = {"max_shapes": config.max_shapes, "sequences": sequences}
     batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **shape_options)
     console.print(f"  {batches.sentence()}")

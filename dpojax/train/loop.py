@@ -12,10 +12,10 @@ from typing import Any
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
-from dpojax.models import Model
+from dpojax.models import Model, fingerprint, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
-from dpojax.sharding import batch_sharding, put_global
+from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import load_policy
 from dpojax.train.checkpoint import Checkpoints
@@ -35,8 +35,8 @@ from dpojax.train.reference import (
     no_reference,
 )
 from dpojax.train.rundir import claim_directory, file_hash, save_model_files
-from dpojax.train.scoring import content_hash, model_key
-from dpojax.train.state import TrainState, partition, placed
+from dpojax.train.scoring import model_key
+from dpojax.train.state import TrainState, placed
 from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
 from dpojax.train.writers import JsonLines, TensorBoard
@@ -113,20 +113,22 @@ class Result:
 def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Program, dict[str, str]]:
     """Data, policy, reference, program and identities of a run, whose output directory is claimed once all of them
     fit together."""
-    data = load_data(config, task)
-    model = load_policy(config.model, reward=task.traits.on == "scores")
+    mesh = make_mesh(config.mesh)
+    check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
+    data = load_data(config, task, mesh)
+    model = load_policy(config.model, mesh=mesh, reward=task.traits.on == "scores")
     check_fit(model, data.examples, config.tokenizer or config.model)
     check_top_layers(config.train_top_layers, model.config)
-    program = program_of(config, task, model.config, data.total_steps)
-    identities = {"model_hash": content_hash(model.params), "data_hash": data.content_hash}
+    program = program_of(config, task, model.config, mesh, data.total_steps)
+    identities = {"model_hash": fingerprint(model.params), "data_hash": data.content_hash}
     ref_model = model
     if task.reference.model is not None:
-        ref_model = load_policy(task.reference.model)
+        ref_model = load_policy(task.reference.model, mesh=mesh)
         if ref_model.config != model.config:
             raise UserError(f"--ref-model {task.reference.model}: differs from --model in shape; use one of its kind")
     if task.reference.form != "none":
         same = ref_model is model
-        identities["reference_hash"] = identities["model_hash"] if same else content_hash(ref_model.params)
+        identities["reference_hash"] = identities["model_hash"] if same else fingerprint(ref_model.params)
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
     claim_directory(config, identities)
     save_model_files(model, data.tokenizer, Path(config.output) / "model")
@@ -202,7 +204,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     # ---- state ----------------------------------------------------------------------------------------------------
     layout, iterator = program.layout, batches.iterator()
     if done:
-        frozen = placed(partition(model.params, layout.frozen)[1], layout.shardings.frozen)
+        frozen = placed(partition(model.params, layout.trainable)[1], layout.shardings.frozen)
         like = dataclasses.replace(layout.abstract(), hyper=layout.placed_hyper(), frozen=frozen)
         state, position = checkpoints.restore(done, like)
         iterator.set_state(position)

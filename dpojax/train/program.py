@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from dpojax.configs import ComputeOptions, MeshConfig, TrainOptions
 from dpojax.logprobs import completion_stats
 from dpojax.losses import Objective, Traits, traits_of
-from dpojax.models import DecoderConfig, make_apply, make_attention
-from dpojax.models.decoder import split, unembedding
+from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention
 from dpojax.packing import PairBatch
-from dpojax.sharding import batch_sharding, constrainer, make_mesh, param_shardings
+from dpojax.sharding import batch_sharding, constrainer, make_mesh
 from dpojax.train.objectives import (
     BatchContext,
     LossFn,
@@ -28,10 +27,10 @@ from dpojax.train.objectives import (
 )
 from dpojax.train.optimizer import make_optimizer, make_schedule
 from dpojax.train.scoring import LogpsStep, jit_forward, make_logps_step
-from dpojax.train.state import StateLayout, TrainState, state_layout
+from dpojax.train.state import StateLayout, TrainState, every, state_layout
 from dpojax.train.step import StepFn, jit_train_step, make_train_step
 from dpojax.train.task import Task
-from dpojax.train.top_layers import UNTRAINED, top_config
+from dpojax.train.top_layers import of_top, top_config
 from dpojax.types import ApplyFn, CompletionStats, PyTree, ReferenceOutput
 
 RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
@@ -94,13 +93,17 @@ def make_program(
       micro_batches: pieces that a batch is computed in, one after another.
       compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
       train_top_layers: N trains the top N layers and the final norm alone.
+
+    Raises:
+      UserError: the mesh does not divide the model.
     """
-    mesh, compute = mesh or make_mesh(MeshConfig(), config), compute or ComputeOptions()
+    mesh, compute = mesh or make_mesh(MeshConfig()), compute or ComputeOptions()
+    check_divides(mesh, config)
     peak = learning_rate if learning_rate is not None else 1e-6 if optimizer is None else 1.0
     schedule = schedule or make_schedule()
     optimizer = optimizer or make_optimizer(schedule)
     trained = config if train_top_layers is None else top_config(config, train_top_layers)
-    frozen = () if train_top_layers is None else UNTRAINED
+    trainable = every if train_top_layers is None else of_top
     traits, chunk = traits_of(objective), compute.logprob_chunk_tokens
     attention, place = make_attention(compute.attention, mesh, compute.dtype), constrainer(mesh)
 
@@ -117,7 +120,7 @@ def make_program(
         optimizer,
         beta=beta,
         learning_rate=peak,
-        frozen=frozen,
+        trainable=trainable,
         running=empty_running(objective),
     )
     step = make_train_step(loss_fn, optimizer, schedule, micro_batches)
@@ -136,13 +139,12 @@ def make_program(
     )
 
 
-def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, total_steps: int) -> Program:
+def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, mesh: Mesh, total_steps: int) -> Program:
     """The program of a command's options.
 
     Raises:
-      UserError: the mesh does not fit the devices, the model or the batch.
+      UserError: the mesh does not divide the model.
     """
-    micro = config.gradient_accumulation_steps
     schedule = make_schedule(
         lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps, total_steps=total_steps
     )
@@ -156,12 +158,12 @@ def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, to
     return make_program(
         model_config,
         task.objective,
-        mesh=make_mesh(config.mesh, model_config, config.batch_size // micro),
+        mesh=mesh,
         beta=task.beta,
         learning_rate=config.learning_rate,
         optimizer=optimizer,
         schedule=schedule,
-        micro_batches=micro,
+        micro_batches=config.gradient_accumulation_steps,
         compute=config,
         train_top_layers=config.train_top_layers,
     )
@@ -205,7 +207,7 @@ def make_ref_step(
 
     def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
         ref = shape(forward(params, batch), batch)
-        return dataclasses.replace(ref, head=params[unembedding(config)]) if "kl" in traits.reads else ref
+        return dataclasses.replace(ref, head=params[config.unembedding]) if "kl" in traits.reads else ref
 
     return ref_step
 
@@ -234,20 +236,15 @@ def abstract_inputs(program: Program, batch: PairBatch) -> tuple[TrainState, Pai
 
     ref = None
     if traits.needs_live_reference:
-        ref = jax.eval_shape(program.ref_step, abstract_params(program), placed(batch))
-        head = ref.head and abstract_params(program)[unembedding(program.config)]
+        params = abstract_params(program.config, program.mesh)
+        ref = jax.eval_shape(program.ref_step, params, placed(batch))
+        head = ref.head and params[program.config.unembedding]
         ref = dataclasses.replace(placed(dataclasses.replace(ref, head=None)), head=head)
     elif traits.reference:
         zeros = jax.ShapeDtypeStruct(batch.completion_len.shape, jnp.float32)
         output = lambda sums, batch: ReferenceOutput(logps_of(CompletionStats(sums), batch, traits))  # noqa: E731
         ref = placed(jax.eval_shape(output, zeros, batch))
     return program.layout.abstract(), placed(batch), ref
-
-
-def abstract_params(program: Program) -> PyTree:
-    """Shapes, dtypes and shardings of the whole model's parameters."""
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, split(program.config)[1], param_shardings(program.mesh, program.config))
 
 
 def lower_step(program: Program, batch: PairBatch) -> Any:

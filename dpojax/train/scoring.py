@@ -1,6 +1,5 @@
 """Log-probabilities of examples under fixed parameters: the forward pass alone."""
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,10 @@ from jaxtyping import Array, Float
 
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
-from dpojax.models import DecoderConfig
+from dpojax.models import DecoderConfig, param_shardings
 from dpojax.packing import PairBatch, packing_of
 from dpojax.progress import console, track
-from dpojax.sharding import batch_sharding, param_shardings, put_global
+from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.state import placed
 from dpojax.train.step import join_micro, split_micro
@@ -26,16 +25,6 @@ LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
 def place_params(params: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
     """The parameters as arrays laid out over a mesh."""
     return placed(params, param_shardings(mesh, config))
-
-
-def content_hash(params: PyTree) -> str:
-    """A fingerprint of a parameter tree: names, shapes and every byte; a model's identity in run.json and caches."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: str(item[0])):
-        x = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}".encode())
-        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def model_key(config: DecoderConfig, content: str, dtype: str) -> str:

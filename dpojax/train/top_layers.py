@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -18,14 +19,17 @@ from dpojax.configs import ForwardOptions
 from dpojax.data import Batches
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig, Model, make_apply, make_attention
+from dpojax.models.params import flatten, nest
 from dpojax.packing import PairBatch, model_input
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, constrainer, put_global
 from dpojax.train.scoring import jit_forward, place_params
 from dpojax.types import PyTree
 
-UNTRAINED: tuple[str, ...] = ("embed",)
-"""What of the top's parameters no step changes: the unembedding."""
+
+def of_top(path: str) -> bool:
+    """Whether a step changes this parameter of the trained part: its unembedding, and learned positions, are frozen."""
+    return path not in ("embed", "positions")
 
 
 def check_top_layers(n: int | None, config: DecoderConfig) -> None:
@@ -40,37 +44,48 @@ def check_top_layers(n: int | None, config: DecoderConfig) -> None:
 
 def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
     """The shape of a model's top n layers."""
-    return dataclasses.replace(config, layers=n, tied=True)
+    return dataclasses.replace(config, layers=n, tied=True, kind_of_layer=config.kind_of_layer[-n:])
+
+
+def trunk_config(config: DecoderConfig, n: int) -> DecoderConfig:
+    """The shape of a model without its top n layers."""
+    L = config.layers - n
+    return dataclasses.replace(config, layers=L, tied=True, kind_of_layer=config.kind_of_layer[:L])
 
 
 def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
     """The frozen parameters of a model, and the trained ones: its top n layers and final norm."""
-    L = len(params["blocks"]["attn_norm"])
-    trained = {"blocks": jax.tree.map(lambda x: x[L - n :], params["blocks"]), "final_norm": params["final_norm"]}
-    frozen = {name: x for name, x in params.items() if name not in trained}
-    if n < L:  # Orbax saves no array without elements
-        frozen["blocks"] = jax.tree.map(lambda x: x[: L - n], params["blocks"])
-    return frozen, trained
+    flat = flatten(params)
+    L = flat["blocks/q"].shape[0]
+    trained = {path: x for path, x in flat.items() if path.startswith("final_norm")}
+    frozen = {path: x for path, x in flat.items() if path not in trained and not path.startswith("blocks/")}
+    for path, x in flat.items():
+        if path.startswith("blocks/"):
+            trained[path] = x[L - n :]
+            if n < L:  # Orbax saves no array without elements
+                frozen[path] = x[: L - n]
+    return nest(frozen), nest(trained)
 
 
 def join(frozen: PyTree, trained: PyTree) -> PyTree:
-    """The whole model's parameters, on the host: the inverse of :func:`separate`."""
-    blocks = trained["blocks"]
-    if "blocks" in frozen:
-        blocks = jax.tree.map(lambda *parts: np.concatenate(parts), frozen["blocks"], blocks)
-    return {**frozen, **trained, "blocks": blocks}
+    """The whole model's parameters: the inverse of :func:`separate`."""
+    below, top = flatten(frozen), flatten(trained)
+    both = {path: jnp.concatenate([below[path], x]) for path, x in top.items() if path in below}
+    return nest({**below, **top, **both})
 
 
 def cut(model: Model, n: int) -> tuple[Model, Model]:
     """A model as two: a trunk, and the top n layers, which go on from its hidden states."""
-    config, params = model.config, model.params
-    _, trained = separate(params, n)
-    below = jax.tree.map(lambda x: x[: config.layers - n], params["blocks"])
-    trunk = {"embed": params["embed"], "blocks": below, "final_norm": params["final_norm"]}
-    top = {"embed": params["embed" if config.tied else "head"], **trained}
+    config, flat = model.config, flatten(model.params)
+    trained = flatten(separate(model.params, n)[1])
+    below = {path: x[: config.layers - n] if path.startswith("blocks/") else x for path, x in flat.items()}
+    trunk = {path: x for path, x in below.items() if path != "head"}
+    top = {**trained, "embed": flat[config.unembedding]}
+    if "positions" in flat:
+        top["positions"] = flat["positions"]
     return (
-        Model(dataclasses.replace(config, layers=config.layers - n, tied=True), trunk, model.hf_config),
-        Model(top_config(config, n), top, model.hf_config),
+        Model(trunk_config(config, n), nest(trunk), model.hf_config),
+        Model(top_config(config, n), nest(top), model.hf_config),
     )
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dpojax.errors import UserError
-from dpojax.models import init_params, load_model, make_apply, save_directory
+from dpojax.models import Model, init_params, load_model, make_apply, save_model
 from dpojax.models.decoder import REMAT
-from dpojax.types import completion_mask
+from dpojax.packing import completion_mask
 from tests.conftest import HF_CONFIG, decoder_config, plain_input, random_batch
 
 LLAMA3 = {
@@ -28,6 +28,7 @@ VARIANTS = {
     "one kv head": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 16},
     "llama3 rope": {"rope_parameters": LLAMA3},
+    "biases": {"attention_bias": True, "mlp_bias": True},
     "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}},
 }
 
@@ -49,7 +50,7 @@ def test_exported_logits_are_transformers(variant, tmp_path):
 
     raw = HF_CONFIG | VARIANTS[variant]
     config, params = random_model(raw)
-    save_directory(params, config, raw, tmp_path / "out", shard_bytes=20_000)
+    save_model(Model(config, params, raw), tmp_path / "out", shard_bytes=20_000)
     tokens = np.random.default_rng(0).integers(0, 384, (2, 100))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -59,7 +60,7 @@ def test_exported_logits_are_transformers(variant, tmp_path):
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
 def test_saved_and_loaded_is_the_same(config, params, tmp_path, shard_bytes):
-    save_directory(params, config, HF_CONFIG, tmp_path / "m", shard_bytes=shard_bytes)
+    save_model(Model(config, params, HF_CONFIG), tmp_path / "m", shard_bytes=shard_bytes)
     assert (tmp_path / "m" / "model.safetensors.index.json").exists() == (shard_bytes < 1 << 30)
     loaded = load_model(str(tmp_path / "m"))
     assert loaded.config == config
@@ -67,14 +68,14 @@ def test_saved_and_loaded_is_the_same(config, params, tmp_path, shard_bytes):
 
 
 def test_saving_over_a_sharded_model_leaves_no_stale_file(config, params, tmp_path):
-    save_directory(params, config, HF_CONFIG, tmp_path / "m", shard_bytes=20_000)
-    save_directory(params, config, HF_CONFIG, tmp_path / "m")
+    save_model(Model(config, params, HF_CONFIG), tmp_path / "m", shard_bytes=20_000)
+    save_model(Model(config, params, HF_CONFIG), tmp_path / "m")
     assert sorted(p.name for p in tmp_path.joinpath("m").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_bfloat16_export_is_half_the_size(config, params, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        save_directory(params, config, HF_CONFIG, tmp_path / dtype, dtype=dtype)
+        save_model(Model(config, params, HF_CONFIG), tmp_path / dtype, dtype=dtype)
     sizes = [(tmp_path / d / "model.safetensors").stat().st_size for d in ("float32", "bfloat16")]
     assert 1.8 < sizes[0] / sizes[1] < 2.2
     back = load_model(str(tmp_path / "bfloat16")).params["embed"]
@@ -118,7 +119,6 @@ def test_completion_mask_comes_from_lengths():
     ("change", "says"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
-        ({"attention_bias": True}, "attention_bias is true"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
     ],
@@ -135,7 +135,7 @@ def test_missing_config_field_is_named():
 
 
 def test_wrong_shape_is_named(config, params, tmp_path):
-    save_directory(params, config, HF_CONFIG, tmp_path / "m")
+    save_model(Model(config, params, HF_CONFIG), tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text(json.dumps(HF_CONFIG | {"intermediate_size": 96}))
     with pytest.raises(UserError, match=r"gate_proj\.weight has shape \(64, 32\)"):
         load_model(str(tmp_path / "m"))
