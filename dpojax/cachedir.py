@@ -1,6 +1,7 @@
 """Where things that cost time to compute are kept between runs, and how they are written."""
 
 import contextlib
+import functools
 import os
 import tempfile
 import uuid
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dpojax.progress import console
 
 
 def user_cache() -> Path:
@@ -58,9 +61,16 @@ def _written(directory: Path) -> Path:
     return directory
 
 
+@functools.cache  # once a process
+def mention_earlier(directory: Path, pattern: str) -> None:
+    """Say on the console that caches of an earlier version lie in the directory, if there are any of this pattern."""
+    if any(directory.glob(pattern)):
+        console.print(f"{directory}: caches of an earlier version ({pattern}) are not read and can be removed")
+
+
 def write_arrays(path: Path, **arrays: Any) -> None:
     """Write an ``.npz``, whole or not at all; a disk that does not take it is no error, as it can be made again."""
-    # Named apart, so that two processes, threads or hosts at once do each other no harm.
+    # Each has a name of its own, so that two processes, threads or hosts at once do each other no harm.
     partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     with contextlib.suppress(OSError):
         try:

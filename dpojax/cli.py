@@ -26,7 +26,7 @@ from dpojax.configs import (
 from dpojax.errors import UserError
 
 if TYPE_CHECKING:
-    from dpojax.data import Encoder
+    from dpojax.data import Encoder, RowKind
 
 Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | ExportConfig | CheckDataConfig | LossesConfig
 
@@ -138,9 +138,7 @@ def run_sample(config: SampleConfig) -> int:
 def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
     """A prompt in tokens, as a row of data would have it."""
     try:
-        if chat:
-            text = encoder.render(([{"role": "user", "content": text}], ()))[0]
-        return encoder.finish_prompt(encoder.tokenize([text])[0])
+        return encoder.encode_prompt([{"role": "user", "content": text}] if chat else text)
     except ValueError as error:
         raise UserError(f"--prompt {text!r}: {error}") from None
 
@@ -167,13 +165,27 @@ def run_check_data(config: CheckDataConfig) -> int:
     from dpojax.progress import console
     from dpojax.train.by_name import load_policy_tokenizer
 
-    name = config.tokenizer or config.model
-    lines, wrong = check_files(
-        config.data, load_policy_tokenizer(name) if name else None, config.kind, config.max_length
-    )
+    kind, name = kind_to_check(config), config.tokenizer or config.model
+    lines, wrong = check_files(config.data, load_policy_tokenizer(name) if name else None, kind, config.max_length)
     for line in lines:
         console.print(line)
     return 1 if wrong else 0
+
+
+def kind_to_check(config: CheckDataConfig) -> "RowKind":
+    """The rows that ``--loss`` reads, or those of ``--kind``."""
+    from dpojax.data import RowKind, kind_of
+    from dpojax.losses import spelled, traits_of
+
+    if config.loss is None:
+        return RowKind(config.kind or "pairs")
+    try:
+        kind = kind_of(traits_of(spelled(config.loss).objective))
+    except ValueError as error:
+        raise UserError(f"--loss {config.loss}: {error}") from None
+    if config.kind not in (None, kind.form):
+        raise UserError(f"--kind {config.kind}: --loss {config.loss} reads {kind.form}; leave one of them out")
+    return kind
 
 
 def run_losses(config: LossesConfig) -> int:

@@ -222,9 +222,11 @@ class CheckDataConfig:
     """Where the tokenizer comes from, if not from --model."""
     max_length: int = 1024
     """Tokens of prompt + completion."""
-    kind: Literal["pairs", "completions", "labels"] = "pairs"
+    kind: Literal["pairs", "completions", "labels"] | None = None
     """What the rows are for: `dpo` (pairs, or several completions with scores), `sft` (completions), or `dpo` with an
-    unpaired objective such as kto (completions with labels)."""
+    unpaired objective such as kto (completions with labels) (default: what --loss reads, or pairs)."""
+    loss: str | None = None
+    """An objective, spelled as for `dpo`: its rows are checked as a run would, margins and weights included."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def say(capsys, *args) -> str:
     [
         (None, ["no such file", "JSONL or Parquet"]),
         ("", ["the file is empty"]),
-        (lines(GOOD, {"prompt": "a", "chosen": "b"}), ["row 2", "no field 'rejected'", "mend it"]),
+        (lines(GOOD, {"prompt": "a", "chosen": "b"}), ["row 2", "no field 'rejected'", "fix it"]),
         (lines(GOOD | {"rejected": "b"}), ["row 1", "chosen and rejected are equal"]),
         (lines(GOOD, GOOD | {"chosen": 7}), ["row 2", "field 'chosen' is a number"]),
         (lines(GOOD, GOOD, '{"prompt": '), ["row 3", "broken JSON"]),

@@ -166,6 +166,7 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "tokenizer": (str(root / "other.jsonl"), {}),  # refused: it is no tokenizer
                 "max_length": 20,
                 "kind": ("completions", {"data": (str(root / "completions.jsonl"),)}),
+                "loss": "odpo",  # its rows need a margin
             },
         ),
         "LossesConfig": (

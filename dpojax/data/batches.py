@@ -1,28 +1,31 @@
-"""From examples to batches of few shapes; Grain orders, shuffles, batches and remembers the position."""
+"""Examples -> batches of few shapes. Grain orders, shuffles, batches and keeps the position."""
 
 import collections
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from dpojax.data.tokens import Example
+from dpojax.data.encode import Example
 from dpojax.packing import Annotations, PairBatch, pack
 
-MULTIPLE = 8  # of streams' lengths, so that the shapes are few from the start
+MULTIPLE = 8  # of packed sequences' lengths, so that the shapes are few from the start
 ENOUGH = 0.925  # real tokens among those computed, for which no further shape is compiled
 
-# What a scored token's projection, and a score of attention, cost in units of a token; only to weigh shapes by.
-HEAD_COST, SCORE_COST = 0.25, 1 / 4000
+FIELD_OF = {"ranks": "rank", "scores": "score", "margin": "score", "weight": "weight", "label": "label"}
+"""The batch's annotation that a row's becomes."""
+
+# The cost of a target's projection, and of one attention score, in units of a token; only to weigh shapes by.
+TARGET_COST, ATTENTION_COST = 0.25, 1 / 4000
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a batch's arrays are padded to; tokens and targets are of a packed sequence."""
+    """The lengths that a batch's arrays are padded to; tokens and targets are of a packed sequence."""
 
     tokens: int  # T
     targets: int  # Z
@@ -36,7 +39,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedBatch:
-    """A batch and which example each of its rows is, -1 for a row that only fills up."""
+    """A batch, and the index of the example in each of its rows; -1 for a padding row."""
 
     index: np.ndarray  # [B]
     batch: PairBatch
@@ -44,57 +47,85 @@ class IndexedBatch:
 
 def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
     """``[n, N]`` completion tokens; 0 where an example has fewer completions than others."""
-    most = max(len(example.completions) for example in examples)
-    rows = [[len(completion) for completion in example.completions] for example in examples]
-    return np.array([row + [0] * (most - len(row)) for row in rows], np.int32)
+    N = max(len(example.completions) for example in examples)
+    lengths = [[len(completion) for completion in example.completions] for example in examples]
+    return np.array([each + [0] * (N - len(each)) for each in lengths], np.int32)
 
 
-def annotations_of(examples: Sequence[Example | None], N: int) -> Annotations:
-    """What the rows say of their completions, as arrays."""
+def annotation_fields(examples: Iterable[Example]) -> frozenset[str]:
+    """The fields of :class:`~dpojax.packing.Annotations` that some example has values for."""
+    present = {name for example in examples for name in example.annotations.present()}
+    return frozenset({FIELD_OF[name] for name in present})
+
+
+def annotations_of(examples: Sequence[Example | None], N: int, fields: Iterable[str]) -> Annotations:
+    """The examples' annotations as arrays: of these fields, None in others.
+
+    A pair's margin m becomes the scores (m, 0), of which only the difference is used. An example without ranks has its
+    completions in order, one without weight counts 1; a padding row is all 0.
+    """
     B = len(examples)
-    values = {"rank": np.zeros((B, N), np.int32), "score": np.zeros((B, N), np.float32)}
-    values |= {name: np.zeros((B,), np.float32) for name in ("weight", "label")}
+    empty = {"rank": np.zeros((B, N), np.int32), "score": np.zeros((B, N), np.float32)}
+    empty |= {name: np.zeros((B,), np.float32) for name in ("weight", "label")}
     for i, example in enumerate(examples):
         if example is not None:
-            said = example.values
-            ranks = said.ranks or range(len(example.completions))
-            values["rank"][i, : len(ranks)], values["score"][i, : len(said.scores)] = ranks, said.scores
-            values["weight"][i], values["label"][i] = said.weight, said.label
-    return Annotations(**values)  # type: ignore[arg-type]
+            notes = example.annotations
+            ranks = notes.ranks or range(len(example.completions))
+            scores = notes.scores if notes.margin is None else (notes.margin, 0.0)
+            empty["rank"][i, : len(ranks)], empty["score"][i, : len(scores)] = ranks, scores
+            empty["weight"][i] = 1.0 if notes.weight is None else notes.weight
+            empty["label"][i] = 1.0 if notes.label is None else notes.label
+    return Annotations(**{name: empty[name] for name in fields})  # type: ignore[arg-type]
 
 
-def without_tokens(examples: Sequence[Example]) -> PairBatch:
-    """All examples side by side, with their lengths and annotations and none of their tokens."""
+def lengths_only(examples: Sequence[Example]) -> PairBatch:
+    """All examples as one batch that has their lengths and annotations, and none of their tokens."""
     lengths = completion_lengths(examples)
     n, N = lengths.shape
-    padded: Any = np.zeros((n, 0), np.int32), np.zeros((n,), np.int32), np.zeros((n, N, 0), np.int32), lengths
-    return PairBatch(*padded, np.ones((n,), np.float32), annotations=annotations_of(examples, N))  # type: ignore[arg-type]
+    annotations = annotations_of(examples, N, annotation_fields(examples))
+    arrays: Any = {
+        "prompt": np.zeros((n, 0), np.int32),
+        "prompt_len": np.zeros((n,), np.int32),
+        "completions": np.zeros((n, N, 0), np.int32),
+        "completion_len": lengths,
+        "valid": np.ones((n,), np.float32),
+    }
+    return PairBatch(**arrays, annotations=annotations)
 
 
 def collate(
-    examples: Sequence[Example | None], shape: Shape, sequences: int = 1, completions_each: int | None = None
+    examples: Sequence[Example | None],
+    shape: Shape,
+    sequences: int = 1,
+    completions_each: int | None = None,
+    fields: Iterable[str] | None = None,
 ) -> PairBatch:
-    """Examples side by side, padded to ``shape``; None is a row that only fills up.
+    """A batch of these examples, padded to ``shape``; None becomes a padding row.
 
-    ``completions_each`` is N, where it is more than these examples have.
+    ``completions_each`` is N, where it is more than these examples have. ``fields`` are those of the annotations
+    (default: those that these examples have).
     """
     P, C = shape.prompt, shape.completion
     there = [example for example in examples if example is not None]
     B, N = len(examples), completions_each or max(len(example.completions) for example in there)
-    prompt, completions = np.zeros((B, P), np.int32), np.zeros((B, N, C), np.int32)
-    prompt_len, completion_len = np.zeros((B,), np.int32), np.zeros((B, N), np.int32)
+    arrays: Any = {
+        "prompt": np.zeros((B, P), np.int32),
+        "prompt_len": np.zeros((B,), np.int32),
+        "completions": np.zeros((B, N, C), np.int32),
+        "completion_len": np.zeros((B, N), np.int32),
+        "valid": np.array([example is not None for example in examples], np.float32),
+    }
     for i, example in enumerate(examples):
         if example is None:
             continue
-        prompt_len[i] = len(example.prompt)
-        prompt[i, P - prompt_len[i] :] = example.prompt
+        arrays["prompt_len"][i] = len(example.prompt)
+        arrays["prompt"][i, P - len(example.prompt) :] = example.prompt
         for n, completion in enumerate(example.completions):
-            completion_len[i, n] = len(completion)
-            completions[i, n, : len(completion)] = completion
-    valid = np.array([example is not None for example in examples], np.float32)
-    packing = pack(prompt_len, completion_len, P, C, sequences, shape.tokens, shape.targets)
-    padded: Any = (prompt, prompt_len, completions, completion_len, valid)
-    return PairBatch(*padded, packing, annotations_of(examples, N))
+            arrays["completion_len"][i, n] = len(completion)
+            arrays["completions"][i, n, : len(completion)] = completion
+    packing = pack(arrays["prompt_len"], arrays["completion_len"], P, C, sequences, shape.tokens, shape.targets)
+    annotations = annotations_of(examples, N, annotation_fields(there) if fields is None else fields)
+    return PairBatch(**arrays, packing=packing, annotations=annotations)
 
 
 def plan_shapes(
@@ -134,15 +165,24 @@ def plan_shapes(
 
 
 class Batches:
-    """All batches of a pass or of a run, in order.
+    """The global batches of a pass or of a run, in order.
 
     Args:
-      examples: what to batch.
-      batch_size: rows a batch.
+      examples: the data in tokens.
+      batch_size: global batch size, in examples.
       max_shapes: shapes at most; fewer, where they keep padding low.
-      sequences: packed sequences a batch: the devices that split it, times the micro-batches.
+      sequences: R, packed sequences of a global batch: the devices that split it, times the micro-batches.
       seed: shuffle, each epoch anew; None keeps similar lengths together instead, for passes whose order is free.
-      epochs: passes over the examples. Batches run on over an epoch's end; only the very last may be part filled.
+      epochs: passes over the examples. Batches run on over an epoch's end; only the very last may have padding rows.
+
+    Attributes:
+      prompts: ``[n]`` prompt tokens of every example.
+      completions: ``[n, N]`` completion tokens.
+      tokens: ``[n]`` all tokens.
+      indices: the examples of every batch, by their index.
+      shapes: those that batches are padded to.
+      valid_share: real tokens among those computed.
+      fields: the annotations that every batch has.
     """
 
     def __init__(
@@ -160,108 +200,112 @@ class Batches:
         self.prompts = np.array([len(e.prompt) for e in examples])
         self.completions = completion_lengths(examples)
         self.tokens = self.prompts + self.completions.sum(axis=1)
+        self.fields = annotation_fields(examples)
         if seed is None:
-            indices = grain.MapDataset.source(self._even_order(max_shapes))
+            indices = grain.MapDataset.source(self._by_length(max_shapes))
         else:
             indices = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(epochs)
         self.indices = indices.batch(batch_size)
-        needs = [self._need(self._rows(self.indices[i])) for i in range(len(self.indices))]
+        needs = [self._need(self._placed(self.indices[i])) for i in range(len(self.indices))]
         real = sum(int(self.tokens[self.indices[i]].sum()) for i in range(len(self.indices)))
         self.shapes = plan_shapes(needs, max_shapes, self._cost, real / sequences)
         self.valid_share = real / sum(self._fit(need).tokens * sequences for need in needs)
-        """Real tokens among those computed."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def sentence(self) -> str:
-        """How the batches are packed, for the console."""
+        """Batches, shapes and padding in one line, for the console."""
         shapes = f"{len(self.shapes)} shape{'s' * (len(self.shapes) > 1)}"
         return (
             f"{len(self)} batches of {self.batch_size} in {shapes}; {self.valid_share:.1%} of tokens computed are real"
         )
 
     def _cost(self, shape: Shape) -> float:
-        rows, N = self.batch_size // self.sequences, self.completions.shape[1]
+        each, N = self.batch_size // self.sequences, self.completions.shape[1]
         scores = shape.prompt**2 + N * shape.completion * (shape.prompt + shape.completion)
-        return shape.tokens + HEAD_COST * shape.targets + SCORE_COST * rows * scores
+        return shape.tokens + TARGET_COST * shape.targets + ATTENTION_COST * each * scores
 
-    def _even_order(self, groups: int) -> list[int]:
-        """Longest first, in groups of whole batches; within a group, batches are dealt like numbers of tokens."""
+    def _by_length(self, groups: int) -> list[int]:
+        """All examples, longest first, in groups of whole batches; the batches of a group have like token counts."""
         ordered = sorted(range(len(self.examples)), key=lambda i: (-int(self.tokens[i]), i))
         batches = -(-len(ordered) // self.batch_size)
         size = -(-batches // groups) * self.batch_size
         order = []
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
-            deal = max(1, len(group) // self.batch_size)
-            whole = [i for first in range(deal) for i in group[first : deal * self.batch_size : deal]]
-            order += whole + group[deal * self.batch_size :]
+            stride = max(1, len(group) // self.batch_size)
+            whole = [i for first in range(stride) for i in group[first : stride * self.batch_size : stride]]
+            order += whole + group[stride * self.batch_size :]
         return order
 
-    def _rows(self, index: np.ndarray) -> np.ndarray:
-        """A batch's examples in the order of its rows, -1 where there is none: streams of like numbers of tokens."""
-        rows = np.full((self.sequences, self.batch_size // self.sequences), -1)
+    def _placed(self, index: np.ndarray) -> np.ndarray:
+        """A batch's examples in the order of its rows, -1 in padding rows; packed sequences have like token counts."""
+        placed = np.full((self.sequences, self.batch_size // self.sequences), -1)
         if self.sequences == 1:
-            rows[0, : len(index)] = index
-            return rows[0]
-        held, load = np.zeros(self.sequences, int), np.zeros(self.sequences, int)
-        for i in sorted(index, key=lambda i: (-int(self.tokens[i]), i)):  # the longest first, to the emptiest
-            stream = int(np.argmin(np.where(held < rows.shape[1], load, np.iinfo(int).max)))
-            rows[stream, held[stream]] = i
-            held[stream] += 1
-            load[stream] += self.tokens[i]
-        return rows.reshape(-1)
+            placed[0, : len(index)] = index
+            return placed[0]
+        count, load = np.zeros(self.sequences, int), np.zeros(self.sequences, int)
+        for i in sorted(index, key=lambda i: (-int(self.tokens[i]), i)):  # the longest first, to the emptiest sequence
+            sequence = int(np.argmin(np.where(count < placed.shape[1], load, np.iinfo(int).max)))
+            placed[sequence, count[sequence]] = i
+            count[sequence] += 1
+            load[sequence] += self.tokens[i]
+        return placed.reshape(-1)
 
-    def _need(self, rows: np.ndarray) -> Shape:
-        real = (rows >= 0).reshape(self.sequences, -1)
+    def _need(self, placed: np.ndarray) -> Shape:
+        """The smallest shape that holds these examples."""
+        valid = (placed >= 0).reshape(self.sequences, -1)
 
-        def most(lengths: np.ndarray) -> int:
-            total = int(np.where(real, lengths[rows].reshape(real.shape), 0).sum(axis=1).max())
+        def longest(lengths: np.ndarray) -> int:
+            total = int(np.where(valid, lengths[placed].reshape(valid.shape), 0).sum(axis=1).max())
             return -(-total // MULTIPLE) * MULTIPLE
 
-        kept = rows[rows >= 0]
+        kept = placed[placed >= 0]
         even = lambda lengths: -(-int(lengths[kept].max()) // 2) * 2  # noqa: E731  # as cuDNN's attention wants them
         prompt, completion = even(self.prompts), even(self.completions)
-        return Shape(most(self.tokens), most(self.completions.sum(axis=1)), prompt, completion)
+        return Shape(longest(self.tokens), longest(self.completions.sum(axis=1)), prompt, completion)
 
     def _fit(self, need: Shape) -> Shape:
         return min((s for s in self.shapes if s.cover(need) == s), key=self._cost)
 
     def collate(self, index: np.ndarray) -> IndexedBatch:
-        """The examples of these indices, in the smallest planned shape that holds them."""
-        rows = self._rows(index)
-        examples = [self.examples[i] if i >= 0 else None for i in rows]
-        shape = self._fit(self._need(rows))
-        batch = collate(examples, shape, self.sequences, self.completions.shape[1])
+        """The batch of these examples, in the smallest planned shape that holds them."""
+        placed = self._placed(index)
+        examples = [self.examples[i] if i >= 0 else None for i in placed]
+        shape = self._fit(self._need(placed))
+        batch = collate(examples, shape, self.sequences, self.completions.shape[1], self.fields)
         if self.hidden is not None:
             first = self.hidden(int(index[0]))
             hidden = np.zeros((self.sequences, shape.tokens, first.shape[1]), first.dtype)
-            for i, stream, slots in self.spans(rows):
-                hidden[stream, slots] = self.hidden(i)
+            for i, sequence, span in self.packed_spans(placed):
+                hidden[sequence, span] = self.hidden(i)
             batch = dataclasses.replace(batch, hidden=hidden)  # type: ignore[arg-type]
-        return IndexedBatch(rows, batch)
+        return IndexedBatch(placed, batch)
 
-    def spans(self, rows: np.ndarray) -> Iterator[tuple[int, int, slice]]:
-        """Every example of a batch's rows, its stream and its slots there; :func:`pack` leaves no gap."""
-        for stream, held in enumerate(rows.reshape(self.sequences, -1)):
+    def packed_spans(self, index: np.ndarray) -> Iterator[tuple[int, int, slice]]:
+        """Every example of a batch, its packed sequence, and its positions there; :func:`pack` leaves no gap.
+
+        ``index`` is the batch's, of :class:`IndexedBatch`.
+        """
+        for sequence, placed in enumerate(index.reshape(self.sequences, -1)):
             at = 0
-            for i in held[held >= 0]:
-                yield int(i), stream, slice(at, at + int(self.tokens[i]))
+            for i in placed[placed >= 0]:
+                yield int(i), sequence, slice(at, at + int(self.tokens[i]))
                 at += int(self.tokens[i])
 
-    def carrying(self, hidden: Callable[[int], np.ndarray]) -> "Batches":
+    def with_hidden(self, hidden: Callable[[int], np.ndarray]) -> "Batches":
         """The same batches, with their examples' hidden states: ``hidden(i)`` is ``[tokens, D]``."""
         batches = copy.copy(self)
         batches.hidden = hidden
         return batches
 
     def first_pass(self, limit: int | None = None) -> int:
-        """Of the first ``limit`` batches (default: all), those that can hold an example that none before them held."""
+        """How many batches, of the first ``limit`` (default: all), can hold an example that no earlier one holds."""
         return min(limit or len(self), len(self), -(-len(self.examples) // self.batch_size))
 
     def iterator(self) -> grain.DatasetIterator[IndexedBatch]:
-        """Iterates from the first batch; its ``get_state`` and ``set_state`` remember and restore the position."""
+        """An iterator from the first batch; its ``get_state`` and ``set_state`` keep and restore the position."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(self.indices.map(self.collate).to_iter_dataset(options))
 

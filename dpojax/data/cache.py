@@ -1,6 +1,7 @@
 """Tokens kept beside their data file, so that a later run need not render and tokenize it again.
 
-What is kept is whole: it is cut to a length, and its bad rows refused or left out, after it is read back.
+All of a file's tokens and annotations are kept, whatever an objective reads of them: they are cut to a length, and its
+bad rows are refused or left out, after they are read back.
 """
 
 import dataclasses
@@ -8,30 +9,31 @@ import datetime
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpojax.cachedir import cache_dir, write_arrays
-from dpojax.data.rows import BadRow, Values
+from dpojax.cachedir import cache_dir, mention_earlier, write_arrays
+from dpojax.data.encode import Encoder, RenderedRow, TokenizedRow, render_rows, tokenize_rows
+from dpojax.data.read import IN_MEMORY, BadRow, read_rows, rows_in_memory
+from dpojax.data.rows import OPTIONAL, Form, Notes, RowAnnotations, RowKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of the cache's files; raise it when their layout changes
+FORMAT = 3  # of the cache's files; raise it, and with it the names below, when their layout changes
+PREFIX, EARLIER = "tokens3-", "tokens-*.npz"
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTokens:
     """All rows of a data file, in tokens or with the reason why not."""
 
-    rows: int
+    usable: list[TokenizedRow]
     not_rendered: list[BadRow]  # unusable fields, or refused by the chat template
     not_encoded: list[BadRow]  # found unusable only as tokens
-    numbers: list[int]  # of the usable rows, from 1
-    values: list[Values]  # of the usable rows
-    tokens: list[tuple[np.ndarray, ...]]  # of the usable rows: prompt and completions, uncut
 
 
 def _tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -44,38 +46,48 @@ def _tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> str:
         return " ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
 
 
+def _hash(**facts: Any) -> str:
+    # A special token may be an AddedToken, whose str is its content.
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """A hash of everything but the data that shapes tokens, this package's own code included.
 
     Returns:
-      The hash; None if the tokenizer cannot be written down, in which case nothing of its is to be kept.
+      The hash; None if the tokenizer cannot be written down, in which case no tokens of it are kept.
     """
     import tokenizers
     import transformers
 
     try:
-        template = tokenizer.chat_template
-        facts = [
-            *(FORMAT, transformers.__version__, tokenizers.__version__, type(tokenizer).__qualname__),
-            *(template, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.special_tokens_map),
-            getattr(tokenizer, "split_special_tokens", False),
-            _tokenizer_content(tokenizer),
+        template = json.dumps(tokenizer.chat_template)  # some have several, by name
+        return _hash(
+            format=FORMAT,
+            transformers=transformers.__version__,
+            tokenizers=tokenizers.__version__,
+            tokenizer=type(tokenizer).__qualname__,
+            content=_tokenizer_content(tokenizer),
+            chat_template=template,
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            special_tokens=tokenizer.special_tokens_map,
+            split_special_tokens=getattr(tokenizer, "split_special_tokens", False),
             # Some templates write the date.
-            str(datetime.date.today()) if "strftime_now" in str(template) else "",
+            date=str(datetime.date.today()) if "strftime_now" in template else None,
             # Whoever changes how rows are read or rendered must not meet what the old code made of them.
-            *(Path(__file__).with_name(name).read_text() for name in ("rows.py", "tokens.py")),
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+            code=[Path(__file__).with_name(name).read_text() for name in ("read.py", "rows.py", "encode.py")],
+        )
     except Exception:  # a tokenizer may be anybody's code
         return None
 
 
-def token_path(file: str, kind: str, identity: str | None) -> Path | None:
+def token_path(file: str, form: Form, identity: str | None) -> Path | None:
     """Where a data file's tokens are kept: the name is a hash of its bytes and of all else that shapes them.
 
     Args:
       file: the JSONL or Parquet file.
-      kind: as for :func:`~dpojax.data.rows.usable_part`.
+      form: of the rows.
       identity: the tokenizer's, from :func:`tokenizer_identity`.
 
     Returns:
@@ -90,25 +102,36 @@ def token_path(file: str, kind: str, identity: str | None) -> Path | None:
     except OSError:
         return None
     directory = cache_dir(file)
+    if directory is None:
+        return None
+    mention_earlier(directory, EARLIER)
     # The suffix says how the bytes are read.
-    key = hashlib.sha256(f"{content} {path.suffix} {kind} {identity}".encode()).hexdigest()[:32]
-    return directory / f"tokens-{key}.npz" if directory else None
+    key = _hash(content=content, suffix=path.suffix, form=form, tokenizer=identity)
+    return directory / f"{PREFIX}{key[:32]}.npz"
 
 
 def write_tokens(path: Path, kept: FileTokens) -> None:
     """Keep a file's tokens; a disk that does not take them is no error, as they can be made again."""
-    parts = [part for row in kept.tokens for part in row]
-    most = max((len(row) for row in kept.tokens), default=0)
-    arrays = {
-        "flat": np.concatenate(parts) if parts else np.zeros(0, np.int32),
-        # A row of fewer completions than others has some of no length.
-        "lengths": np.array([[len(part) for part in row] + [0] * (most - len(row)) for row in kept.tokens], np.int32),
-        "numbers": np.array(kept.numbers, np.int64),
-        "values": json.dumps([dataclasses.astuple(values) for values in kept.values]),
-        "rows": np.int64(kept.rows),
+    parts = [part for row in kept.usable for part in row.parts]
+    most = max((len(row.parts) for row in kept.usable), default=0)
+    lengths = [[len(part) for part in row.parts] + [0] * (most - len(row.parts)) for row in kept.usable]
+    missing = [[row.notes.missing.get(name) for name in OPTIONAL] for row in kept.usable]
+    reasons = list(dict.fromkeys(why for row in missing for why in row if why is not None))
+    at = {None: -1} | {why: i for i, why in enumerate(reasons)}
+    notes = {
+        "annotations": [row.notes.annotations.present() for row in kept.usable],
+        "reasons": reasons,
+        "not_rendered": [[row.number, row.why] for row in kept.not_rendered],
+        "not_encoded": [[row.number, row.why] for row in kept.not_encoded],
     }
-    bad = [[[row.number, row.why] for row in rows] for rows in (kept.not_rendered, kept.not_encoded)]
-    write_arrays(path, bad=json.dumps(bad), **arrays)
+    write_arrays(
+        path,
+        flat=np.concatenate(parts) if parts else np.zeros(0, np.int32),
+        lengths=np.array(lengths, np.int32),  # a row of fewer completions than others has some of no length
+        numbers=np.array([row.number for row in kept.usable], np.int64),
+        missing=np.array([[at[why] for why in row] for row in missing], np.int32),
+        notes=json.dumps(notes),
+    )
 
 
 def read_tokens(path: Path, file: str) -> FileTokens | None:
@@ -118,15 +141,88 @@ def read_tokens(path: Path, file: str) -> FileTokens | None:
     try:
         with path.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
             flat, lengths, numbers = arrays["flat"], arrays["lengths"], arrays["numbers"].tolist()
-            rows, bad = int(arrays["rows"]), json.loads(str(arrays["bad"]))
-            values = [Values(tuple(r), tuple(s), *v) for r, s, *v in json.loads(str(arrays["values"]))]
-        if lengths.sum() != len(flat) or not len(lengths) == len(numbers) == len(values):
+            missing, notes = arrays["missing"].tolist(), json.loads(str(arrays["notes"]))
+        if lengths.sum() != len(flat):
             return None
-        not_rendered, not_encoded = ([BadRow(file, number, why) for number, why in half] for half in bad)
         ends = np.cumsum(lengths.reshape(-1)).tolist()
         parts = iter([flat[start:end] for start, end in zip([0, *ends], ends, strict=False)])
         padded = zip(*[parts] * lengths.shape[1], strict=True) if numbers else ()
-        tokens = [tuple([part for i, part in enumerate(row) if i == 0 or len(part)]) for row in padded]
-        return FileTokens(rows, not_rendered, not_encoded, numbers, values, tokens)
+        usable = []
+        for number, row, present, gaps in zip(numbers, padded, notes["annotations"], missing, strict=True):
+            tokens = tuple([part for i, part in enumerate(row) if i == 0 or len(part)])
+            values: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in present.items()}
+            whys = {name: notes["reasons"][i] for name, i in zip(OPTIONAL, gaps, strict=True) if i >= 0}
+            usable.append(TokenizedRow(number, tokens, Notes(RowAnnotations(**values), whys)))
+        bad = {name: [BadRow(file, *place) for place in notes[name]] for name in ("not_rendered", "not_encoded")}
+        return FileTokens(usable, **bad)
     except Exception:  # damage shows in as many ways as there are parsers on the way
         return None
+
+
+def refused(rows: Iterable[RenderedRow | TokenizedRow], kind: RowKind, file: str) -> list[BadRow]:
+    """The rows that lack an annotation which a run of this kind reads."""
+    bad = []
+    for row in rows:
+        try:
+            row.notes.of_kind(kind)
+        except ValueError as error:
+            bad.append(BadRow(file, row.number, str(error)))
+    return bad
+
+
+@dataclasses.dataclass
+class Source:
+    """A data file, or rows in memory, on the way to tokens: cached, or rendered and then tokenized.
+
+    Attributes:
+      name: of the file.
+      path: where its tokens are kept; None where they are not.
+      cached: the tokens were there.
+      rendered: the rows that wait to be tokenized.
+      not_rendered: those that cannot be.
+      tokens: all rows; None until they are tokenized.
+    """
+
+    name: str
+    path: Path | None
+    cached: bool
+    rendered: list[RenderedRow]
+    not_rendered: list[BadRow]
+    tokens: FileTokens | None
+
+    @classmethod
+    def open(cls, name: str, form: Form, encoder: Encoder, identity: str | None) -> "Source":
+        """A file's rows, from the cache or rendered."""
+        path = token_path(name, form, identity)
+        tokens = read_tokens(path, name) if path else None
+        if tokens:
+            return cls(name, path, True, [], tokens.not_rendered, tokens)
+        rendered, bad = render_rows(read_rows([name]), form, encoder)
+        if path != token_path(name, form, identity):
+            path = None  # the file was written to while it was read
+        return cls(name, path, False, rendered, bad, None)
+
+    @classmethod
+    def in_memory(cls, rows: Sequence[Any], form: Form, encoder: Encoder) -> "Source":
+        """The rows of a list of dicts, rendered."""
+        return cls(IN_MEMORY, None, False, *render_rows(rows_in_memory(rows), form, encoder), None)
+
+    def __len__(self) -> int:
+        """Rows, usable or not."""
+        bad = len(self.not_rendered) + (len(self.tokens.not_encoded) if self.tokens else 0)
+        return bad + len(self.tokens.usable if self.tokens else self.rendered)
+
+    def bad_rows(self, kind: RowKind) -> list[BadRow]:
+        """Rows whose fields are unusable for a run of this kind, in order."""
+        lacking = refused(self.tokens.usable if self.tokens else self.rendered, kind, self.name)
+        return sorted([*self.not_rendered, *lacking], key=lambda row: row.number)
+
+    def tokenize(self, encoder: Encoder, progress: Callable[[float], None]) -> FileTokens:
+        """All rows in tokens: from the cache, or made and then kept there."""
+        if self.tokens is None:
+            usable, not_encoded = tokenize_rows(self.rendered, encoder, self.name, progress)
+            self.tokens = FileTokens(usable, self.not_rendered, not_encoded)
+            self.rendered = []  # the texts are needed no more
+            if self.path:
+                write_tokens(self.path, self.tokens)
+        return self.tokens

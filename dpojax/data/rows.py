@@ -1,118 +1,147 @@
-"""Rows of JSONL and Parquet files, each with its place, and what they must hold."""
+"""A row's fields -> its dialogue (a prompt and completions) and its annotations.
+
+Forms of rows (:class:`RowKind`), by their fields:
+
+- ``pairs``: ``prompt``, ``chosen``, ``rejected``; or ``prompt``, ``completions``, ``scores``, two lists of one length,
+  of which every two completions of different scores are a pair. An objective may ask pairs for a ``margin`` (or
+  ``score_chosen`` and ``score_rejected``, whose difference it is) and for a ``weight``.
+- ``completions``: ``prompt``, ``completion``; or a pair, whose chosen side it is.
+- ``labels``: ``prompt``, ``completion``, ``label`` (true: desirable).
+- ``prompts``: ``prompt``.
+
+Other fields are ignored. A text is plain text or a list of chat messages with ``role`` and ``content``. Completions
+that are whole conversations may leave the prompt out: it is then the beginning that they share.
+
+Token ids may stand in the place of any text: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``completion_ids``, each
+a list of ints, and ``completions_ids``, a list of such lists. They are used exactly as they are, and the text of the
+same name is then not read: no chat template, no BOS and no EOS is added. So a completion that a sampler cut at its
+token limit has no EOS, and an empty reply that was sampled is the EOS alone.
+
+``truncated`` (true or false; a list of them for ``completions``; ``chosen_truncated`` and ``rejected_truncated`` of a
+pair) is true of a completion, as text or chat, that was cut before its end: neither an EOS nor a chat template's end of
+a message is added to it. A text that ends in EOS already stays as it is. It changes nothing in token ids.
+"""
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dpojax.errors import UserError
+from dpojax.data.read import Row, name_of
+from dpojax.losses.traits import Traits
 
+Form = Literal["pairs", "completions", "labels", "prompts"]
 Message = dict[str, str]
-Text = str | list[Message]  # plain text, or chat messages
-Part = tuple[Text, tuple[Text, ...]]  # a prompt and its completions, both of one kind
+TokenIds = tuple[int, ...]
+Text = str | list[Message] | TokenIds  # plain text, chat messages, or token ids
+
+PROMPT_AND_COMPLETION = "a row has prompt and completion, or is a pair"
 
 
 @dataclasses.dataclass(frozen=True)
-class Values:
-    """What a row says of its completions in numbers."""
-
-    ranks: tuple[int, ...] = ()
-    """Of every completion, 0 the best; two of one rank are no pair. Empty: as they stand."""
-    scores: tuple[float, ...] = ()
-    """Of every completion, where the objective asks by how much one is better."""
-    weight: float = 1.0
-    label: float = 1.0
-    """1 for a desirable completion, 0 for an undesirable one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row and its place: the line of a JSONL file, or the row of a Parquet file, from 1."""
-
-    file: str
-    number: int
-    fields: dict[str, Any]
-    values: Values = Values()  # frozen
-
-
-@dataclasses.dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used, and why."""
-
-    file: str
-    number: int
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, row {self.number}: {self.why}"
-
-
-def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, absurd numbers or nesting
-                yield BadRow(name, number, f"broken JSON ({error}); each line must be one JSON object")
-                continue
-            if isinstance(fields, dict):
-                yield Row(name, number, fields)
-            else:
-                yield BadRow(name, number, f"a JSON {_name(fields)}, not an object with named fields")
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = (fields for batch in file.iter_batches() for fields in batch.to_pylist())
-        for number, fields in enumerate(rows, start=1):
-            yield Row(name, number, fields)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: not a readable Parquet file ({error}); write it again") from None
-
-
-def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
-    """The rows of all files, in order; blank lines are no rows.
+class RowKind:
+    """What rows a run reads: their form, and the numbers that its objective asks of every pair.
 
     Raises:
-      UserError: a file is missing, is unreadable or has no rows.
+      ValueError: a margin or a weight is asked of what are no pairs.
     """
-    for name in files:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"{name}: no such file; give a JSONL or Parquet file")
-        empty = True
-        read = _read_parquet if path.suffix in (".parquet", ".pq") else _read_jsonl
-        try:
-            for row in read(path, name):
-                empty = False
-                yield row
-        except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-        if empty:
-            raise UserError(f"{name}: the file is empty; it needs at least one row")
+
+    form: Form
+    margin: bool = False
+    weight: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.margin or self.weight) and self.form != "pairs":
+            raise ValueError(f"rows of form {self.form!r} have no margin and no weight; only pairs have")
 
 
-def _name(value: object) -> str:
-    kinds = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
-    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+PAIRS, COMPLETIONS = RowKind("pairs"), RowKind("completions")
+LABELS, PROMPTS = RowKind("labels"), RowKind("prompts")
+
+
+def kind_of(traits: Traits) -> RowKind:
+    """The rows that an objective of these traits is trained on."""
+    if traits.on == "labels":
+        return LABELS
+    return RowKind("pairs", margin="margin" in traits.reads, weight="weight" in traits.reads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """A prompt and its completions, the best first, all as text, or all as chat messages, or as token ids.
+
+    ``truncated`` is true of each completion that was cut before its end; it is empty where none was.
+    """
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    truncated: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RowAnnotations:
+    """The numbers of a row; None, or empty, where it has none.
+
+    Attributes:
+      ranks: of every completion, 0 the best; two of one rank are no pair. Empty: in the order of the completions.
+      scores: of every completion.
+      margin: by how much a pair's chosen side is better.
+      weight: how much the row counts.
+      label: 1 for a desirable completion, 0 for an undesirable one.
+    """
+
+    ranks: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    margin: float | None = None
+    weight: float | None = None
+    label: float | None = None
+
+    def present(self) -> dict[str, Any]:
+        """The fields that the row has, by name."""
+        return {name: x for name, x in vars(self).items() if x not in (None, ())}
+
+
+OPTIONAL = ("margin", "weight")
+"""The annotations that rows must have only where an objective asks for them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """All annotations of a row, and why it lacks a margin or a weight, for runs that ask for one."""
+
+    annotations: RowAnnotations = RowAnnotations()  # frozen
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def of_kind(self, kind: RowKind) -> RowAnnotations:
+        """The annotations that a run of this kind reads.
+
+        Raises:
+          ValueError: the run asks for one that is missing.
+        """
+        for name in OPTIONAL:
+            if getattr(kind, name) and name in self.missing:
+                raise ValueError(self.missing[name])
+        unread = [name for name in OPTIONAL if not getattr(kind, name)]
+        return dataclasses.replace(self.annotations, **dict.fromkeys(unread))  # type: ignore[arg-type]
+
+
+# --- one field
+
+
+def _has(fields: dict[str, Any], name: str) -> bool:
+    return name in fields or fields.get(f"{name}_ids") is not None
 
 
 def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
-    """The field, checked to be text or chat messages."""
+    """The field's token ids where it has them, or else its text or chat messages, checked."""
+    if fields.get(f"{name}_ids") is not None:
+        return _token_ids(fields[f"{name}_ids"], f"{name}_ids")
     if name not in fields:
         raise ValueError(f"no field {name!r}; {needs}")
     value = fields[name]
     if isinstance(value, str):
         return _unicode(value, name)
     if not isinstance(value, list):
-        raise ValueError(f"field {name!r} is a {_name(value)}; it must be text or a list of chat messages")
+        raise ValueError(f"field {name!r} is a {name_of(value)}; it must be text or a list of chat messages")
     if not value:
         raise ValueError(f"field {name!r} is an empty list; give it at least one chat message")
     for message in value:
@@ -124,19 +153,44 @@ def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
     return value
 
 
+def _token_ids(value: Any, name: str) -> TokenIds:
+    ids = value if isinstance(value, list | tuple) else ()
+    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"field {name!r} must be a list of at least one token id, each a whole number of at least 0")
+    return tuple(ids)
+
+
 def _unicode(text: str, name: str) -> str:
     # JSON can spell half of a surrogate pair, which no tokenizer takes.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"field {name!r} is not valid Unicode (a lone surrogate); mend its escapes") from None
+        raise ValueError(f"field {name!r} is not valid Unicode (a lone surrogate); fix its escapes") from None
     return text
 
 
 def _is_empty(text: Text) -> bool:
     if isinstance(text, str):
         return not text.strip()
-    return all(not message["content"].strip() for message in text)
+    return all(isinstance(message, dict) and not message["content"].strip() for message in text)
+
+
+def _flag(value: Any, name: str) -> bool:
+    if value is not None and not isinstance(value, bool):
+        must = "true (the completion was cut before its end) or false"
+        raise ValueError(f"field {name!r} is a {name_of(value)}; it must be {must}")
+    return bool(value)
+
+
+def _number(fields: dict[str, Any], name: str) -> float:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        shown = name_of(value) if not isinstance(value, float) else str(value)
+        raise ValueError(f"field {name!r} is {shown}; it must be a finite number")
+    return float(value)
+
+
+# --- dialogues
 
 
 def _shared(chosen: list[Message], rejected: list[Message]) -> int:
@@ -145,8 +199,10 @@ def _shared(chosen: list[Message], rejected: list[Message]) -> int:
     return alike.index(False) if False in alike else len(alike)
 
 
-def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Part:
+def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Dialogue:
     """Completions as chat messages: after a prompt given as messages, or after the beginning they share."""
+    if isinstance(prompt, tuple):
+        raise ValueError("prompt_ids are token ids and the completions are chats; give them as text or token ids")
     if isinstance(prompt, list):
         if all(side[: len(prompt)] == prompt for side in sides):
             sides = [side[len(prompt) :] for side in sides]
@@ -159,32 +215,118 @@ def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Part:
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
     if any(not side for side in sides):
         raise ValueError("an empty completion: one conversation ends where the other goes on; add the reply")
-    return prompt, tuple(sides)
+    return Dialogue(prompt, tuple(sides))
 
 
-def _part(fields: dict[str, Any], names: tuple[str, ...], needs: str) -> Part:
+def _dialogue(fields: dict[str, Any], names: tuple[str, ...], needs: str, truncated: tuple[bool, ...]) -> Dialogue:
+    """The prompt and the completions of these fields, all checked."""
     sides = [_text(fields, name, needs) for name in names]
     for name, side in zip(names, sides, strict=True):
         if _is_empty(side):
-            raise ValueError(f"field {name!r} is an empty completion; give it text or leave the row out")
-    prompt = _text(fields, "prompt", needs) if fields.get("prompt") is not None else None
-    if all(isinstance(side, str) for side in sides):
-        if prompt is None:
-            raise ValueError(f"no field 'prompt'; {needs}")
-        if isinstance(prompt, list):
-            return prompt, tuple([{"role": "assistant", "content": str(side)}] for side in sides)
-        return prompt, tuple(sides)
-    if any(isinstance(side, str) for side in sides):
+            say = "give it text, leave the row out, or give an empty reply that was sampled as token ids"
+            raise ValueError(f"field {name!r} is an empty completion; {say}")
+    known = fields.get("prompt") is not None or fields.get("prompt_ids") is not None
+    prompt = _text(fields, "prompt", needs) if known else None
+    chats = [side for side in sides if isinstance(side, list)]
+    if chats and len(chats) < len(sides):
         raise ValueError(f"fields {' and '.join(names)} must both be text or both be chat messages")
-    return _conversations(prompt, sides)  # type: ignore[arg-type]
+    if chats:
+        dialogue = _conversations(prompt, chats)
+    elif prompt is None:
+        raise ValueError(f"no field 'prompt'; {needs}")
+    elif isinstance(prompt, list):
+        reply = lambda side: [{"role": "assistant", "content": side}] if isinstance(side, str) else side  # noqa: E731
+        dialogue = Dialogue(prompt, tuple(map(reply, sides)))
+    else:
+        dialogue = Dialogue(prompt, tuple(sides))
+    return dataclasses.replace(dialogue, truncated=truncated) if any(truncated) else dialogue
 
 
-def _number(fields: dict[str, Any], name: str) -> float:
-    value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        shown = _name(value) if not isinstance(value, float) else str(value)
-        raise ValueError(f"field {name!r} is {shown}; it must be a finite number")
-    return float(value)
+def pair_of(row: Row) -> Dialogue:
+    """A preference row's prompt and its (chosen, rejected).
+
+    Raises:
+      ValueError: the row is no usable pair; the message says why.
+    """
+    fields, needs = row.fields, "a pair has prompt, chosen and rejected"
+    if fields.get("truncated") is not None:
+        raise ValueError("field 'truncated' is of a single completion; a pair has chosen_truncated, rejected_truncated")
+    names = ("chosen", "rejected")
+    cut = tuple([_flag(fields.get(f"{name}_truncated"), f"{name}_truncated") for name in names])
+    sides = [_text(fields, name, needs) for name in names]
+    if sides[0] == sides[1] and (cut[0] == cut[1] or isinstance(sides[0], tuple)):
+        raise ValueError("chosen and rejected are equal; a pair needs two different completions")
+    return _dialogue(fields, names, needs, cut)
+
+
+def _single_of(fields: dict[str, Any], name: str, needs: str) -> Dialogue:
+    flags = [_flag(fields.get(flag), flag) for flag in ("truncated", "chosen_truncated")]
+    return _dialogue(fields, (name,), needs, (flags[0] or (name == "chosen" and flags[1]),))
+
+
+def completion_of(row: Row) -> Dialogue:
+    """A row's prompt and its one completion: ``completion``, or a pair's ``chosen`` side.
+
+    Raises:
+      ValueError: the row has neither; the message says why.
+    """
+    if _has(row.fields, "completion") or not _has(row.fields, "chosen"):
+        return _single_of(row.fields, "completion", PROMPT_AND_COMPLETION)
+    if not _has(row.fields, "rejected"):
+        return _single_of(row.fields, "chosen", PROMPT_AND_COMPLETION)
+    pair = pair_of(row)  # whole conversations say by their two sides where the prompt ends
+    cut = pair.truncated[:1]
+    return Dialogue(pair.prompt, pair.completions[:1], cut if any(cut) else ())
+
+
+def prompt_of(row: Row) -> Dialogue:
+    """A row's prompt, without completions.
+
+    Raises:
+      ValueError: the row has none; the message says why.
+    """
+    return Dialogue(_text(row.fields, "prompt", "a row has a prompt"), ())
+
+
+def _truncated_of(fields: dict[str, Any], n: int) -> tuple[bool, ...]:
+    flags = fields.get("truncated")
+    if flags is None:
+        return (False,) * n
+    if not isinstance(flags, list) or len(flags) != n:
+        raise ValueError(f"field 'truncated' must be a list of {n} booleans, one a completion")
+    return tuple([_flag(flag, f"truncated[{i}]") for i, flag in enumerate(flags, start=1)])
+
+
+def ranked_of(row: Row) -> tuple[Dialogue, RowAnnotations]:
+    """A prompt with several completions and their ranks and scores, the best first.
+
+    Raises:
+      ValueError: the row is not usable; the message says why.
+    """
+    fields, suffix = row.fields, "_ids" if row.fields.get("completions_ids") is not None else ""
+    completions, scores = fields[f"completions{suffix}"], fields.get("scores")
+    if not (isinstance(completions, list) and isinstance(scores, list) and len(completions) == len(scores)):
+        raise ValueError(f"fields 'completions{suffix}' and 'scores' must be lists of one length")
+    numbers = [_number({"scores": score}, "scores") for score in scores]
+    cut = _truncated_of(fields, len(completions))
+    order = sorted(range(len(numbers)), key=lambda i: -numbers[i])
+    levels = sorted(set(numbers), reverse=True)
+    if len(levels) < 2:
+        raise ValueError("the scores are all equal, or one; a preference needs two completions of different scores")
+    told = [(completion, bool(suffix) or flag) for completion, flag in zip(completions, cut, strict=True)]
+    for i, completion in enumerate(told):
+        if completion in told[:i]:
+            raise ValueError(f"completion {i + 1} is there twice; leave one out")
+    names = tuple([f"completions[{i + 1}]" for i in order])
+    sides = {f"{name}{suffix}": completions[i] for name, i in zip(names, order, strict=True)}
+    prompt = {name: x for name, x in fields.items() if name in ("prompt", "prompt_ids")}
+    needs = "a row has prompt, completions and scores"
+    dialogue = _dialogue(prompt | sides, names, needs, tuple([cut[i] for i in order]))
+    ordered = tuple([numbers[i] for i in order])
+    return dialogue, RowAnnotations(ranks=tuple([levels.index(score) for score in ordered]), scores=ordered)
+
+
+# --- annotations
 
 
 def _margin(fields: dict[str, Any]) -> float:
@@ -209,100 +351,36 @@ def _weight(fields: dict[str, Any]) -> float:
     return weight
 
 
-def _ranked_of(fields: dict[str, Any]) -> tuple[Part, Values]:
-    """A prompt with several completions and their scores, the best first."""
-    completions, scores = fields["completions"], fields.get("scores")
-    if not (isinstance(completions, list) and isinstance(scores, list) and len(completions) == len(scores)):
-        raise ValueError("fields 'completions' and 'scores' must be lists of one length")
-    values = [_number({"scores": score}, "scores") for score in scores]
-    order = sorted(range(len(values)), key=lambda i: -values[i])
-    levels = sorted(set(values), reverse=True)
-    if len(levels) < 2:
-        raise ValueError("the scores are all equal, or one; a preference needs two completions of different scores")
-    for i, completion in enumerate(completions):
-        if completion in completions[:i]:
-            raise ValueError(f"completion {i + 1} is there twice; leave one out")
-    sides = {f"completions[{i + 1}]": completions[i] for i in order}
-    needs = "a row has prompt, completions and scores"
-    part = _part({"prompt": fields.get("prompt"), **sides}, tuple(sides), needs)
-    ordered = [values[i] for i in order]
-    return part, Values(tuple(levels.index(score) for score in ordered), tuple(ordered))
-
-
-def preference_of(row: Row, asked: Sequence[str] = ()) -> tuple[Part, Values]:
-    """A preference row: a pair, or several completions with scores, and what the objective asks beside.
-
-    Args:
-      row: with prompt, chosen and rejected, or with prompt, completions and scores.
-      asked: of "margin" and "weight".
-
-    Raises:
-      ValueError: the row is not usable; the message says why.
-    """
-    fields = row.fields
-    if "completions" in fields and "chosen" not in fields:
-        part, values = _ranked_of(fields)
+def _preference_of(row: Row) -> tuple[Dialogue, Notes]:
+    fields, missing = row.fields, {}
+    if _has(fields, "completions") and not _has(fields, "chosen"):
+        (dialogue, annotations), read = ranked_of(row), {"weight": _weight}
     else:
-        part, values = pair_of(row), Values()
-        if "margin" in asked:
-            values = Values(scores=(_margin(fields), 0.0))
-    return part, dataclasses.replace(values, weight=_weight(fields)) if "weight" in asked else values
+        dialogue, annotations, read = pair_of(row), RowAnnotations(), {"margin": _margin, "weight": _weight}
+    for name, value_of in read.items():
+        try:
+            annotations = dataclasses.replace(annotations, **{name: value_of(fields)})  # type: ignore[arg-type]
+        except ValueError as error:
+            missing[name] = str(error)
+    return dialogue, Notes(annotations, missing)
 
 
-def labelled_of(row: Row) -> tuple[Part, Values]:
-    """A prompt, one completion and its label: desirable or not.
-
-    Raises:
-      ValueError: the row is not usable; the message says why.
-    """
+def _labelled_of(row: Row) -> tuple[Dialogue, Notes]:
     needs = "a row has prompt, completion and label"
-    part = _part(row.fields, ("completion",), needs)
-    label = row.fields.get("label")
+    dialogue, label = _single_of(row.fields, "completion", needs), row.fields.get("label")
     if label not in (True, False):  # 1 and 0 too
         raise ValueError("field 'label' must be true (desirable) or false; " + needs)
-    return part, Values(label=float(label))
+    return dialogue, Notes(RowAnnotations(label=float(label)))
 
 
-def usable_part(row: Row, kind: str) -> tuple[Part, Values]:
-    """Texts and numbers of a row.
-
-    Args:
-      row: of a file.
-      kind: "pairs", with "margin" and "weight" behind it where the objective asks for them, "completions", "labels".
+def parse_row(row: Row, form: Form) -> tuple[Dialogue, Notes]:
+    """A row's dialogue and all of its annotations, whatever an objective asks for.
 
     Raises:
       ValueError: the row is not usable; the message says why.
     """
-    first, *asked = kind.split()
-    if first == "completions":
-        return completion_of(row), Values()
-    return labelled_of(row) if first == "labels" else preference_of(row, asked)
-
-
-def pair_of(row: Row) -> Part:
-    """A preference row's prompt and its (chosen, rejected).
-
-    Raises:
-      ValueError: the row is no usable pair; the message says why.
-    """
-    needs = "a pair has prompt, chosen and rejected"
-    for name in ("chosen", "rejected"):
-        _text(row.fields, name, needs)
-    if row.fields["chosen"] == row.fields["rejected"]:
-        raise ValueError("chosen and rejected are equal; a pair needs two different completions")
-    return _part(row.fields, ("chosen", "rejected"), needs)
-
-
-def completion_of(row: Row) -> Part:
-    """An SFT row's prompt and its one completion: ``completion``, or a pair's ``chosen`` side.
-
-    Raises:
-      ValueError: the row has neither; the message says why.
-    """
-    if "completion" not in row.fields and "chosen" in row.fields:
-        # A pair's sides also say where its prompt ends, if they are whole conversations.
-        if "rejected" in row.fields:
-            prompt, (chosen, _) = pair_of(row)
-            return prompt, (chosen,)
-        return _part(row.fields, ("chosen",), "a row has prompt and completion, or is a pair")
-    return _part(row.fields, ("completion",), "a row has prompt and completion, or is a pair")
+    if form == "pairs":
+        return _preference_of(row)
+    if form == "labels":
+        return _labelled_of(row)
+    return (completion_of(row) if form == "completions" else prompt_of(row)), Notes()

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpojax.configs import MeshConfig, ScoringOptions
-from dpojax.data import Batches, Encoder, Example, completion_lengths, without_tokens
+from dpojax.data import PAIRS, Batches, Encoder, Example, completion_lengths, lengths_only
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, fingerprint, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh
@@ -18,7 +18,6 @@ from dpojax.train.by_name import load_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
-from dpojax.train.task import RowKind
 from dpojax.types import ApplyFn, CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
@@ -64,12 +63,12 @@ class FileScores:
     def __init__(self, config: ScoringOptions):
         tokenizer = tokenizer_for(config)
         self.config = config
-        self.examples = read_examples(config.data, Encoder(tokenizer), RowKind("pairs"), config)
+        self.examples = read_examples(config.data, Encoder(tokenizer), PAIRS, config)
         self.lengths = completion_lengths(self.examples)
 
     def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
         """``[n, N]`` log-probabilities as those of pairs (chosen, rejected): ``[pairs, 2]``, their lengths, prompts."""
-        both = pair_up(CompletionStats(sums), without_tokens(self.examples))  # type: ignore[arg-type]  # NumPy's
+        both = pair_up(CompletionStats(sums), lengths_only(self.examples))  # type: ignore[arg-type]  # NumPy's
         there = np.asarray(both.chosen_len) > 0
         logps = np.stack([both.chosen, both.rejected], axis=1)[there]
         lengths = np.stack([both.chosen_len, both.rejected_len], axis=1)[there]

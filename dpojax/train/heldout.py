@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.data import Batches, without_tokens
+from dpojax.data import Batches, lengths_only
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.objectives import Metrics, Running, Terms, logps_of, terms_of
@@ -56,7 +56,7 @@ def terms_of_sums(
     program: Program, batches: Batches, sums: np.ndarray, ref_sums: np.ndarray | None, running: Running, beta: PyTree
 ) -> Terms:
     """Loss and metrics of every held-out pair or completion, with all of them as one batch."""
-    whole = jax.tree.map(jnp.asarray, without_tokens(batches.examples))
+    whole = jax.tree.map(jnp.asarray, lengths_only(batches.examples))
 
     def logps(sums: np.ndarray) -> Logps:
         return logps_of(CompletionStats(jnp.asarray(sums)), whole, program.traits)

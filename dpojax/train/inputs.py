@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 
 from dpojax.configs import DataOptions, TrainOptions
-from dpojax.data import Batches, Encoder, Example, fingerprint, load_examples, with_mismatched
+from dpojax.data import Batches, Encoder, Example, RowKind, fingerprint, load_examples, with_mismatched
 from dpojax.errors import UserError
 from dpojax.models import Model
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_shards
 from dpojax.train.by_name import tokenizer_for
-from dpojax.train.task import RowKind, Task
+from dpojax.train.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ class Data:
     @property
     def content_hash(self) -> str:
         """A fingerprint of all tokens and annotations, in their order."""
-        return fingerprint(self.examples, values=True).hex()
+        return fingerprint(self.examples, annotations=True).hex()
 
 
 def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, config: DataOptions) -> list[Example]:
@@ -53,7 +53,7 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, confi
         examples, report = load_examples(
             files,
             encoder,
-            kind=kind.words,
+            kind=kind,
             max_length=config.max_length,
             skip_bad_rows=getattr(config, "skip_bad_rows", None),
             progress=stage.reach,

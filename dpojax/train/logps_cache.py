@@ -2,44 +2,54 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dpojax.cachedir import cache_dir, write_arrays
+from dpojax.cachedir import cache_dir, mention_earlier, write_arrays
 from dpojax.data import Example, fingerprint
 
-VERSION = "1"
+VERSION = 2  # of the cache's directories; raise it, and with it the names below, when their layout changes
+PREFIX, EARLIER = "logps2-", "logps-*"
 SECONDS_BETWEEN_WRITES = 5.0
 
 
 def row_key(example: Example) -> bytes:
-    """What a row's log-probabilities depend on beside the model: its tokens, which the tokenizer, the text and the
-    truncation have made."""
+    """What a row's log-probabilities depend on, the model apart: a hash of its tokens, which the tokenizer, the text
+    and the truncation have made."""
     return fingerprint([example])
 
 
+def directory_of(beside: str, model: Mapping[str, str | int], completions: int) -> Path | None:
+    """Where the log-probabilities of a data file's rows are kept; None where nothing can be kept."""
+    parent = cache_dir(beside)
+    if parent is None:
+        return None
+    mention_earlier(parent, EARLIER)
+    key = json.dumps({"version": VERSION, "completions": completions, "model": dict(model)}, sort_keys=True)
+    return parent / f"{PREFIX}{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
+
+
 class LogpsCache:
-    """Sums ``log pi(y|x)`` of rows, kept beside the data: ``.dpojax/logps-<model>/``.
+    """Sums ``log pi(y|x)`` of rows, kept beside the data: ``.dpojax/logps2-<hash>/``.
 
     Every process adds files of its own there, each whole or absent, so that an interrupted computation goes on and
     two runs at a time do no harm. A row whose tokens, or whose model, have changed is another row.
 
     Args:
-      beside: the data file.
-      model_key: names the model: content, shape and compute dtype.
+      beside: the data file; None for rows in memory, whose sums are then kept in memory alone.
+      model: names the model, in fields: content, shape and compute dtype.
       completions: N, completions of a row.
     """
 
-    def __init__(self, beside: str, model_key: str, completions: int):
-        name = hashlib.blake2b(f"{VERSION}/{model_key}/{completions}".encode(), digest_size=16).hexdigest()
-        parent = cache_dir(beside)
-        self.directory = None if parent is None else parent / f"logps-{name}"
+    def __init__(self, beside: str | None, model: Mapping[str, str | int], completions: int):
+        self.directory = None if beside is None else directory_of(beside, model, completions)
         self.completions = completions
         self.known: dict[bytes, np.ndarray] = {}
         self.fresh: dict[bytes, np.ndarray] = {}

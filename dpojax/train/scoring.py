@@ -1,5 +1,7 @@
 """Log-probabilities of examples under fixed parameters: the forward pass alone."""
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +29,10 @@ def place_params(params: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
     return placed(params, param_shardings(mesh, config))
 
 
-def model_key(config: DecoderConfig, content: str, dtype: str) -> str:
-    """Names what computes log-probabilities: a model's shape and content, and the compute dtype."""
-    return f"{config}/{content}/{dtype}"
+def model_key(config: DecoderConfig, content: str, dtype: str) -> dict[str, str | int]:
+    """The named fields that log-probabilities depend on: a model's shape and content, and the compute dtype."""
+    shape = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return {"config": shape, "content": content, "dtype": dtype}
 
 
 def jit_forward(

@@ -4,22 +4,10 @@ import dataclasses
 from typing import Literal
 
 from dpojax.configs import DPOConfig, TrainOptions
+from dpojax.data import COMPLETIONS, RowKind, kind_of
 from dpojax.errors import UserError
 from dpojax.losses import LOSSES, Objective, Traits, spelled, traits_of
 from dpojax.options import flag
-
-
-@dataclasses.dataclass(frozen=True)
-class RowKind:
-    """Stands in for the data floor's type of this name."""
-
-    form: str
-    margin: bool = False
-    weight: bool = False
-
-    @property
-    def words(self) -> str:
-        return " ".join([self.form, *(name for name in ("margin", "weight") if getattr(self, name))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +58,7 @@ def task_of(config: TrainOptions) -> Task:
       UserError: ``--loss`` spells no objective, or an option does not go together with the objective.
     """
     if not isinstance(config, DPOConfig):
-        return Task(RowKind("completions"), LOSSES["sft"], traits_of(LOSSES["sft"]), 1.0)
+        return Task(COMPLETIONS, LOSSES["sft"], traits_of(LOSSES["sft"]), 1.0)
     try:
         spec = spelled(config.loss, beta=config.beta, label_smoothing=config.label_smoothing)
     except ValueError as error:
@@ -80,11 +68,7 @@ def task_of(config: TrainOptions) -> Task:
         raise UserError(f"--label-smoothing {config.label_smoothing}: {wrapped}")
     traits = traits_of(spec.objective)
     check_objective(config, traits)
-    if traits.on == "labels":
-        kind = RowKind("labels")
-    else:
-        kind = RowKind("pairs", margin="margin" in traits.reads, weight="weight" in traits.reads)
-    return Task(kind, spec.objective, traits, spec.beta, spec.files, reference_choice(config, traits))
+    return Task(kind_of(traits), spec.objective, traits, spec.beta, spec.files, reference_choice(config, traits))
 
 
 def reference_choice(config: DPOConfig, traits: Traits) -> ReferenceChoice:

@@ -143,14 +143,14 @@ class Trunk:
     def below(self, batches: Batches, label: str, limit: int | None = None) -> Batches:
         """The batches with the hidden states of the examples in the first ``limit`` of them (default: all)."""
         examples = self._compute(batches, label, limit)
-        return batches.carrying(stored(self.directory, batches.tokens, self.width, self.dtype, examples))
+        return batches.with_hidden(stored(self.directory, batches.tokens, self.width, self.dtype, examples))
 
     def _compute(self, batches: Batches, label: str, limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
         seen: set[int] = set()
         for index in track(range(batches.first_pass(limit)), label):
             item = batches.collate(batches.indices[index])
             states = np.asarray(self.step(self.params, put_global(item.batch, batch_sharding(self.mesh))))
-            for i, sequence, span in batches.spans(item.index):
+            for i, sequence, span in batches.packed_spans(item.index):
                 if i not in seen:  # a batch may run over the epoch's end
                     seen.add(i)
                     yield i, states[sequence, span]

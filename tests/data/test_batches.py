@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpojax.data import Batches, Example, collate
+from dpojax.data import Batches, Example, RowAnnotations, collate, lengths_only
 from dpojax.data.batches import Shape, plan_shapes
 
 
@@ -91,7 +91,7 @@ def test_more_shapes_pad_less_and_the_share_is_what_is_computed(examples):
     for max_shapes in (1, 2, 8):
         batches = Batches(examples, 4, max_shapes=max_shapes, seed=0)
         real = sum(int(item.batch.prompt_len.sum() + item.batch.completion_len.sum()) for item in batches)
-        shares.append(batches.real_share)
+        shares.append(batches.valid_share)
         assert shares[-1] == real / sum(item.batch.packing.padded_index.size for item in batches)
     assert shares == sorted(set(shares))
 
@@ -106,7 +106,7 @@ def test_the_quickstarts_pairs_are_padded_by_less_than_a_tenth(seed):
         examples.append(Example(tokens[0], tuple(tokens[1:])))
     for batch_size in (8, 16):
         batches = Batches(examples, batch_size, max_shapes=8, seed=seed)
-        assert batches.real_share > 0.9 and len(batches.shapes) <= 8
+        assert batches.valid_share > 0.9 and len(batches.shapes) <= 8
 
 
 def test_planned_shapes_cover_every_need_at_least_cost():
@@ -134,3 +134,35 @@ def test_position_is_restored(examples, stop):
 def test_seed_orders(examples):
     orders = [[item.index.tolist() for item in Batches(examples, 8, max_shapes=2, seed=s)] for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize(
+    ("notes", "fields"),
+    [
+        (RowAnnotations(), set()),
+        (RowAnnotations(margin=0.0), {"score"}),
+        (RowAnnotations(weight=0.0), {"weight"}),
+        (RowAnnotations(label=0.0), {"label"}),
+        (RowAnnotations(ranks=(0, 1), scores=(2.0, 0.5)), {"rank", "score"}),
+    ],
+)
+def test_batches_have_the_annotations_that_some_example_has(examples, notes, fields):
+    """Decided over all examples: every batch has the same structure."""
+    examples[20] = Example(examples[20].prompt, examples[20].completions, notes)
+    batches = [item.batch for item in Batches(examples, 8, max_shapes=1, seed=0)]
+    for batch in [*batches, lengths_only(examples)]:
+        assert {name for name, x in vars(batch.annotations).items() if x is not None} == fields
+    assert len({jax.tree.structure(batch) for batch in batches}) == 1
+
+
+def test_a_margin_becomes_a_difference_of_scores(examples):
+    prompt, pair = examples[0].prompt, examples[0].completions
+    rows = [
+        Example(prompt, pair, RowAnnotations(margin=2.0, weight=3.0)),
+        Example(prompt, (*pair, pair[0]), RowAnnotations(ranks=(0, 1, 1), scores=(5.0, 1.0, 1.0), weight=0.5)),
+        None,
+    ]
+    batch = collate(rows, Shape(tokens=999, targets=999, prompt=64, completion=64))
+    assert batch.annotations.score.tolist() == [[2, 0, 0], [5, 1, 1], [0, 0, 0]]
+    assert batch.annotations.rank.tolist() == [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
+    assert batch.annotations.weight.tolist() == [3, 0.5, 0] and batch.annotations.label is None

@@ -11,7 +11,7 @@ import pytest
 
 from dpojax import cachedir
 from dpojax.cachedir import cache_dir
-from dpojax.data import Encoder, cache, load_examples
+from dpojax.data import COMPLETIONS, Encoder, RowAnnotations, RowKind, cache, load_examples
 from dpojax.errors import UserError
 from dpojax.models import load_tokenizer
 from tests.conftest import write_rows
@@ -152,10 +152,55 @@ def test_a_template_that_writes_the_date_does_so_every_day(encoder, file, monkey
 
 def test_kinds_are_kept_apart(encoder, file):
     pairs, _ = load_examples([file], encoder)
-    singles, report = load_examples([file], encoder, kind="completions")
+    singles, report = load_examples([file], encoder, kind=COMPLETIONS)
     assert report.cached == 0
     assert [len(examples[0].completions) for examples in (pairs, singles)] == [2, 1]
-    assert plain(load_examples([file], encoder, kind="completions")) == plain((singles, report))
+    assert plain(load_examples([file], encoder, kind=COMPLETIONS)) == plain((singles, report))
+
+
+def test_a_sweep_over_objectives_tokenizes_once(encoder, tmp_path, monkeypatch):
+    """Margins and weights are kept whether an objective reads them or not, and why a row has none."""
+    rows = [
+        GOOD | {"margin": 2, "weight": 3.5},
+        GOOD | {"score_chosen": 1, "score_rejected": 0.1},
+        {"prompt": "the", "completions": [" x", " y", " z"], "scores": [1, 3, 1], "weight": 1},
+    ]
+    file = write(tmp_path / "f.jsonl", *rows)
+    kinds = [RowKind("pairs", margin, weight) for margin in (False, True) for weight in (False, True)]
+    load_examples([file], encoder)
+    fresh = [load_examples([write(tmp_path / f"{i}" / "f.jsonl", *rows)], encoder, kind=kind, skip_bad_rows=True)
+             for i, kind in enumerate(kinds)]  # fmt: skip
+    forbid(encoder, monkeypatch)
+    for kind, (examples, report) in zip(kinds, fresh, strict=True):
+        cached, cached_report = load_examples([file], encoder, kind=kind, skip_bad_rows=True)
+        assert cached_report.cached == 3 and [e.annotations for e in cached] == [e.annotations for e in examples]
+        assert plain((cached, dataclasses.replace(cached_report, dropped=[]))) == plain(
+            (examples, dataclasses.replace(report, dropped=[]))
+        )
+        assert [(bad.number, bad.why) for bad in cached_report.dropped] == [
+            (bad.number, bad.why) for bad in report.dropped
+        ]
+        assert len(cached) == 3 - kind.weight
+    assert fresh[3][0][0].annotations == RowAnnotations(margin=2.0, weight=3.5)
+    assert fresh[2][0][1].annotations == RowAnnotations(margin=0.9)
+    with pytest.raises(UserError, match=r"f.jsonl, row 2: no field 'weight'; the objective asks for it; fix it"):
+        load_examples([file], encoder, kind=kinds[1])
+
+
+def test_a_missing_margin_is_refused_before_anything_is_tokenized(encoder, file, monkeypatch):
+    monkeypatch.setattr(encoder, "tokenize", lambda texts: pytest.fail("the tokenizer was used"))
+    with pytest.raises(UserError, match=r"row 1: no field 'margin'.*\(2 more bad rows\)"):
+        load_examples([file], encoder, kind=RowKind("pairs", margin=True))
+
+
+def test_caches_of_an_earlier_version_are_mentioned_once_and_not_read(encoder, file, capsys):
+    earlier = Path(file).parent / ".dpojax"
+    earlier.mkdir()
+    (earlier / f"tokens-{'0' * 32}.npz").write_bytes(b"of an earlier version")
+    for _ in range(2):
+        load_examples([file], encoder)
+    said = f"{earlier}: caches of an earlier version (tokens-*.npz) are not read and can be removed"
+    assert capsys.readouterr().out.splitlines() == [said]
 
 
 def test_the_suffixes_are_kept_apart(encoder, file):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from dpojax.data import PAIRS
 from dpojax.data.check import check_files
 from dpojax.models import load_tokenizer
+from tests.conftest import write_rows
 
 
 @pytest.fixture
@@ -23,14 +25,14 @@ def file(tmp_path):
 
 
 def test_fields_alone(file):
-    lines, wrong = check_files([file], None, "pairs", 20)
+    lines, wrong = check_files([file], None, PAIRS, 20)
     assert wrong
     assert [line.split(": ")[1] for line in lines[:-1]] == [f"{file}, row 2", f"{file}, row 4"]
     assert lines[-1] == "5 rows: 3 kept, lengths not looked at (give --model), 2 dropped"
 
 
 def test_with_a_tokenizer(file, tiny_dir):
-    lines, wrong = check_files([file], load_tokenizer(tiny_dir), "pairs", 20)
+    lines, wrong = check_files([file], load_tokenizer(tiny_dir), PAIRS, 20)
     assert wrong
     assert [line.split(": ")[0] + line.split(", ")[1][:5] for line in lines[:-1]] == [
         *("droppedrow 2", "droppedrow 4", "droppedrow 5"),
@@ -40,7 +42,7 @@ def test_with_a_tokenizer(file, tiny_dir):
 
 
 def test_a_clean_file_is_clean(pairs_file, tiny_dir):
-    lines, wrong = check_files([pairs_file], load_tokenizer(tiny_dir), "pairs", 512)
+    lines, wrong = check_files([pairs_file], load_tokenizer(tiny_dir), PAIRS, 512)
     assert not wrong
     assert lines == ["24 rows: 24 kept, 0 of them truncated to 512 tokens, 0 dropped"]
 
@@ -51,3 +53,19 @@ def test_exit_status(file, pairs_file, capsys):
     assert main(["check-data", pairs_file]) == 0
     assert main(["check-data", file]) == 1
     assert main(["check-data", pairs_file + "x"]) == 2
+
+
+def test_rows_are_checked_as_the_run_will(tmp_path, capsys):
+    from dpojax.cli import main
+
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    file = write_rows(tmp_path / "f.jsonl", [row | {"margin": 1}, row | {"weight": 2, "margin": 0}])
+    for loss, wrong in (("sigmoid", []), ("odpo", []), ("with_weights(odpo)", [1]), ("kto", [1, 2])):
+        assert main(["check-data", file, "--loss", loss]) == bool(wrong)
+        dropped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dropped")]
+        assert [line.split(":")[1].split("row ")[1] for line in dropped] == [str(number) for number in wrong]
+    assert main(["check-data", file, "--loss", "odpo", "--kind", "pairs"]) == 0
+    assert main(["check-data", file, "--loss", "kto", "--kind", "pairs"]) == 2
+    assert "--kind pairs: --loss kto reads labels; leave one of them out" in capsys.readouterr().err
+    assert main(["check-data", file, "--loss", "odbo"]) == 2
+    assert "--loss odbo: " in capsys.readouterr().err

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpojax.data import Encoder, load_examples, truncate
+from dpojax.data import (
+    COMPLETIONS,
+    LABELS,
+    PROMPTS,
+    Encoder,
+    fingerprint,
+    load_examples,
+    truncate,
+    with_mismatched,
+)
 from dpojax.errors import UserError
 from dpojax.models import load_tokenizer
 from tests.conftest import write_rows
@@ -101,7 +110,7 @@ def test_template_that_rewrites_the_prompt_is_refused(encoder, tmp_path):
 def test_bad_rows_refuse_the_file_or_are_left_out_and_counted(encoder, tmp_path):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     files = write(tmp_path, good, {"prompt": "a"}, good, good | {"chosen": "c"})
-    with pytest.raises(UserError, match=r"row 2: no field 'chosen'.*\(1 more bad row\); mend it"):
+    with pytest.raises(UserError, match=r"row 2: no field 'chosen'.*\(1 more bad row\); fix it"):
         load_examples(files, encoder)
     examples, report = load_examples(files, encoder, skip_bad_rows=True)
     assert len(examples) == 2
@@ -149,3 +158,83 @@ def test_truncated_rows_are_reported_with_their_numbers(encoder, tmp_path):
     _, report = load_examples(files, encoder, max_length=20)
     assert [row.number for row in report.prompts_cut] == [2, 3]
     assert [row.number for row in report.completions_cut] == [3]
+
+
+def test_tokens_are_those_of_earlier_versions(encoder, tmp_path):
+    """The literals were computed before the cache's third format."""
+    rows = [
+        {"prompt": "ab", "chosen": " c", "rejected": " d</s>"},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]},
+        {"prompt": [USER], "chosen": "Hello", "rejected": "Go away"},
+        {"prompt": "a" * 50, "chosen": "b" * 9, "rejected": "c"},
+        {"prompt": "a", "completions": ["x", "y", "z"], "scores": [1, 3.5, 1]},
+    ]
+    examples, _ = load_examples(write(tmp_path, *rows), encoder, max_length=40)
+    assert fingerprint(examples).hex() == "ee089e6503d04f5e8565754b8d38afd3"
+    assert fingerprint(examples[:4]).hex() == "5c5920841987ae408155148f6a08e30f"
+    assert fingerprint(examples[:4], annotations=True) == fingerprint(examples[:4])
+    assert fingerprint(examples, annotations=True) != fingerprint(examples)
+    labelled = [
+        {"prompt": "a", "completion": "x", "label": True},
+        {"prompt": "b", "completion": "yy", "label": False},
+    ]
+    examples, _ = load_examples(write(tmp_path, *labelled), encoder, kind=LABELS)
+    assert fingerprint(examples).hex() == "efff13bce9591e2916f7468833c9852d"
+    assert fingerprint(with_mismatched(examples, 40)).hex() == "00b913315533d901acb7ffe4bc58b820"
+
+
+def plain(loaded):
+    return [[e.prompt.tolist(), *(c.tolist() for c in e.completions)] for e in loaded[0]], loaded[1]
+
+
+def test_rows_in_memory_are_those_of_a_file(encoder, tmp_path):
+    rows = [
+        {"prompt": "ab", "chosen": " c", "rejected": " d"},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]},
+    ]
+    assert plain(load_examples(rows, encoder)) == plain(load_examples(write(tmp_path, *rows), encoder))
+    with pytest.raises(UserError, match=r"^rows, row 2: no field 'chosen'.*; fix it"):
+        load_examples([rows[0], {"prompt": "a"}], encoder)
+    with pytest.raises(UserError, match="rows: the list is empty"):
+        load_examples([], encoder)
+    (example,), _ = load_examples([{"prompt": [USER]}], encoder, kind=PROMPTS)
+    assert example.prompt.tolist() == byte_ids("[user] Hi\n[assistant] ") and example.completions == ()
+
+
+def test_token_ids_are_used_as_they_are(encoder, tmp_path):
+    row = {"prompt_ids": [5], "chosen_ids": [1], "rejected_ids": [7, 1, 9], "chosen": "not read"}
+    for e in (encoder, Encoder(Bos(encoder.tokenizer))):
+        for sources in ([row], write(tmp_path, row), write(tmp_path, row)):
+            assert plain(load_examples(sources, e))[0] == [[[5], [1], [7, 1, 9]]]
+    mixed = {"prompt": [USER], "completion_ids": [7]}
+    (example,), _ = load_examples([mixed], encoder, kind=COMPLETIONS)
+    assert example.prompt.tolist() == byte_ids("[user] Hi\n[assistant] ") and example.completions[0].tolist() == [7]
+
+
+def test_a_truncated_completion_gets_no_eos(encoder, tmp_path):
+    """A text none of ours, a chat none of the template's, and not the template's end of a message."""
+    rows = [
+        {"prompt": "ab", "chosen": " c", "rejected": " d", "rejected_truncated": True},
+        {"prompt": "ab", "chosen": " c", "rejected": " d</s>", "rejected_truncated": True},
+        {"prompt": [USER], "chosen": "Hello ", "rejected": "s", "chosen_truncated": True},
+        {"prompt": "a", "completions": ["x", "x", "y"], "scores": [0, 1, 2], "truncated": [True, False, True]},
+    ]
+    expected = [
+        [byte_ids("ab"), [*byte_ids(" c"), 1], byte_ids(" d")],
+        [byte_ids("ab"), [*byte_ids(" c"), 1], [*byte_ids(" d"), 1]],
+        [byte_ids("[user] Hi\n[assistant] "), byte_ids("Hello "), [*byte_ids("s"), 1]],
+        [byte_ids("a"), byte_ids("y"), [*byte_ids("x"), 1], byte_ids("x")],
+    ]
+    for sources in (rows, write(tmp_path, *rows)):
+        assert plain(load_examples(sources, encoder))[0] == expected
+
+
+def test_a_template_that_hides_the_end_of_a_truncated_reply_is_refused(encoder):
+    class Lowers(Bos):
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            text = super().apply_chat_template(messages, tokenize, add_generation_prompt)
+            return text.replace("\ue000", "")
+
+    with pytest.raises(UserError, match="hides where the truncated reply ends; give it as token ids"):
+        row = {"prompt": [USER], "completion": "x", "truncated": True}
+        load_examples([row], Encoder(Lowers(encoder.tokenizer)), kind=COMPLETIONS)

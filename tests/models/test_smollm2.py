@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax.data import Batches, Encoder, load_examples
+from dpojax.data import COMPLETIONS, Batches, Encoder, load_examples
 from dpojax.generate import make_sampler, sample_all
 from dpojax.logprobs import completion_logps
 from dpojax.models import load_model, load_tokenizer, make_apply, save_directory
@@ -57,7 +57,7 @@ def test_token_logps(logits):
 def test_sequence_logps(smollm2, tokenizer, tmp_path):
     rows = [{"prompt": c["prompt"], "completion": c["completion"]} for c in GOLDEN["completions"]]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    examples, _ = load_examples([file], Encoder(tokenizer), kind="completions")
+    examples, _ = load_examples([file], Encoder(tokenizer), kind=COMPLETIONS)
     assert [len(e.completions[0]) for e in examples] == [c["len"] for c in GOLDEN["completions"]]
     (item,) = Batches(examples, len(examples), max_shapes=1)
     sums = completion_logps(make_apply(smollm2.config), smollm2.params, jax.tree.map(jnp.asarray, item.batch))[:, 0]
@@ -75,7 +75,7 @@ def test_chat_template(tokenizer, tmp_path):
     user, reply = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"prompt": [user], "completion": [reply]}) + "\n")
-    (example,), _ = load_examples([str(path)], Encoder(tokenizer), kind="completions")
+    (example,), _ = load_examples([str(path)], Encoder(tokenizer), kind=COMPLETIONS)
 
     def ids(text):
         return tokenizer(text)["input_ids"]

@@ -100,11 +100,11 @@ def test_interrupted_computation_continues(tiny_dir, data, tmp_path, computed, m
 
 def test_damaged_and_foreign_files_are_no_cache(tmp_path):
     example = Example(np.array([1, 2], np.int32), (np.array([3], np.int32), np.array([4], np.int32)))
-    cache = LogpsCache(str(tmp_path / "x.jsonl"), "model", 2)
+    cache = LogpsCache(str(tmp_path / "x.jsonl"), {"content": "model"}, 2)
     cache.add([example], np.array([[-1.0, -2.0]], np.float32))
     cache.write()
     (file,) = cache.directory.glob("*.npz")
-    assert LogpsCache(str(tmp_path / "x.jsonl"), "model", 2).get([example]).tolist() == [[-1.0, -2.0]]
-    assert np.isnan(LogpsCache(str(tmp_path / "x.jsonl"), "model 2", 2).get([example])).all()
+    assert LogpsCache(str(tmp_path / "x.jsonl"), {"content": "model"}, 2).get([example]).tolist() == [[-1.0, -2.0]]
+    assert np.isnan(LogpsCache(str(tmp_path / "x.jsonl"), {"content": "model 2"}, 2).get([example])).all()
     file.write_bytes(file.read_bytes()[:40])
-    assert np.isnan(LogpsCache(str(tmp_path / "x.jsonl"), "model", 2).get([example])).all()
+    assert np.isnan(LogpsCache(str(tmp_path / "x.jsonl"), {"content": "model"}, 2).get([example])).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpojax.cli import main
-from dpojax.data import Encoder, load_examples, with_mismatched
+from dpojax.data import LABELS, Encoder, load_examples, with_mismatched
 from dpojax.logprobs import completion_rewards, completion_stats, pair_up
 from dpojax.losses import LOSSES, traits_of
 from dpojax.models import load_tokenizer, make_apply
@@ -130,7 +130,7 @@ def test_mismatched_completions_are_of_other_prompts(tiny_dir, tmp_path):
     texts = ["a", "a", "b", "b", "c", "a"]
     rows = [{"prompt": p, "completion": f"{i}" * (i + 1), "label": True} for i, p in enumerate(texts)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    examples, _ = load_examples([file], Encoder(load_tokenizer(tiny_dir)), kind="labels")
+    examples, _ = load_examples([file], Encoder(load_tokenizer(tiny_dir)), kind=LABELS)
     both = with_mismatched(examples, max_length=6)
     prompts = [e.prompt.tobytes() for e in examples]
     of = {e.completions[0].tobytes()[: 4 * 2]: p for e, p in zip(examples, prompts, strict=True)}
