@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from dpojax.configs import (
     ExportConfig,
     LogpsConfig,
     LossesConfig,
-    MeshConfig,
     SampleConfig,
     SFTConfig,
     TrainOptions,
@@ -94,44 +92,41 @@ def beta_of_run(own: dict[str, Any]) -> float:
 
 def run_sample(config: SampleConfig) -> int:
     """``dpojax sample``."""
-    import jax
-
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
-    from dpojax.sharding import make_mesh
     from dpojax.startup import keep_memory
     from dpojax.train.by_name import load_policy, tokenizer_for
 
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
-    side_by_side = -(-min(config.batch_size, len(prompts) * config.num_samples) // config.num_samples)
-    mesh = make_mesh(MeshConfig(), jax.devices()[: math.gcd(side_by_side, jax.device_count())])
-    model = load_policy(config.model, mesh=mesh)
+    model = load_policy(config.model)
     keep_memory()
+    # A prompt is computed once for as many of its completions as a batch holds.
+    together = min(config.num_samples, config.batch_size)
+    rounds = -(-config.num_samples // together)
     sampler = make_sampler(
         model.config,
+        num_samples=together,
         max_new_tokens=config.max_new_tokens,
         eos_ids=(encoder.eos,),
-        num_samples=config.num_samples,
         temperature=config.temperature,
         top_p=config.top_p,
         dtype=config.dtype,
-        mesh=mesh,
     )
     drawn = sample_all(
         sampler,
         model.params,
-        prompts,
-        batch_size=side_by_side,
+        [prompt for prompt in prompts for _ in range(rounds)],
+        batch_size=min(max(1, config.batch_size // together), len(prompts) * rounds),
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
-    )
-    for i, completions in enumerate(drawn.lists()):
-        for tokens in completions:  # by print, which leaves a model's text as it is
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            print(f"{i + 1}. {config.prompt[i]}|{text}")
+    ).lists()
+    for i, prompt in enumerate(config.prompt):
+        completions = [tokens for round in drawn[i * rounds : (i + 1) * rounds] for tokens in round]
+        for tokens in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
+            print(f"{i + 1}. {prompt}|{tokenizer.decode(tokens, skip_special_tokens=True)}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 B pairs (prompts) in a batch    N completions of a prompt (2 in a pair: chosen, rejected)
 P prompt tokens                 C completion tokens (EOS included)       S tokens of a padded row, P + N * C
-R packed sequences              T tokens of a packed sequence    Z of them targets    G padded tokens it is from, B / R * S
+R packed sequences              T tokens of one    Z of them targets    G padded tokens it is from, B / R * S
 V vocabulary    D model width    F MLP width    h head width    f rotary pairs
 H query heads                   K key/value heads    L layers
 """

@@ -145,7 +145,7 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "num_samples": 2,
                 "temperature": 0.2,
                 "top_p": 0.3,
-                "batch_size": (2, {"prompt": ("the film", "a slow story", "of friends"), "num_samples": 1}),
+                "batch_size": 2,
                 "seed": 4,
             },
         ),

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, completion_lengths, lengths_only
 from dpojax.logprobs import pair_up
-from dpojax.models import DecoderConfig, fingerprint, make_apply, make_attention
+from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
-from dpojax.train.by_name import load_policy, tokenizer_for
+from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
@@ -28,6 +28,7 @@ def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_s
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
     mesh = make_mesh(MeshConfig())
+    check_divides(mesh, config)
     kernel = make_attention(attention, mesh, dtype)
     return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel), mesh, batch_size
 
@@ -87,9 +88,10 @@ class FileScores:
 
     def of(self, name: str) -> np.ndarray:
         """``[n, N]`` log-probabilities of the completions under the model of this name, nats."""
-        config, model = self.config, load_policy(name, mesh=make_mesh(MeshConfig()))
+        config, files = self.config, open_policy(name)
+        check_fit(files.config, self.examples, config.tokenizer or name)
+        model = files.load(make_mesh(MeshConfig()))
         keep_memory()
-        check_fit(model, self.examples, config.tokenizer or name)
         scorer = make_scorer(
             model.config,
             dtype=config.dtype,

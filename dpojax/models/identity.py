@@ -1,6 +1,7 @@
 """The identity of parameters: a content hash that is computed on the devices and is the same on every mesh."""
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def _sums(x: Array) -> UInt[Array, " 2"]:
     for axis, size in enumerate(position.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, position.shape, axis)
 
-    def add(i: int, totals: list[Array]) -> list[Array]:
+    def add(i: Any, totals: list[Array]) -> list[Array]:
         layer, at = layers[i], position + jnp.uint32(i) * jnp.uint32(position.size % 2**32)
         return [total + _mixed(layer, at, seed) for total, seed in zip(totals, SEEDS, strict=True)]
 

@@ -86,7 +86,7 @@ def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
 
 def flatten(params: PyTree) -> dict[str, Any]:
     """Parameters by path, ``blocks/q``, from a nested dict."""
-    out = {}
+    out: dict[str, Any] = {}
     for name, x in params.items():
         out |= {f"{name}/{inner}": y for inner, y in x.items()} if isinstance(x, Mapping) else {name: x}
     return out
@@ -145,7 +145,7 @@ def init_params(config: DecoderConfig, seed: int, mesh: Mesh | None = None) -> P
 def partition(params: PyTree, trainable: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
     """The parameters whose path is trainable, and the others, each in the parameters' structure."""
     flat = flatten(params)
-    return tuple(nest({p: x for p, x in flat.items() if trainable(p) == wanted}) for wanted in (True, False))  # type: ignore[return-value]
+    return tuple(nest({p: x for p, x in flat.items() if trainable(p) == wanted}) for wanted in (True, False))
 
 
 def combine(trained: PyTree, frozen: PyTree) -> PyTree:

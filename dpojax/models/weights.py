@@ -4,6 +4,7 @@ No host holds more than a few tensors beyond what its devices hold.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -110,10 +111,8 @@ def load_params(
     total, done = sum(math.prod(spec.shape) for spec in specs.values()), 0
     for path, spec in specs.items():
         sharding = NamedSharding(mesh, RULES.spec(spec.axes))
-        place = where[path]
-        out[path] = jax.make_array_from_callback(
-            spec.shape, sharding, lambda index, spec=spec, place=place: read_slice(source, place, spec.shape, index)
-        )
+        read = functools.partial(read_slice, source, where[path], spec.shape)
+        out[path] = jax.make_array_from_callback(spec.shape, sharding, read)
         done += math.prod(spec.shape)
         progress(done / total)
     return nest(out)

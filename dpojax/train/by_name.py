@@ -1,68 +1,90 @@
 """A model or a tokenizer by name, where the name may also be the directory of a run."""
 
 import contextlib
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jax
 from jax.sharding import Mesh
 
 from dpojax.configs import ModelOptions
 from dpojax.errors import UserError
 from dpojax.models import (
+    DecoderConfig,
     Model,
     abstract_params,
     as_reward_model,
-    check_divides,
     config_from_hf,
     load_tokenizer,
     open_model,
 )
-from dpojax.models.params import flatten, nest
+from dpojax.models.load import reward_config
 from dpojax.models.safetensors import read_json
 from dpojax.progress import Stage
 from dpojax.sharding import single_device_mesh
 from dpojax.train.checkpoint import Checkpoints, readable, restore_params
 from dpojax.train.rundir import is_run, options_of_run
-from dpojax.train.top_layers import join, separate
+from dpojax.train.top_layers import join, separate_shapes
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_policy(name: str, *, mesh: Mesh | None = None, reward: bool = False) -> Model:
+@dataclasses.dataclass(frozen=True)
+class PolicyFiles:
+    """A model or a run, opened: its choices; no tensor has been read."""
+
+    name: str
+    config: DecoderConfig
+    hf_config: dict[str, Any]
+    load: Callable[[Mesh | None], Model]
+    """The model with its parameters born on a mesh (default: whole, on JAX's first device)."""
+
+
+def open_policy(name: str, *, reward: bool = False) -> PolicyFiles:
     """A model by name, where the name may also be a run's directory (its latest checkpoint).
 
     Args:
-      name: a Hugging Face directory, a hub id, a ``.gguf`` file or a run.
-      mesh: where the parameters are born (default: whole, on JAX's first device).
-      reward: whether a reward model is wanted; another model gets a fresh head that scores completions.
+      name: a Hugging Face directory, a hub id, a ``.gguf`` file, or a run.
+      reward: a reward model is wanted: others get a head that scores completions.
 
     Raises:
-      UserError: no such model; the mesh does not divide it; or it is a reward model, which writes no text, and none is
-        wanted.
+      UserError: no such model; or it is a reward model, which writes no text, and none is asked for.
     """
     if is_run(name):
-        model = load_run(name, mesh=mesh)[0]
+        hf_config = read_json(Path(name) / "model" / "config.json")
+        config = config_from_hf(hf_config, str(Path(name) / "model" / "config.json"))
+        read = lambda mesh: load_run(name, mesh=mesh)[0]  # noqa: E731
     else:
         files = open_model(name)
-        if mesh is not None:
-            check_divides(mesh, files.config)
-        with Stage(f"Loading {Path(name).name}", 1.0) as stage:
-            model = files.load(mesh, stage.reach)
-    if model.config.reward and not reward:
-        raise UserError(f"{name}: is a reward model, which has no vocabulary; use it with --loss reward_model")
-    return as_reward_model(model, mesh) if reward else model
+        config, hf_config = files.config, files.hf_config
+
+        def read(mesh: Mesh | None) -> Model:
+            with Stage(f"Loading {Path(name).name}", 1.0) as stage:
+                return files.load(mesh, stage.reach)
+
+    if not reward:
+        if config.reward:
+            raise UserError(f"{name}: is a reward model, which has no vocabulary; use it with --loss reward_model")
+        return PolicyFiles(name, config, hf_config, read)
+    config, hf_config = reward_config(config, hf_config)
+    return PolicyFiles(name, config, hf_config, lambda mesh: as_reward_model(read(mesh), mesh))
+
+
+def load_policy(name: str, *, reward: bool = False, mesh: Mesh | None = None) -> Model:
+    """:func:`open_policy`, and its parameters on a mesh."""
+    return open_policy(name, reward=reward).load(mesh)
 
 
 def load_run(path: str | Path, which: str = "latest", *, mesh: Mesh | None = None) -> tuple[Model, int]:
-    """The policy of a run, its parameters float32, and its step.
+    """The policy of a run, its parameters born on a mesh, and its step.
 
     Args:
       path: the run's ``--output`` directory.
       which: "latest", "best" (by eval_loss) or a step.
-      mesh: where the parameters are born (default: whole, on JAX's first device).
+      mesh: where the parameters lie (default: whole, on JAX's first device).
 
     Raises:
       UserError: no such run or checkpoint.
@@ -87,30 +109,15 @@ def _load_checkpoint(run: Path, which: str, mesh: Mesh) -> tuple[Model, int]:
         raise UserError(f"{run}: no checkpoint {which!r}; it has latest, best with eval data, and {steps}")
     hf_config = read_json(run / "model" / "config.json")
     config = config_from_hf(hf_config, str(run / "model" / "config.json"))
-    check_divides(mesh, config)
-    whole = abstract_params(config, mesh)
-    top, n = whole, options_of_run(run).get("train_top_layers")
+    trained, n = abstract_params(config, mesh), options_of_run(run).get("train_top_layers")
     if n is not None:
-        below, top = (placed_as(part, whole) for part in jax.eval_shape(lambda params: separate(params, n), whole))
+        frozen, trained = separate_shapes(trained, n)
     saved = checkpoints.directory / str(step) / "params"
     with readable(saved.parent):
-        params = restore_params(saved, top)
+        params = restore_params(saved, trained)
     if n is not None:
-        frozen = _restore_frozen(run.absolute() / "frozen", below)
-        shardings = jax.tree.map(lambda x: x.sharding, whole)
-        params = jax.jit(join, out_shardings=shardings)(frozen, params)
+        params = join(_restore_frozen(run.absolute() / "frozen", frozen), params)
     return Model(config, params, hf_config), int(step)
-
-
-def placed_as(part: PyTree, whole: PyTree) -> PyTree:
-    """Abstract parameters with the shardings of those of the same path."""
-    known = flatten(whole)
-    return nest(
-        {
-            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=known[path].sharding)
-            for path, x in flatten(part).items()
-        }
-    )
 
 
 def _restore_frozen(directory: Path, shapes: PyTree) -> PyTree:

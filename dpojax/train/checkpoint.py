@@ -159,8 +159,10 @@ def readable(directory: Path, fix: str = "remove this directory, and the one bef
         raise UserError(f"{directory}: damaged checkpoint ({first_line(error)}); {fix}") from error
 
 
-def restore_params(directory: Path, like: PyTree) -> PyTree:
-    """The parameters of a directory, laid out as the abstract arrays ``like`` are."""
+def restore_params(directory: Path, shapes: PyTree) -> PyTree:
+    """The parameters of a directory, born where the shapes' shardings place them."""
+    born = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), shapes
+    )
     with ocp.PyTreeCheckpointer() as reader:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=like, restore_args=restore_args))
+        return reader.restore(directory, args=ocp.args.PyTreeRestore(item=shapes, restore_args=born))

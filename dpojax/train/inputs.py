@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dpojax.configs import DataOptions, TrainOptions
 from dpojax.data import Batches, Encoder, Example, RowKind, fingerprint, load_examples, with_mismatched
 from dpojax.errors import UserError
-from dpojax.models import Model
+from dpojax.models import DecoderConfig
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_shards
 from dpojax.train.by_name import tokenizer_for
@@ -65,10 +65,10 @@ def read_examples(files: tuple[str, ...], encoder: Encoder, kind: RowKind, confi
 
 
 def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
-    """The run's training and held-out data, read, tokenised and batched for a mesh; figures of them are printed.
+    """The run's training and held-out data, read, tokenised and batched; figures of them are printed.
 
     Raises:
-      UserError: no tokenizer, a file that cannot be read, or a row that cannot be used.
+      UserError: no tokenizer, a file that cannot be read, a row that cannot be used, or no row is left.
     """
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer)
@@ -81,7 +81,8 @@ def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
     epochs = config.epochs
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
-    sequences = batch_shards(mesh) * config.gradient_accumulation_steps
+    micro = config.gradient_accumulation_steps
+    sequences = batch_shards(mesh) * micro
     shape_options = {"max_shapes": config.max_shapes, "sequences": sequences}
     batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **shape_options)
     console.print(f"  {batches.sentence()}")
@@ -97,11 +98,11 @@ def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
     return Data(tokenizer, batches, eval_batches, total_steps)
 
 
-def check_fit(model: Model, examples: Sequence[Example], name: str) -> None:
+def check_fit(model: DecoderConfig, examples: Sequence[Example], name: str) -> None:
     """Refuse tokens that the model has no embedding for; JAX would read its last one without an error.
 
     Args:
-      model: the model.
+      model: the decoder's choices.
       examples: all that it will be given.
       name: where their tokens come from, for the error.
 
@@ -109,7 +110,7 @@ def check_fit(model: Model, examples: Sequence[Example], name: str) -> None:
       UserError: naming the largest token and the number of embeddings.
     """
     top = max(int(max(e.prompt.max(), *(c.max() for c in e.completions))) for e in examples)
-    size, positions = model.config.vocab_size, model.config.max_positions
+    size, positions = model.vocab_size, model.max_positions
     if top >= size:
         raise UserError(f"{name}: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
     longest = max(len(e.prompt) + max(map(len, e.completions)) for e in examples)

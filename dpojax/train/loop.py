@@ -12,12 +12,12 @@ from typing import Any
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
-from dpojax.models import Model, fingerprint, partition
+from dpojax.models import Model, check_divides, fingerprint, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
 from dpojax.startup import keep_memory
-from dpojax.train.by_name import load_policy
+from dpojax.train.by_name import open_policy
 from dpojax.train.checkpoint import Checkpoints
 from dpojax.train.heldout import evaluate
 from dpojax.train.inputs import Data, check_fit, load_data
@@ -115,23 +115,26 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     fit together."""
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
-    data = load_data(config, task, mesh)
-    model = load_policy(config.model, mesh=mesh, reward=task.traits.on == "scores")
-    check_fit(model, data.examples, config.tokenizer or config.model)
-    check_top_layers(config.train_top_layers, model.config)
-    program = program_of(config, task, model.config, mesh, data.total_steps)
-    identities = {"model_hash": fingerprint(model.params), "data_hash": data.content_hash}
-    ref_model = model
+    files = open_policy(config.model, reward=task.traits.on == "scores")
+    check_divides(mesh, files.config)
+    check_top_layers(config.train_top_layers, files.config)
+    ref_files = files
     if task.reference.model is not None:
-        ref_model = load_policy(task.reference.model, mesh=mesh)
-        if ref_model.config != model.config:
+        ref_files = open_policy(task.reference.model)
+        if ref_files.config != files.config:
             raise UserError(f"--ref-model {task.reference.model}: differs from --model in shape; use one of its kind")
+    data = load_data(config, task, mesh)
+    check_fit(files.config, data.examples, config.tokenizer or config.model)
+    program = program_of(config, task, files.config, mesh, data.total_steps)
+    model = files.load(mesh)
+    ref_model = model if ref_files is files else ref_files.load(mesh)
+    identities = {"model_hash": fingerprint(model.params), "data_hash": data.content_hash}
     if task.reference.form != "none":
         same = ref_model is model
         identities["reference_hash"] = identities["model_hash"] if same else fingerprint(ref_model.params)
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
     claim_directory(config, identities)
-    save_model_files(model, data.tokenizer, Path(config.output) / "model")
+    save_model_files(files.hf_config, data.tokenizer, Path(config.output) / "model")
     return data, model, ref_model, program, identities
 
 

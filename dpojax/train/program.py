@@ -93,9 +93,6 @@ def make_program(
       micro_batches: pieces that a batch is computed in, one after another.
       compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
       train_top_layers: N trains the top N layers and the final norm alone.
-
-    Raises:
-      UserError: the mesh does not divide the model.
     """
     mesh, compute = mesh or make_mesh(MeshConfig()), compute or ComputeOptions()
     check_divides(mesh, config)
@@ -139,12 +136,13 @@ def make_program(
     )
 
 
-def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, mesh: Mesh, total_steps: int) -> Program:
+def program_of(config: TrainOptions, task: Task, model: DecoderConfig, mesh: Mesh, total_steps: int) -> Program:
     """The program of a command's options.
 
     Raises:
       UserError: the mesh does not divide the model.
     """
+    micro = config.gradient_accumulation_steps
     schedule = make_schedule(
         lr_scheduler_type=config.lr_scheduler_type, warmup_steps=config.warmup_steps, total_steps=total_steps
     )
@@ -156,14 +154,14 @@ def program_of(config: TrainOptions, task: Task, model_config: DecoderConfig, me
         optim_dtype=config.optim_dtype,
     )
     return make_program(
-        model_config,
+        model,
         task.objective,
         mesh=mesh,
         beta=task.beta,
         learning_rate=config.learning_rate,
         optimizer=optimizer,
         schedule=schedule,
-        micro_batches=config.gradient_accumulation_steps,
+        micro_batches=micro,
         compute=config,
         train_top_layers=config.train_top_layers,
     )
@@ -236,9 +234,8 @@ def abstract_inputs(program: Program, batch: PairBatch) -> tuple[TrainState, Pai
 
     ref = None
     if traits.needs_live_reference:
-        params = abstract_params(program.config, program.mesh)
-        ref = jax.eval_shape(program.ref_step, params, placed(batch))
-        head = ref.head and params[program.config.unembedding]
+        ref = jax.eval_shape(program.ref_step, abstract_params(program.config, program.mesh), placed(batch))
+        head = ref.head and abstract_params(program.config, program.mesh)[program.config.unembedding]
         ref = dataclasses.replace(placed(dataclasses.replace(ref, head=None)), head=head)
     elif traits.reference:
         zeros = jax.ShapeDtypeStruct(batch.completion_len.shape, jnp.float32)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
-from dpojax.models import Model
 from dpojax.models.safetensors import read_json
 
 if TYPE_CHECKING:
@@ -88,12 +87,12 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value}
 
 
-def save_model_files(model: Model, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+def save_model_files(hf_config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
     """Write what export needs beside the weights, once, whole or not at all."""
     if directory.exists():
         return
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / "config.json").write_text(json.dumps(model.hf_config, indent=2))
+    (partial / "config.json").write_text(json.dumps(hf_config, indent=2))
     tokenizer.save_pretrained(partial)
     partial.replace(directory)

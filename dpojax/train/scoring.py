@@ -30,9 +30,8 @@ def place_params(params: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
 
 
 def model_key(config: DecoderConfig, content: str, dtype: str) -> dict[str, str | int]:
-    """The named fields that log-probabilities depend on: a model's shape and content, and the compute dtype."""
-    shape = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    return {"config": shape, "content": content, "dtype": dtype}
+    """What computes log-probabilities, in named fields: a decoder's choices, its content hash, the compute dtype."""
+    return {"config": json.dumps(dataclasses.asdict(config), sort_keys=True), "content": content, "dtype": dtype}
 
 
 def jit_forward(

@@ -67,6 +67,14 @@ def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
     return nest(frozen), nest(trained)
 
 
+def separate_shapes(shapes: PyTree, n: int) -> tuple[PyTree, PyTree]:
+    """:func:`separate` of abstract parameters, placement included: layers are split over no mesh axis."""
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s.sharding)  # noqa: E731
+    parts = jax.eval_shape(lambda params: separate(params, n), shapes)
+    flat = flatten(shapes)
+    return tuple(nest({path: placed(x, flat[path]) for path, x in flatten(part).items()}) for part in parts)
+
+
 def join(frozen: PyTree, trained: PyTree) -> PyTree:
     """The whole model's parameters: the inverse of :func:`separate`."""
     below, top = flatten(frozen), flatten(trained)

@@ -1,0 +1,165 @@
+"""Families: every row's logits against transformers, live; forms and configs both ways; windows; GGUF."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpojax.errors import UserError
+from dpojax.generate import make_sampler, sample_all
+from dpojax.logprobs import completion_logps
+from dpojax.models import FAMILIES, Model, config_from_hf, init_params, load_model, make_apply, new_model, save_model
+from dpojax.models.families import Tensor
+from dpojax.models.weights import file_tensors
+from tests.conftest import HF_CONFIG, plain_input, random_batch
+from tests.test_logprobs import two_row_logps
+
+QWEN3 = {
+    **{k: v for k, v in HF_CONFIG.items() if k != "mlp_bias"},
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 16,  # not hidden_size / heads
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3}
+VARIANTS = {
+    "llama": HF_CONFIG,
+    "qwen3": QWEN3,
+    "qwen3 tied": QWEN3 | {"tie_word_embeddings": True},
+    "qwen3 biases": QWEN3 | {"attention_bias": True},
+    "qwen3 window": QWEN3 | WINDOW,
+}
+
+
+def random_model(raw: dict) -> Model:
+    """Every tensor random, norms and biases too."""
+    config = config_from_hf(raw, "test")
+    leaves, tree = jax.tree.flatten(init_params(config, seed=3))
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    noise = [x + 0.2 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    return Model(config, jax.tree.unflatten(tree, noise), raw)
+
+
+def logits(model: Model, tokens) -> np.ndarray:
+    h, head = make_apply(model.config)(model.params, plain_input(jnp.asarray(tokens)))
+    return np.asarray(jnp.einsum("btd,vd->btv", h, head))
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request) -> Model:
+    return random_model(VARIANTS[request.param])
+
+
+def test_saved_logits_are_transformers(model, tmp_path):
+    torch = pytest.importorskip("torch", reason="live parity needs torch, which CI installs")
+    from transformers import AutoModelForCausalLM
+
+    save_model(model, tmp_path / "out", shard_bytes=20_000)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    tokens = np.random.default_rng(0).integers(0, 384, (2, 40))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits(model, tokens), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_model(str(tmp_path / "theirs"))
+    assert back.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
+
+
+def test_shared_prompts_and_padding_change_nothing(model):
+    batch = random_batch(np.random.default_rng(0), B=3, P=9, C=11)
+    apply_fn = make_apply(model.config)
+    slow = two_row_logps(apply_fn, model.params, batch)
+    np.testing.assert_allclose(completion_logps(apply_fn, model.params, batch), slow, rtol=2e-5, atol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_the_forward_pass(model):
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [10]]
+    sampler = make_sampler(model.config, max_new_tokens=12, eos_ids=(), temperature=0.0)
+    drawn = sample_all(sampler, model.params, prompts, batch_size=2, seed=0)
+    for i, (prompt, (completion,)) in enumerate(zip(prompts, drawn.lists(), strict=True)):
+        all_logits = jax.nn.log_softmax(logits(model, [prompt + completion])[0])
+        predicted = all_logits[len(prompt) - 1 : -1]
+        assert predicted.argmax(axis=-1).tolist() == completion
+        np.testing.assert_allclose(drawn.logps[i, 0], np.asarray(predicted).max(axis=-1), atol=1e-4)
+
+
+def test_config_reads_what_it_writes(model):
+    family = FAMILIES[model.hf_config["model_type"]]
+    raw = json.loads(json.dumps(family.hf_config(model.config)))
+    assert family.read(raw, "test") == model.config
+
+
+def test_a_new_model_is_saved_and_loaded(tmp_path):
+    made = new_model(config_from_hf(QWEN3, "test"), "qwen3", seed=5)
+    save_model(made, tmp_path / "new")
+    back = load_model(str(tmp_path / "new"))
+    assert back.config == made.config
+    jax.tree.map(np.testing.assert_array_equal, back.params, made.params)
+    with pytest.raises(UserError, match="llama: the family has no models of these choices"):
+        new_model(made.config, "llama")
+    with pytest.raises(UserError, match="no family 'bert'; use one of llama, qwen3"):
+        new_model(made.config, "bert")
+
+
+def test_layer_types_must_name_every_layer():
+    with pytest.raises(UserError, match="layer_types must name full_attention or sliding_attention for every layer"):
+        config_from_hf(QWEN3 | WINDOW | {"layer_types": ["sliding_attention"]}, "test")
+
+
+@pytest.mark.parametrize("outputs_first", [True, False])
+def test_forms_go_both_ways_and_slices_are_found(outputs_first):
+    """Fused projections, split heads, 1 + w: a slice of ours is to be found in theirs."""
+    rng = np.random.default_rng(0)
+    ours = {"q": rng.normal(size=(6, 4, 2)), "k": rng.normal(size=(6, 2, 2)), "norm": rng.normal(size=(6,))}
+    fused = {"q": Tensor("qkv", outputs_first=outputs_first), "norm": Tensor("norm", plus=1.0)}
+    fused["k"] = dataclasses.replace(fused["q"], after=("q",))
+    theirs = np.concatenate([fused[n].to_theirs(ours[n]) for n in ("q", "k")], axis=0 if outputs_first else 1)
+    assert theirs.shape == ((12, 6) if outputs_first else (6, 12))
+    whole = slice(None)
+    for name, start in (("q", 0), ("k", 8)):
+        for index in ((whole, whole, whole), (slice(2, 4), slice(1, 2), whole)):
+            found = theirs[fused[name].index(ours[name].shape, index, start)]
+            np.testing.assert_array_equal(fused[name].to_ours(found, ours[name][index].shape), ours[name][index])
+    np.testing.assert_allclose(fused["norm"].to_ours(fused["norm"].to_theirs(ours["norm"]), (6,)), ours["norm"])
+    np.testing.assert_allclose(fused["norm"].to_theirs(ours["norm"]), ours["norm"] - 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3 biases"])
+def test_gguf_is_read_by_the_same_row(name, tmp_path):
+    """A file written by the gguf library in llama.cpp's layout; Llama's q and k interleave the halves of a head."""
+    from gguf import GGUFWriter
+
+    eps = float(np.float32(1e-5))  # as GGUF holds it
+    model = random_model(VARIANTS[name] | {"tie_word_embeddings": False, "rms_norm_eps": eps})
+    config, family = model.config, model.family
+    writer = GGUFWriter(tmp_path / "m.gguf", family.model_type)
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.max_positions)
+    writer.add_embedding_length(config.width)
+    writer.add_feed_forward_length(config.mlp.width)
+    writer.add_head_count(config.attention.heads)
+    writer.add_head_count_kv(config.attention.kv_heads)
+    writer.add_key_length(config.attention.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm.eps)
+    writer.add_rope_freq_base(config.positions.theta)
+    writer.add_vocab_size(config.vocab_size)
+    for tensor in file_tensors(model.params, family, config):
+        x = np.ascontiguousarray(tensor.fetch())
+        row = next(t for t in family.tensors.values() for i in range(config.layers) if t.name.format(i) == tensor.name)
+        layer = next((i for i in range(config.layers) if row.name.format(i) == tensor.name), 0)
+        if row.gguf_pairs and x.ndim == 2:
+            h = config.attention.head_dim
+            x = x.reshape(-1, 2, h // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(f"{row.gguf.format(layer)}.{tensor.name.rsplit('.', 1)[1]}", np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    back = load_model(str(tmp_path / "m.gguf"))
+    assert back.config == config
+    jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
