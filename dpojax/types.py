@@ -110,6 +110,12 @@ class CompletionStats:
 STATISTICS = tuple(field.name for field in dataclasses.fields(CompletionStats) if field.name not in ("sums", "hidden"))
 """The optional statistics of completions; each is a field of :class:`PairLogps` too."""
 
+REFERENCE_STATISTICS = frozenset({"tokens"})
+"""The statistics that objectives read of the reference too."""
+
+COMPARED_DISTRIBUTIONS = frozenset({"kl"})
+"""The statistics of the policy that need the reference's distributions over the whole vocabulary."""
+
 
 @struct.dataclass
 class ReferenceOutput:

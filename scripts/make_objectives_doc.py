@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpojax.cli import main
-from dpojax.losses import LOSSES, WRAPPERS
+from dpojax.losses import FAMILIES, LOSSES, WRAPPERS
 from dpojax.losses.catalogue import entry
-from dpojax.show import FAMILIES, paper
+from dpojax.show import paper
 from dpojax.show.listing import added
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -113,7 +113,7 @@ dpojax losses mine.py:squared_hinge hinge --beta 1
 
 `traits("tokens")` asks for every token's log-probability, `"squares"` and `"kl"` for sums over the vocabulary,
 `"margin"` and `"weight"` for the data's columns, `"key"` for random keys; `lengths=True` says that lengths are read,
-`batch=True` that a pair's loss depends on the others', `unpaired=True` that it takes labelled completions. See
+`batch=True` that a pair's loss depends on the others', `on="labels"` that it takes labelled completions. See
 [`dpojax/losses/traits.py`](../dpojax/losses/traits.py).
 """
 

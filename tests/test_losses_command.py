@@ -11,9 +11,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from dpojax.cli import main
-from dpojax.losses import LOSSES, WRAPPERS
+from dpojax.losses import FAMILIES, LOSSES, WRAPPERS
 from dpojax.losses.catalogue import entry
-from dpojax.show import FAMILIES, curves_named, paper, print_catalogue, readable
+from dpojax.show import curves_named, paper, print_catalogue, readable
 from dpojax.show.curves import limits
 from tests.test_bad_input import say
 

@@ -194,7 +194,7 @@ def test_without_its_weight_the_policy_degenerates():
 def test_every_objective_is_evaluated_or_refused(name):
     _, ref, preferences = space(11)
     declared = LOSSES[name].traits
-    alone = not (declared.batch or declared.unpaired or declared.rewards or declared.running)
+    alone = declared.on == "pairs" and not (declared.batch or declared.running)
     if not alone:
         with pytest.raises(ValueError, match="expected_loss: the objective must be"):
             theory.expected_loss(LOSSES[name], ref, ref, preferences)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dpojax.losses.compose import given
+from dpojax.losses.compose import require
 from dpojax.losses.dpo import log_ratios, sigmoid
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 MOMENTUM = 0.9  # of the running statistics of beta_dpo
@@ -67,7 +67,7 @@ def _drawn(
 
 @traits("key", batch=True, lengths=True, divergence=True, running={"beta_dpo": margin_moments})
 def beta_dpo(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float = 0.6, keep: float = 0.8
+    policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 0.6, keep: float = 0.8
 ) -> Float[Array, " B"]:
     r"""DPO with a beta for each batch, greater for pairs that are told apart already, on the batch's usual pairs.
 
@@ -112,7 +112,7 @@ def beta_dpo(
         raise ValueError(f"beta_dpo: alpha {alpha} must be 0 or above")
     if not 0 < keep <= 1:
         raise ValueError(f"beta_dpo: keep {keep} must be above 0 and at most 1")
-    keys, real, margins = given(policy.key, "key"), policy.chosen_len > 0, _log_ratio_margins(policy, ref)
+    keys, real, margins = require(policy.key, "key"), policy.chosen_len > 0, _log_ratio_margins(policy, ref)
     fixed = jax.lax.stop_gradient(margins)
     moments = (policy.running or {}).get("beta_dpo") or margin_moments(policy, ref, None)
     mean, std = (jax.lax.stop_gradient(moments[name]).astype(fixed.dtype) for name in ("mean", "std"))
@@ -125,7 +125,7 @@ def beta_dpo(
 
 
 @traits(batch=True, lengths=True, divergence=True)
-def dr_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, beta_prime: float = 1.0) -> Float[Array, " B"]:
+def dr_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, beta_prime: float = 1.0) -> Float[Array, " B"]:
     r"""Distributionally robust DPO: the batch's pairs of great loss, which may be flipped, count less.
 
     .. math:: -\beta' \log \frac{1}{B} \sum_i e^{-\ell_i / \beta'}, \qquad \ell = -\log \sigma(\beta h)

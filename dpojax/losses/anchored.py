@@ -4,12 +4,12 @@ import jax
 from jaxtyping import Array, Float
 
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 @traits()
-def bco_pair(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def bco_pair(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Binary classifier optimization on pairs, without reward shift: is a completion a chosen one?
 
     .. math:: -\log \sigma(r_w) - \log \sigma(-r_l), \qquad r = \beta \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}
@@ -36,7 +36,7 @@ def bco_pair(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[A
 
 
 @traits()
-def apo_zero(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def apo_zero(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Anchored preference optimization, zero: the chosen likelihood rises, the rejected one falls.
 
     .. math:: 1 - \sigma(r_w) + \sigma(r_l), \qquad r = \beta \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}
@@ -63,7 +63,7 @@ def apo_zero(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[A
 
 
 @traits()
-def apo_down(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def apo_down(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Anchored preference optimization, down: both likelihoods fall, the rejected one more.
 
     .. math:: \sigma(r_w) + 1 - \sigma(r_w - r_l), \qquad r = \beta \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}

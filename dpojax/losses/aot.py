@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import same_rows, traits
+from dpojax.losses.traits import Beta, check_same_shape, traits
 from dpojax.types import PairLogps
 
 
@@ -15,13 +15,13 @@ def _ranked(x: Float[Array, " B"], lengths: Int[Array, " B"]) -> tuple[Float[Arr
     return x[order], order
 
 
-def _smoothed(delta: Float[Array, " B"], beta: float, label_smoothing: float) -> Float[Array, " B"]:
+def _smoothed(delta: Float[Array, " B"], beta: Beta, label_smoothing: float) -> Float[Array, " B"]:
     logits = beta * delta
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
 @traits(batch=True, lengths=True)
-def aot(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Array, " B"]:
+def aot(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.0) -> Float[Array, " B"]:
     r"""Paired alignment by optimal transport: the policy's margins shall dominate the reference's, as distributions.
 
     .. math:: -\log \sigma(\beta (m_{(i)} - m^\mathrm{ref}_{(i)})), \qquad
@@ -45,7 +45,7 @@ def aot(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing
     >>> [f"{x:.6f}" for x in aot(p, r, beta=1.0).tolist()]  # margins 0, 2 against 0, 1: differences 0 and 1
     ['0.313262', '0.693147']
     """
-    same_rows(policy.chosen, policy.rejected, ref.chosen, ref.rejected)
+    check_same_shape(policy.chosen, policy.rejected, ref.chosen, ref.rejected)
     margins, order = _ranked(policy.chosen - policy.rejected, policy.chosen_len)
     ref_margins, _ = _ranked(ref.chosen - ref.rejected, policy.chosen_len)
     losses = _smoothed(margins - ref_margins, beta, label_smoothing)
@@ -54,7 +54,7 @@ def aot(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing
 
 @traits(batch=True, lengths=True)
 def aot_unpaired(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0
+    policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
     r"""Unpaired alignment by optimal transport: the chosen log-ratios shall dominate the rejected ones.
 

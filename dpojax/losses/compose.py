@@ -1,45 +1,109 @@
-"""Objectives made of objectives: each function here returns an objective again."""
+"""Objectives made of objectives: each wrapper here returns an objective again."""
 
 import dataclasses
 import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpojax.losses.traits import Objective, Traits, traits_of
-from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
+from dpojax.losses.traits import Beta, Objective, Traits, traits_of
+from dpojax.types import COMPARED_DISTRIBUTIONS, REFERENCE_STATISTICS, STATISTICS, Logps, PairLogps, Sides
+
+Field = TypeVar("Field")
 
 EXPONENT = 43.0  # exp of it, squared, is still a float32
 DIVERGENCE_EXPONENT = 80.0  # as in TRL
 
 
-def composed(objective: Callable, traits: Traits, **changed: object) -> Objective:
-    """An objective that carries the traits of what it is made of."""
-    objective.traits = dataclasses.replace(traits, **changed)  # type: ignore[attr-defined, arg-type]
+def open_options(objective: Objective) -> frozenset[str]:
+    """The names of an objective's options that ``functools.partial`` has not bound."""
+    takes = list(inspect.signature(objective).parameters)[2:]  # without policy and ref
+    return frozenset(takes) - set(objective.keywords if isinstance(objective, functools.partial) else ())
+
+
+def with_options(objective: Objective, **options: Any) -> Objective:
+    """The objective with those of the options bound that it takes and that are not bound yet."""
+    return functools.partial(objective, **{k: v for k, v in options.items() if k in open_options(objective)})
+
+
+def takes_beta(objective: Objective) -> bool:
+    """Whether an objective, or one that it is made of, has a ``beta`` that is not bound."""
+    return "beta" in open_options(objective)
+
+
+def at_beta(objective: Objective, policy: Any, ref: Any, beta: Beta | None) -> Float[Array, " B"]:
+    r"""The losses of an objective at a given beta: ``[B]``.
+
+    Objectives made of objectives pass beta on to all of them. One that has no ``beta``, or has it bound, keeps its own.
+
+    Args:
+      objective: ``(policy, ref) -> [B]``, with an option ``beta`` or without.
+      policy, ref: as the objective takes them.
+      beta: a number, or a scalar array, which may be traced; None is the objective's own default.
+
+    >>> import jax.numpy as jnp
+    >>> from dpojax.losses import hinge, with_weights
+    >>> n = jnp.array([4])
+    >>> p = PairLogps(jnp.array([1.0]), jnp.array([0.0]), n, n, weight=jnp.array([3.0]))
+    >>> zero = PairLogps(jnp.array([0.0]), jnp.array([0.0]), n, n)
+    >>> mixed = weighted_sum((1.0, with_weights(hinge)), (1.0, functools.partial(hinge, beta=0.25)))
+    >>> at_beta(mixed, p, zero, jnp.float32(0.5)).tolist()  # 3 * (1 - 0.5) + (1 - 0.25)
+    [2.25]
+    """
+    if beta is None or not takes_beta(objective):
+        return objective(policy, ref)
+    return objective(policy, ref, beta=beta)
+
+
+def with_traits(
+    losses: Callable[[Any, Any, Beta | None], Any], traits: Traits, *inner: Objective, **changed: Any
+) -> Objective:
+    """An objective of ``losses(policy, ref, beta)`` that carries these traits.
+
+    Args:
+      losses: the computation; ``beta`` is None where none is given.
+      traits: of what it is made of.
+      *inner: the objectives that it is made of. It takes ``beta`` where one of them does.
+      **changed: traits that differ.
+    """
+    if any(map(takes_beta, inner)):
+
+        def objective(policy: Any, ref: Any, *, beta: Beta | None = None) -> Any:
+            return losses(policy, ref, beta)
+    else:
+
+        def objective(policy: Any, ref: Any) -> Any:  # type: ignore[misc]
+            return losses(policy, ref, None)
+
+    objective.traits = dataclasses.replace(traits, **changed)  # type: ignore[attr-defined]
     return objective
 
 
-def _of_pairs(name: str, objective: Objective) -> Traits:
+def require(field: Field | None, name: str) -> Field:
+    """An optional field of log-probabilities, which must be there.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if field is None:
+        raise ValueError(f"the objective reads {name!r}, which these log-probabilities do not carry")
+    return field
+
+
+def _traits_of_pairs(name: str, objective: Objective) -> Traits:
     """The traits of an objective.
 
     Raises:
-      ValueError: it is not of pairs, but of labelled completions.
+      ValueError: it is of labelled completions, not of pairs.
     """
     if traits_of(objective).on == "labels":
         raise ValueError(f"{name}: the objective is of labelled completions; give one of pairs")
     return traits_of(objective)
-
-
-def bound(objective: Objective, **options: float) -> Objective:
-    """The objective with those of the options that it takes and that are not bound yet."""
-    takes = inspect.signature(objective).parameters
-    already = objective.keywords if isinstance(objective, functools.partial) else {}
-    return functools.partial(objective, **{k: v for k, v in options.items() if k in takes and k not in already})
 
 
 def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
@@ -68,18 +132,19 @@ def weighted_sum(*terms: tuple[float, Objective]) -> Objective:
     """
     if not terms:
         raise ValueError("weighted_sum needs at least one (weight, objective) term")
-    declared = [traits_of(loss) for _, loss in terms]
+    declared = [traits_of(objective) for _, objective in terms]
     if len({traits.on for traits in declared}) > 1:
         raise ValueError("weighted_sum: its terms must be all of pairs, all of labelled completions, or all of rewards")
 
-    def objective(policy: PairLogps | LabelledLogps, ref: PairLogps | LabelledLogps) -> Float[Array, " B"]:
-        return sum(weight * loss(policy, ref) for weight, loss in terms)
+    def losses(policy: Logps, ref: Logps, beta: Beta | None) -> Float[Array, " B"]:
+        total: Any = sum(weight * at_beta(objective, policy, ref, beta) for weight, objective in terms)
+        return total
 
-    return composed(objective, functools.reduce(Traits.__or__, declared))
+    return with_traits(losses, functools.reduce(Traits.__or__, declared), *(objective for _, objective in terms))
 
 
 def _bounded_exp(x: Float[Array, " B"]) -> Float[Array, " B"]:
-    """exp, constant above DIVERGENCE_EXPONENT, where float32 and what is made of it would overflow."""
+    """The exponential of at most DIVERGENCE_EXPONENT: beyond it float32, or what is made of it, would overflow."""
     return jnp.exp(jnp.minimum(x, DIVERGENCE_EXPONENT))
 
 
@@ -126,17 +191,17 @@ def with_divergence(objective: Objective, kind: str, *, alpha: float = 0.5) -> O
         raise ValueError("with_divergence: the objective is not one of differences of log-ratios, and allows none")
     score = DIVERGENCES["reverse_kl" if abs(alpha - 1) < 1e-6 and kind == "alpha_divergence" else kind](alpha)
 
-    def under(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return objective(dataclasses.replace(policy, divergence=score), ref)
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        return at_beta(objective, dataclasses.replace(policy, divergence=score), ref, beta)
 
-    return composed(under, traits_of(objective), divergence=False)
+    return with_traits(losses, traits_of(objective), objective, divergence=False)
 
 
 def swapped(pair: PairLogps) -> PairLogps:
     """The pairs with chosen and rejected exchanged, as if every label were flipped."""
     sides: dict[str, Any] = {"chosen": pair.rejected, "rejected": pair.chosen}
     sides |= {"chosen_len": pair.rejected_len, "rejected_len": pair.chosen_len}
-    sides |= {name: x and Sides(x.rejected, x.chosen) for name in STATISTICS if (x := getattr(pair, name)) is not None}
+    sides |= {name: Sides(x.rejected, x.chosen) for name in STATISTICS if (x := getattr(pair, name)) is not None}
     margin = None if pair.margin is None else -pair.margin
     return dataclasses.replace(pair, **sides, margin=margin, mean_chosen_len=None)
 
@@ -164,20 +229,20 @@ def with_label_smoothing(objective: Objective, label_smoothing: float) -> Object
     >>> print(f"{with_label_smoothing(hinge, 0.25)(p, r)[0]:.4f}")  # 0.75 * (1 - 0.2) + 0.25 * (1 + 0.2)
     0.9000
     """
-    traits = _of_pairs("with_label_smoothing", objective)
+    traits = _traits_of_pairs("with_label_smoothing", objective)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"with_label_smoothing: epsilon {label_smoothing} must be from 0 to below 0.5")
 
-    def smoothed(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        flipped = objective(swapped(policy), swapped(ref))
-        return (1 - label_smoothing) * objective(policy, ref) + label_smoothing * flipped
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        flipped = at_beta(objective, swapped(policy), swapped(ref), beta)
+        return (1 - label_smoothing) * at_beta(objective, policy, ref, beta) + label_smoothing * flipped
 
-    return composed(smoothed, traits)
+    return with_traits(losses, traits, objective)
 
 
 def per_token(pair: PairLogps) -> PairLogps:
-    """The pairs with mean log-probabilities of their tokens, as of completions of one token."""
-    # A row that only fills up has no token and stays so.
+    """The pairs with the mean of each completion's token log-probabilities as its sum, and lengths of one token."""
+    # A padding row has no token and stays so.
     lengths = {side: getattr(pair, f"{side}_len") for side in ("chosen", "rejected")}
     divisor = {side: jnp.maximum(n, 1).astype(pair.chosen.dtype) for side, n in lengths.items()}
     fields: dict[str, Any] = {side: getattr(pair, side) / divisor[side] for side in divisor}
@@ -206,16 +271,16 @@ def length_normalized(objective: Objective) -> Objective:
     >>> print(f"{length_normalized(hinge)(p, zero)[0]:.4f}")  # 1 - 0.1 * (-1 + 4)
     0.7000
     """
-    traits = _of_pairs("length_normalized", objective)
+    traits = _traits_of_pairs("length_normalized", objective)
     if traits.statistics:
         raise ValueError("length_normalized: the objective reads single tokens, which have no length")
     if traits.on == "scores":
         raise ValueError("length_normalized: the objective is of rewards, which are not sums over tokens")
 
-    def normalized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return objective(per_token(policy), per_token(ref))
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        return at_beta(objective, per_token(policy), per_token(ref), beta)
 
-    return composed(normalized, traits, lengths=True)
+    return with_traits(losses, traits, objective, lengths=True)
 
 
 def reference_free(objective: Objective) -> Objective:
@@ -239,24 +304,22 @@ def reference_free(objective: Objective) -> Objective:
     >>> print(f"{reference_free(hinge)(p, r)[0]:.4f}")  # 1 - 0.1 * 2
     0.8000
     """
-    traits = _of_pairs("reference_free", objective)
+    traits = _traits_of_pairs("reference_free", objective)
     if not traits.reference:
         raise ValueError("reference_free: the objective reads no reference already; leave the wrapper out")
-    if "kl" in traits.reads:
+    if traits.compares_distributions:
         raise ValueError("reference_free: the objective compares whole distributions with the reference's")
 
-    def free(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return objective(policy, without_reference(policy))
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        return at_beta(objective, policy, without_reference(policy), beta)
 
-    return composed(free, traits, reference=False)
+    return with_traits(losses, traits, objective, reference=False)
 
 
 def without_reference(policy: PairLogps) -> PairLogps:
-    """A reference that says nothing: log-probabilities of zero for the policy's completions."""
-    tokens = jax.tree.map(jnp.zeros_like, policy.tokens)
-    return dataclasses.replace(
-        policy, chosen=jnp.zeros_like(policy.chosen), rejected=jnp.zeros_like(policy.rejected), tokens=tokens
-    )
+    """A uniform reference's log-probabilities of the policy's completions: all zero."""
+    read = {name: getattr(policy, name) for name in ("chosen", "rejected", *sorted(REFERENCE_STATISTICS))}
+    return dataclasses.replace(policy, **jax.tree.map(jnp.zeros_like, read))
 
 
 def with_weights(objective: Objective) -> Objective:
@@ -281,22 +344,22 @@ def with_weights(objective: Objective) -> Objective:
     >>> print(f"{with_weights(hinge)(p, zero)[0]:.4f}")  # 3 * (1 - 0.2)
     2.4000
     """
-    traits = _of_pairs("with_weights", objective)
+    traits = _traits_of_pairs("with_weights", objective)
 
-    def weighted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return given(policy.weight, "weight") * objective(policy, ref)
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        return require(policy.weight, "weight") * at_beta(objective, policy, ref, beta)
 
-    return composed(weighted, traits, reads=traits.reads | {"weight"})
+    return with_traits(losses, traits, objective, reads=traits.reads | {"weight"})
 
 
 def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
-    r"""The objective with its log-ratio margin lowered by what the data says of each pair (the rows' ``margin``).
+    r"""The objective with its log-ratio margin lowered by the pair's margin in the data (the rows' ``margin``).
 
     .. math:: h \to h - s\, m
 
-    so that a pair of a greater margin is asked for more. Source: Touvron et al. 2023, Llama 2 (arXiv 2307.09288),
-    equation 2, there for reward models. The margin times ``scale`` is in nats; for the reward's units, take
-    ``1 / beta`` for the scale. Around another divergence it moves the log-ratio, not its score.
+    so that a pair of a greater margin needs a greater log-ratio margin. Source: Touvron et al. 2023, Llama 2 (arXiv
+    2307.09288), equation 2, there for reward models. The margin times ``scale`` is in nats; for the reward's units,
+    take ``1 / beta`` for the scale. Around another divergence it moves the log-ratio, not its score.
 
     Args:
       objective: of pairs, that reads sums.
@@ -313,23 +376,12 @@ def with_margins(objective: Objective, scale: float = 1.0) -> Objective:
     >>> print(f"{with_margins(hinge, 2.0)(p, zero)[0]:.4f}")  # 1 - 0.1 * (5 - 3)
     0.8000
     """
-    traits = _of_pairs("with_margins", objective)
-    if traits.reads & {"tokens", "squares"}:
+    traits = _traits_of_pairs("with_margins", objective)
+    if traits.statistics - COMPARED_DISTRIBUTIONS:  # which the shift leaves out
         raise ValueError("with_margins: the objective reads single tokens; put with_margins around what it wraps")
 
-    def shifted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        chosen = policy.chosen - scale * given(policy.margin, "margin")
-        return objective(dataclasses.replace(policy, chosen=chosen), ref)
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        chosen = policy.chosen - scale * require(policy.margin, "margin")
+        return at_beta(objective, dataclasses.replace(policy, chosen=chosen), ref, beta)
 
-    return composed(shifted, traits, reads=traits.reads | {"margin"}, divergence=False)
-
-
-def given(field: Array | None, name: str) -> Array:
-    """An optional field of :class:`~dpojax.types.PairLogps`, which must be there.
-
-    Raises:
-      ValueError: it is not.
-    """
-    if field is None:
-        raise ValueError(f"the objective reads {name!r}, which these log-probabilities do not carry")
-    return field
+    return with_traits(losses, traits, objective, reads=traits.reads | {"margin"}, divergence=False)

@@ -6,13 +6,13 @@ import jax
 from jaxtyping import Array, Float
 
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 @traits(divergence=True)
 def exo_pair(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 1e-3
+    policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 1e-3
 ) -> Float[Array, " B"]:
     r"""Efficient exact optimization on pairs: the reverse KL from smoothed labels, where DPO has the forward one.
 
@@ -47,7 +47,7 @@ def exo_pair(
 
 
 @traits()
-def nca_pair(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def nca_pair(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Noise-contrastive alignment on pairs: absolute rewards, so that the chosen likelihood is kept up.
 
     .. math:: -\log \sigma(r_w) - \tfrac12 \log \sigma(-r_w) - \tfrac12 \log \sigma(-r_l), \qquad

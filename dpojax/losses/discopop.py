@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 @traits(divergence=True)
-def discopop(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, discopop_tau: float = 0.05) -> Float[Array, " B"]:
+def discopop(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, discopop_tau: float = 0.05) -> Float[Array, " B"]:
     r"""Log-ratio modulated loss: logistic where the pair is ordered wrongly, exponential where it is ordered rightly.
 
     .. math:: -(1 - \sigma(\beta h / \tau)) \log \sigma(\beta h) + \sigma(\beta h / \tau)\, e^{-\beta h}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpojax.losses.traits import same_rows, traits
+from dpojax.losses.traits import Beta, check_same_shape, traits
 from dpojax.types import PairLogps
 
 
@@ -28,7 +28,7 @@ def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], F
     >>> [x.tolist() for x in log_ratios(p, r)]
     [[1.0], [-1.0]]
     """
-    same_rows(policy.chosen, policy.rejected, ref.chosen, ref.rejected)
+    check_same_shape(policy.chosen, policy.rejected, ref.chosen, ref.rejected)
     return policy.divergence(policy.chosen - ref.chosen), policy.divergence(policy.rejected - ref.rejected)
 
 
@@ -41,7 +41,7 @@ def log_ratios_per_token(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array
 
 
 def implicit_rewards(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 0.1
+    policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     r"""The reward that the policy implies, up to a function of the prompt that cancels within a pair.
 
@@ -68,9 +68,7 @@ def implicit_rewards(
 
 
 @traits(divergence=True)
-def sigmoid(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0
-) -> Float[Array, " B"]:
+def sigmoid(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.0) -> Float[Array, " B"]:
     r"""The DPO loss: negative log-likelihood of the preference under Bradley-Terry.
 
     .. math:: -(1 - \epsilon) \log \sigma(\beta h) - \epsilon \log \sigma(-\beta h), \qquad
@@ -101,7 +99,7 @@ def sigmoid(
 
 
 @traits(divergence=True)
-def hinge(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def hinge(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Hinge loss on the log-ratio margin: nothing is asked beyond a margin of ``1 / beta`` nats.
 
     .. math:: \max(0,\; 1 - \beta h)
@@ -128,7 +126,7 @@ def hinge(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
 
 
 @traits(divergence=True, lengths=True)
-def sigmoid_norm(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def sigmoid_norm(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""The DPO loss on log-ratios per token, which takes from longer completions their larger sums.
 
     .. math:: -\log \sigma\left(\frac{\beta}{|y_w|} \log \frac{\pi(y_w|x)}{\pi_\mathrm{ref}(y_w|x)}
@@ -156,7 +154,7 @@ def sigmoid_norm(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Flo
 
 
 @traits(divergence=True)
-def robust(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Float[Array, " B"]:
+def robust(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.1) -> Float[Array, " B"]:
     r"""The DPO loss without the bias that flipped labels give it: its expectation over flips is the clean loss.
 
     .. math:: \frac{-(1 - \epsilon) \log \sigma(\beta h) + \epsilon \log \sigma(-\beta h)}{1 - 2 \epsilon}
@@ -191,7 +189,7 @@ def robust(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, label_smooth
 
 
 @traits()
-def unweighted(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def unweighted(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""An ablation: the DPO gradient without its weight, which says how wrong the implicit rewards order the pair.
 
     .. math:: -\beta h, \qquad \nabla = -\beta\, (\nabla \log \pi(y_w|x) - \nabla \log \pi(y_l|x))

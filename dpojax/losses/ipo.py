@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpojax.losses.dpo import log_ratios, log_ratios_per_token
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 @traits(divergence=True, lengths=True)
-def ipo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, length_normalize: bool = True) -> Float[Array, " B"]:
+def ipo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, length_normalize: bool = True) -> Float[Array, " B"]:
     r"""IPO: regress the margin of log-ratios onto ``1 / (2 beta)``.
 
     .. math:: \left(h - \frac{1}{2\beta}\right)^2, \qquad
@@ -43,7 +43,7 @@ def ipo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, length_normaliz
 
 
 @traits()
-def sppo_hard(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def sppo_hard(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Self-play preference optimization with hard labels: regress each log-ratio onto plus or minus half of 1/beta.
 
     .. math:: \left(u_w - \frac{1}{2\beta}\right)^2 + \left(u_l + \frac{1}{2\beta}\right)^2, \qquad

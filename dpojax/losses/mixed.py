@@ -8,7 +8,7 @@ from dpojax.losses.anchored import bco_pair
 from dpojax.losses.compose import weighted_sum
 from dpojax.losses.dpo import sigmoid
 from dpojax.losses.sft import sft
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
@@ -17,7 +17,7 @@ def mpo(
     policy: PairLogps,
     ref: PairLogps,
     *,
-    beta: float = 0.1,
+    beta: Beta = 0.1,
     sigmoid_weight: float = 0.8,
     bco_weight: float = 0.2,
     sft_weight: float = 1.0,

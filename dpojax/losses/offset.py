@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpojax.losses.compose import EXPONENT, given
+from dpojax.losses.compose import EXPONENT, require
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 @traits("margin", divergence=True)
-def odpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Float[Array, " B"]:
+def odpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 1.0) -> Float[Array, " B"]:
     r"""DPO with an offset: the implicit rewards shall differ by as much as the data's scores tell.
 
     .. math:: -\log \sigma(\beta h - \alpha \log m), \qquad m = \mathrm{score}(y_w) - \mathrm{score}(y_l) > 0
@@ -46,5 +46,5 @@ def odpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float =
     if alpha < 0:
         raise ValueError(f"odpo: alpha {alpha} must be at least 0")
     chosen, rejected = log_ratios(policy, ref)
-    offset = alpha * jnp.log(jnp.maximum(given(policy.margin, "margin"), math.exp(-EXPONENT)))
+    offset = alpha * jnp.log(jnp.maximum(require(policy.margin, "margin"), math.exp(-EXPONENT)))
     return -jax.nn.log_sigmoid(beta * (chosen - rejected) - offset)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 @traits(divergence=True, lengths=True)
-def rpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, rpo_alpha: float = 1.0) -> Float[Array, " B"]:
+def rpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, rpo_alpha: float = 1.0) -> Float[Array, " B"]:
     r"""DPO plus the negative log-likelihood of the chosen completion per token, which keeps it probable.
 
     .. math:: -\log \sigma(\beta h) - \frac{\alpha}{|y_w|} \log \pi(y_w|x)
@@ -47,7 +47,7 @@ def rpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, rpo_alpha: floa
 
 
 @traits()
-def dpop(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, dpop_lambda: float = 50.0) -> Float[Array, " B"]:
+def dpop(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, dpop_lambda: float = 50.0) -> Float[Array, " B"]:
     r"""DPO-positive: what the chosen completion loses against the reference is taken from the margin.
 
     .. math:: -\log \sigma\left(\beta \left(h - \lambda \max\left(0,
@@ -81,7 +81,7 @@ def dpop(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, dpop_lambda: f
 
 
 @traits()
-def cal_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def cal_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Calibrated DPO: the log-ratios are compared, and each is regressed onto plus or minus half of 1/beta.
 
     .. math:: -\log \sigma(u_w - u_l) + \left(u_w - \frac{1}{2\beta}\right)^2 + \left(u_l + \frac{1}{2\beta}\right)^2,
@@ -97,9 +97,6 @@ def cal_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Ar
     Returns:
       One loss a pair, ``[B]``; ``log 2 + 1 / (2 beta^2)`` where policy and reference agree.
 
-    Raises:
-      ValueError: ``beta`` not above 0.
-
     >>> import jax.numpy as jnp
     >>> n = jnp.array([4])
     >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n)
@@ -107,15 +104,13 @@ def cal_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Ar
     >>> print(f"{cal_dpo(p, r, beta=0.25)[0]:.6f}")  # log(1 + exp(-2)) + (1 - 2) ** 2 + (-1 + 2) ** 2
     2.126928
     """
-    if beta <= 0:
-        raise ValueError(f"cal_dpo: beta {beta} must be above 0")
     chosen, rejected = log_ratios(policy, ref)
     calibration = jnp.square(chosen - 1 / (2 * beta)) + jnp.square(rejected + 1 / (2 * beta))
     return calibration - jax.nn.log_sigmoid(chosen - rejected)
 
 
 @traits(divergence=True, lengths=True)
-def r_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float = 0.05) -> Float[Array, " B"]:
+def r_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 0.05) -> Float[Array, " B"]:
     r"""Length-regularised DPO: of what makes a completion preferred, a part is put down to its length.
 
     .. math:: -\log \sigma(\beta h + \alpha (|y_w| - |y_l|))

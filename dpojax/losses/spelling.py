@@ -10,44 +10,67 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dpojax.losses.catalogue import LOSSES, WRAPPERS
-from dpojax.losses.compose import weighted_sum
-from dpojax.losses.traits import Objective, traits_of
+from dpojax.losses import LOSSES, WRAPPERS
+from dpojax.losses.compose import at_beta, open_options, takes_beta, weighted_sum
+from dpojax.losses.traits import Beta, Objective, traits_of
 from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 
 IN_FILE = re.compile(r"([^\s+*(),=]+\.py):([A-Za-z_]\w*)")
 CONSTANT_NAMES = {"true": True, "false": False, "True": True, "False": False}
 
 
+DEFAULT_BETA = 0.1
+
+
 @dataclasses.dataclass(frozen=True)
-class Spelled:
-    """An objective and what its spelling says beside."""
+class ObjectiveSpec:
+    """An objective, read from its spelling.
+
+    Attributes:
+      objective: ``(policy, ref) -> [B]``; :func:`~dpojax.losses.at_beta` gives it a beta.
+      beta: of the first term that has one, bound or by default; else 0.1.
+      beta_is_bound: the first term that has a beta has it bound, or there is none.
+      unused: options that were given for every term and that none took.
+      files: the user's files that it comes from, as they are spelled.
+    """
 
     objective: Objective
     beta: float
-    """Of its first term that has one, else 0.1; it scales the rewards that are logged."""
+    beta_is_bound: bool
     unused: tuple[str, ...]
-    """Options that were given for every term and that none took."""
     files: tuple[str, ...]
-    """Files of the user's that it comes from."""
+
+    @property
+    def takes_beta(self) -> bool:
+        """Whether a beta given to :func:`~dpojax.losses.at_beta` reaches any of its terms."""
+        return takes_beta(self.objective)
+
+    def rewards_beta(self, beta: Beta | None) -> Beta:
+        """The beta of the implicit rewards where the objective is at this beta: that of the first term that has one."""
+        return self.beta if beta is None or self.beta_is_bound else beta
 
 
-def spelled(text: str, **options: float | None) -> Spelled:
-    """The objective of a spelling.
+def spelled(text: str, **options: float | None) -> ObjectiveSpec:
+    """The objective that a text spells.
 
     Args:
       text: names of :data:`~dpojax.losses.LOSSES`, calls that bind their options, wrappers around objectives, sums and
         numbers times objectives, and ``file.py:name`` for a function of the user's.
-      **options: for every term that takes them and does not bind them itself; None is not given.
+      **options: bound in every term that takes them and does not bind them itself; None binds nothing. A ``beta`` that
+        is not bound here can be given later, by :func:`~dpojax.losses.at_beta`.
 
     Raises:
       ValueError: the text spells no objective; the message says why.
 
+    >>> spec = spelled("sigmoid+0.2*ipo(beta=0.3)")
+    >>> spec.beta, spec.takes_beta, spec.rewards_beta(0.5)
+    (0.1, True, 0.5)
     >>> spelled("sigmoid+0.2*ipo(beta=0.3)", beta=0.5).beta
     0.5
     >>> spelled("length_normalized(hinge)", label_smoothing=0.1).unused
@@ -63,22 +86,24 @@ def spelled(text: str, **options: float | None) -> Spelled:
         ) from None
     try:
         objective = reader.objective(tree)
-        _check_shape(objective, text)
+        _check(objective, text)
     except RecursionError:
         raise ValueError(f"{_cut(text)} is nested too deeply; write fewer terms") from None
+    beta, is_bound = reader.betas[0] if reader.betas else (DEFAULT_BETA, True)
     unused = tuple(name for name in reader.options if name not in reader.used)
-    files = tuple(path for path, _ in reader.in_files.values())
-    return Spelled(objective, reader.betas[0] if reader.betas else 0.1, unused, files)
+    files = tuple(dict.fromkeys(path for path, _ in reader.in_files.values()))
+    return ObjectiveSpec(objective, beta, is_bound, unused, files)
 
 
 class _Reader:
-    """Walks a spelling's syntax tree; remembers which options were used and which betas met."""
+    """Walks a spelling's syntax tree; keeps which options were used, the betas in order, and the files that it ran."""
 
     def __init__(self, options: dict[str, float]):
         self.options = options
         self.used: set[str] = set()
-        self.betas: list[float] = []
+        self.betas: list[tuple[float, bool]] = []  # and whether it is bound
         self.in_files: dict[str, tuple[str, str]] = {}
+        self.modules: dict[Path, ModuleType] = {}
 
     def keep(self, match: re.Match) -> str:
         """A name that Python's grammar takes, for ``file.py:name``."""
@@ -125,7 +150,7 @@ class _Reader:
 
     def function(self, name: str) -> Callable:
         if name in self.in_files:
-            return from_file(*self.in_files[name])
+            return from_file(*self.in_files[name], self.modules)
         if name in WRAPPERS:
             raise ValueError(f"{name} goes around an objective; write {name}(sigmoid)")
         if name not in LOSSES:
@@ -147,18 +172,20 @@ class _Reader:
         for option in given:
             if option not in takes:
                 raise ValueError(f"{self.name(name)} has no option {option!r}; it takes {_options(function)}")
-        common = {option: value for option, value in self.options.items() if option in takes}
-        self.used |= common.keys()
+        free = open_options(function)
+        common = {option: value for option, value in self.options.items() if option in free}
+        self.used |= self.options.keys() & takes.keys()
         for option, value in given.items():
             default = takes[option].default
             if isinstance(default, float) and isinstance(value, str):
                 raise ValueError(f"{self.name(name)}: {option} {value!r} must be a number")
-        bound = {**common, **given}
-        if name in LOSSES and bound.get("beta", 1) <= 0:
-            raise ValueError(f"{name}: beta {bound['beta']} must be above 0")
+        options = {**common, **given}
+        if name in LOSSES and options.get("beta", 1) <= 0:
+            raise ValueError(f"{name}: beta {options['beta']} must be above 0")
         if "beta" in takes:
-            self.betas.append(bound.get("beta", takes["beta"].default))
-        return functools.partial(function, **bound) if bound else function
+            beta = options.get("beta", takes["beta"].default)
+            self.betas.append((beta if _is_number(beta) else DEFAULT_BETA, "beta" in options or "beta" not in free))
+        return functools.partial(function, **options) if options else function
 
 
 def _cut(text: str) -> str:
@@ -173,7 +200,11 @@ def _options(function: Callable) -> str:
 
 def _number(node: ast.expr) -> float | None:
     value = _constant(node, strict=False)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(value) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _constant(node: ast.expr, *, strict: bool = True) -> Any:
@@ -191,30 +222,37 @@ def _constant(node: ast.expr, *, strict: bool = True) -> Any:
     return value
 
 
-def from_file(path: str, name: str) -> Objective:
+def from_file(path: str, name: str, modules: dict[Path, ModuleType]) -> Objective:
     """A function of a Python file of the user's.
+
+    Args:
+      path: of the file.
+      name: of the function.
+      modules: files that ran already, which do not run again; this one is added.
 
     Raises:
       ValueError: no such file or function, or the file cannot be run.
     """
-    file = Path(path).expanduser()
+    file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"{path}: no such file; give a Python file that defines {name}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # it is anybody's code
-        raise ValueError(f"{path}: cannot be run ({type(error).__name__}: {error})") from None
-    function = getattr(module, name, None)
+    if file not in modules:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # it is anybody's code
+            raise ValueError(f"{path}: cannot be run ({type(error).__name__}: {error})") from None
+        modules[file] = module
+    function = getattr(modules[file], name, None)
     if not callable(function):
         raise ValueError(f"{path}: defines no function {name}")
     return function
 
 
 def probe(objective: Objective, B: int = 3, C: int = 4) -> tuple[Any, Any]:
-    """Log-probabilities with every optional field that an objective may ask for, of B pairs of up to C tokens."""
+    """Log-probabilities of policy and reference with every optional field, of B pairs of up to C tokens."""
     x, n = jnp.full((B,), -1.0), jnp.full((B,), C, jnp.int32)
     if traits_of(objective).on == "labels":
         labelled = LabelledLogps(x, n, jnp.ones((B,)), x)
@@ -225,8 +263,8 @@ def probe(objective: Objective, B: int = 3, C: int = 4) -> tuple[Any, Any]:
     return policy, policy
 
 
-def _check_shape(objective: Objective, text: str) -> None:
-    """Refuse, before anything is read, what does not give one loss a pair."""
+def _check(objective: Objective, text: str) -> None:
+    """Refuse, before any data is read, what does not give one loss a pair, or branches on the value of its beta."""
     policy, ref = probe(objective)
     kind = "completion" if traits_of(objective).on == "labels" else "pair"
     try:
@@ -234,8 +272,17 @@ def _check_shape(objective: Objective, text: str) -> None:
     except RecursionError:
         raise
     except Exception as error:  # of anybody's code
-        said = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise ValueError(f"{_cut(text)} fails on a batch of {kind}s ({said})") from None
+        raise ValueError(f"{_cut(text)} fails on a batch of {kind}s ({_reason(error)})") from None
     shape = getattr(out, "shape", out)
     if shape != (3,):
         raise ValueError(f"{_cut(text)} gives {shape} for 3 {kind}s; it must give one loss a {kind}")
+    if takes_beta(objective):
+        try:
+            jax.eval_shape(functools.partial(at_beta, objective), policy, ref, jnp.float32(DEFAULT_BETA))
+        except Exception as error:  # of anybody's code
+            cure = "use jnp.where in place of if, and jnp in place of math"
+            raise ValueError(f"{_cut(text)} fails where beta is an array; {cure} ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__

@@ -3,20 +3,20 @@
 import jax
 from jaxtyping import Array, Float
 
-from dpojax.losses.compose import given
+from dpojax.losses.compose import require
 from dpojax.losses.dpo import log_ratios
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 
 def _terms(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """The difference of log-ratios, and the chosen and the rejected completion's divergence."""
     chosen, rejected = log_ratios(policy, ref)
-    return chosen - rejected, *given(policy.kl, "kl")
+    return chosen - rejected, *require(policy.kl, "kl")
 
 
 @traits("kl")
-def tdpo1(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def tdpo1(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Token-level DPO: to the DPO margin, the difference of the completions' sequential divergences is added.
 
     .. math:: -\log \sigma\big(\beta\, (h + D_w - D_l)\big), \qquad
@@ -33,6 +33,7 @@ def tdpo1(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
       One loss a pair, ``[B]``; exactly ``log 2`` where policy and reference agree.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> n = jnp.array([4])
     >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, kl=Sides(jnp.array([1.0]), jnp.array([2.0])))
     >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)
@@ -44,7 +45,7 @@ def tdpo1(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Arra
 
 
 @traits("kl")
-def tdpo2(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float = 0.5) -> Float[Array, " B"]:
+def tdpo2(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 0.5) -> Float[Array, " B"]:
     r"""Token-level DPO of the second kind: :func:`tdpo1` with a weight, and without raising the chosen divergence.
 
     .. math:: -\log \sigma\big(\beta\, (h - \alpha\, (D_l - \mathrm{sg}(D_w)))\big), \qquad
@@ -66,6 +67,7 @@ def tdpo2(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, alpha: float 
       ValueError: ``alpha`` below 0.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> n = jnp.array([4])
     >>> p = PairLogps(jnp.array([-10.0]), jnp.array([-12.0]), n, n, kl=Sides(jnp.array([1.0]), jnp.array([3.0])))
     >>> r = PairLogps(jnp.array([-11.0]), jnp.array([-11.0]), n, n)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dpojax.losses.compose import composed, given
+from dpojax.losses.compose import at_beta, require, with_traits
 from dpojax.losses.dpo import sigmoid
-from dpojax.losses.traits import Objective, Traits, same_rows, traits, traits_of
+from dpojax.losses.traits import Beta, Objective, Traits, check_same_shape, traits, traits_of
 from dpojax.types import PairLogps, Sides
 
 
@@ -32,9 +32,9 @@ def _shared(pair: PairLogps) -> Int[Array, " B"]:
 
 def _reweighted(pair: PairLogps, chosen: Float[Array, "B C"], rejected: Float[Array, "B C"]) -> PairLogps:
     """The pairs with each token times its weight, and the sums of that; lengths stay."""
-    sides = given(pair.tokens, "tokens")
-    same_rows(sides[0], chosen)
-    same_rows(sides[1], rejected)
+    sides = require(pair.tokens, "tokens")
+    check_same_shape(sides[0], chosen)
+    check_same_shape(sides[1], rejected)
     won, lost = sides[0] * chosen, sides[1] * rejected
     return dataclasses.replace(pair, chosen=won.sum(-1), rejected=lost.sum(-1), tokens=Sides(won, lost))
 
@@ -70,13 +70,13 @@ def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objectiv
         within = jnp.arange(tokens.shape[1])[None, :] < shared[:, None]
         return jnp.where(within, jnp.ones_like(tokens), jnp.full_like(tokens, ld_alpha))
 
-    def desensitized(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
         shared = _shared(policy)
-        chosen = weights(given(policy.tokens, "tokens").chosen, shared)
-        rejected = weights(given(policy.tokens, "tokens").rejected, shared)
-        return objective(_reweighted(policy, chosen, rejected), _reweighted(ref, chosen, rejected))
+        chosen = weights(require(policy.tokens, "tokens").chosen, shared)
+        rejected = weights(require(policy.tokens, "tokens").rejected, shared)
+        return at_beta(objective, _reweighted(policy, chosen, rejected), _reweighted(ref, chosen, rejected), beta)
 
-    return composed(desensitized, traits_of(objective), **changed)
+    return with_traits(losses, traits_of(objective), objective, **changed)
 
 
 def _sampled(key: Array, C: int, length: Int[Array, ""], count: Int[Array, ""]) -> Bool[Array, " C"]:
@@ -114,23 +114,23 @@ def down_sampled(objective: Objective) -> Objective:
     """
     changed = _of_tokens("down_sampled", objective, "key")
 
-    def sampled(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        sides = jax.vmap(jax.random.split)(given(policy.key, "key"))
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        sides = jax.vmap(jax.random.split)(require(policy.key, "key"))
         shared = _shared(policy)
 
         def kept(side: int, tokens: Float[Array, "B C"], lengths: Int[Array, " B"]) -> Float[Array, "B C"]:
             draw = jax.vmap(functools.partial(_sampled, C=tokens.shape[1]))
             return draw(sides[:, side], length=lengths, count=shared).astype(tokens.dtype)
 
-        chosen = kept(0, given(policy.tokens, "tokens").chosen, policy.chosen_len)
-        rejected = kept(1, given(policy.tokens, "tokens").rejected, policy.rejected_len)
-        return objective(_reweighted(policy, chosen, rejected), _reweighted(ref, chosen, rejected))
+        chosen = kept(0, require(policy.tokens, "tokens").chosen, policy.chosen_len)
+        rejected = kept(1, require(policy.tokens, "tokens").rejected, policy.rejected_len)
+        return at_beta(objective, _reweighted(policy, chosen, rejected), _reweighted(ref, chosen, rejected), beta)
 
-    return composed(sampled, traits_of(objective), **changed)
+    return with_traits(losses, traits_of(objective), objective, **changed)
 
 
 @traits("tokens", lengths=True, divergence=True)
-def ld_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, ld_alpha: float = 0.5) -> Float[Array, " B"]:
+def ld_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, ld_alpha: float = 0.5) -> Float[Array, " B"]:
     r"""The DPO loss with less weight on what the longer completion has beyond the length of the shorter one.
 
     .. math:: -\log \sigma(\beta h_\alpha), \qquad
@@ -162,7 +162,7 @@ def ld_dpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, ld_alpha: fl
 
 
 @traits("tokens", "key", lengths=True, divergence=True)
-def sampo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def sampo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""The DPO loss on as many tokens of the longer completion, drawn at random, as the shorter one has.
 
     .. math:: -\log \sigma\Big(\beta \sum_{t \in S_w} u^w_t - \beta \sum_{t \in S_l} u^l_t\Big), \qquad

@@ -1,29 +1,31 @@
-"""What an objective reads beyond sums of log-probabilities, declared beside it, so that a run can provide it."""
+"""What an objective declares that it reads beyond sums of log-probabilities, so that a run can provide it."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from dpojax.types import STATISTICS
+from jaxtyping import Array, Float
 
-Objective = Callable[..., Any]
+from dpojax.types import COMPARED_DISTRIBUTIONS, REFERENCE_STATISTICS, STATISTICS
+
+Objective: TypeAlias = Callable[..., Any]
 """``(policy, ref) -> [B]``, one loss per pair (or per labelled completion), unreduced."""
 
-F = TypeVar("F", bound=Callable)
+Beta: TypeAlias = float | Float[Array, ""]
+"""A number, or a scalar array that a compiled step takes as an input; no objective may branch on it."""
 
-OF_REFERENCE = frozenset({"tokens", "kl"})
-"""Statistics for which the reference's single tokens or distributions are needed, not its sums alone."""
+F = TypeVar("F", bound=Callable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """An objective's declaration.
+    """What an objective reads and allows.
 
     Attributes:
-      on: what it is of: "pairs" (:class:`~dpojax.types.PairLogps`), "labels"
-        (:class:`~dpojax.types.LabelledLogps`), or "scores": pairs of a reward model's scores in place of
-        log-probabilities.
+      on: what it judges: "pairs" (:class:`~dpojax.types.PairLogps`), "labels"
+        (:class:`~dpojax.types.LabelledLogps`), or "scores" (pairs of a reward model's scores in place of
+        log-probabilities).
       reference: it reads the reference's log-probabilities.
       lengths: it reads the completions' lengths.
       reads: the optional fields that it needs: statistics (:data:`~dpojax.types.STATISTICS`), ``margin``, ``weight``,
@@ -46,13 +48,23 @@ class Traits:
 
     @property
     def statistics(self) -> frozenset[str]:
-        """The statistics of completions that it reads beside sums."""
+        """The statistics of the policy's completions that it reads in addition to sums."""
         return self.reads & frozenset(STATISTICS)
+
+    @property
+    def reference_statistics(self) -> frozenset[str]:
+        """The statistics of the reference's completions that it reads in addition to sums."""
+        return self.reads & REFERENCE_STATISTICS
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether it needs the reference's distributions over the whole vocabulary."""
+        return bool(self.reads & COMPARED_DISTRIBUTIONS)
 
     @property
     def needs_live_reference(self) -> bool:
         """Whether sums of the reference's log-probabilities, which can be cached, are not enough."""
-        return bool(self.reads & OF_REFERENCE)
+        return bool(self.reference_statistics) or self.compares_distributions
 
     @property
     def needs_forward_pass(self) -> bool:
@@ -60,7 +72,7 @@ class Traits:
         return bool(self.statistics) or "key" in self.reads or self.on == "scores"
 
     def __or__(self, other: "Traits") -> "Traits":
-        """Of an objective made of two of one kind."""
+        """The traits of a sum of two objectives of one kind."""
         return Traits(
             on=self.on,
             reference=self.reference or other.reference,
@@ -74,7 +86,7 @@ class Traits:
 
 
 def traits(*reads: str, **declared: Any) -> Callable[[F], F]:
-    """A decorator that gives an objective its :class:`Traits`; one without is taken to need sums alone.
+    """A decorator that gives an objective its :class:`Traits`; an objective without them reads sums and lengths.
 
     >>> @traits("tokens", lengths=True)
     ... def mine(policy, ref, *, beta=0.1): ...
@@ -91,13 +103,13 @@ def traits(*reads: str, **declared: Any) -> Callable[[F], F]:
 
 
 def traits_of(objective: Objective) -> Traits:
-    """An objective's declaration, also through ``functools.partial``."""
+    """The traits of an objective, also of one whose options ``functools.partial`` has bound."""
     while isinstance(objective, functools.partial):
         objective = objective.func
     return getattr(objective, "traits", Traits())
 
 
-def same_rows(*sums: Any) -> None:
+def check_same_shape(*sums: Any) -> None:
     """Refuse arrays that would broadcast: what is compared must be of the same pairs.
 
     Raises:

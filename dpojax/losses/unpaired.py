@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpojax.losses.compose import given
-from dpojax.losses.traits import same_rows, traits
+from dpojax.losses.compose import require
+from dpojax.losses.traits import Beta, check_same_shape, traits
 from dpojax.types import LabelledLogps
 
 
@@ -15,7 +15,7 @@ def _mean(x: Float[Array, " B"], real: Bool[Array, " B"]) -> Float[Array, ""]:
 
 
 def _log_ratios(policy: LabelledLogps, ref: LabelledLogps) -> Float[Array, " B"]:
-    same_rows(policy.logps, ref.logps)
+    check_same_shape(policy.logps, ref.logps)
     return jnp.where(policy.lengths > 0, policy.logps - ref.logps, 0.0)
 
 
@@ -35,7 +35,7 @@ def _weighted(
     return jnp.where(policy.lengths > 0, weighted, 0.0)
 
 
-def labelled_rewards(policy: LabelledLogps, ref: LabelledLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def labelled_rewards(policy: LabelledLogps, ref: LabelledLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""The rewards that the policy implies, as :func:`~dpojax.losses.implicit_rewards` has them of pairs.
 
     .. math:: r = \beta \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}
@@ -64,7 +64,7 @@ def kto(
     policy: LabelledLogps,
     ref: LabelledLogps,
     *,
-    beta: float = 0.1,
+    beta: Beta = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Array, " B"]:
@@ -101,7 +101,7 @@ def kto(
     >>> [f"{x:.6f}" for x in kto(p, r, beta=1.0).tolist()]  # z = 1: sigmoid(-(2 - 1)) and sigmoid(-(1 - 0))
     ['0.268941', '0.268941']
     """
-    other = given(policy.mismatched, "mismatched") - given(ref.mismatched, "mismatched")
+    other = require(policy.mismatched, "mismatched") - require(ref.mismatched, "mismatched")
     kl = jnp.maximum(_mean(other, policy.lengths > 0), 0.0)
     losses = jax.nn.sigmoid(-_towards_label(policy, beta * (_log_ratios(policy, ref) - kl[None])))
     return _weighted("kto", policy, losses, desirable_weight, undesirable_weight)
@@ -112,7 +112,7 @@ def apo_zero_unpaired(
     policy: LabelledLogps,
     ref: LabelledLogps,
     *,
-    beta: float = 0.1,
+    beta: Beta = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Array, " B"]:
@@ -174,7 +174,7 @@ def reward_shift(policy: LabelledLogps, ref: LabelledLogps, old: dict[str, Array
 
 
 @traits(on="labels", batch=True, lengths=True, running={"bco": reward_shift})
-def bco(policy: LabelledLogps, ref: LabelledLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def bco(policy: LabelledLogps, ref: LabelledLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Binary classifier optimization: is a completion a desirable one? The shifted reward is the classifier's logit.
 
     .. math:: -\log \sigma(r - \delta) \text{ if desirable}, \qquad -\log \sigma(-(r - \delta)) \text{ if undesirable},

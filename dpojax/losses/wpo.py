@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpojax.losses.compose import EXPONENT, composed, given
+from dpojax.losses.compose import EXPONENT, at_beta, require, with_traits
 from dpojax.losses.dpo import sigmoid
-from dpojax.losses.traits import Objective, traits, traits_of
+from dpojax.losses.traits import Beta, Objective, traits, traits_of
 from dpojax.types import PairLogps
 
 
 def _weights(policy: PairLogps) -> Float[Array, " B"]:
-    chosen = policy.chosen - given(policy.squares, "squares").chosen
-    rejected = policy.rejected - given(policy.squares, "squares").rejected
+    chosen = policy.chosen - require(policy.squares, "squares").chosen
+    rejected = policy.rejected - require(policy.squares, "squares").rejected
     lengths = (jnp.maximum(n, 1).astype(chosen.dtype) for n in (policy.chosen_len, policy.rejected_len))
     exponent = chosen / next(lengths) + rejected / next(lengths)
     return jax.lax.stop_gradient(jnp.exp(jnp.minimum(exponent, EXPONENT)))
@@ -39,6 +39,7 @@ def wpo_weighted(objective: Objective) -> Objective:
       ValueError: the objective is of labelled completions or of rewards.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> from dpojax.losses import hinge
     >>> n, half = jnp.array([2]), 2 * jnp.log(jnp.array([0.5]))
     >>> p = PairLogps(half, half, n, n, squares=Sides(half, 2 * half))  # weights 1 and 2
@@ -50,14 +51,14 @@ def wpo_weighted(objective: Objective) -> Objective:
     if declared.on != "pairs":
         raise ValueError("wpo_weighted: the objective must be of pairs of completions")
 
-    def weighted(policy: PairLogps, ref: PairLogps) -> Float[Array, " B"]:
-        return _weights(policy) * objective(policy, ref)
+    def losses(policy: PairLogps, ref: PairLogps, beta: Beta | None) -> Float[Array, " B"]:
+        return _weights(policy) * at_beta(objective, policy, ref, beta)
 
-    return composed(weighted, declared, reads=declared.reads | {"squares"}, lengths=True)
+    return with_traits(losses, declared, objective, reads=declared.reads | {"squares"}, lengths=True)
 
 
 @traits("squares", lengths=True, divergence=True)
-def wpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def wpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""The DPO loss, its pairs weighted by how likely the policy is to write them.
 
     .. math:: -w(y_w)\, w(y_l) \log \sigma(\beta h), \qquad
@@ -77,6 +78,7 @@ def wpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array,
       One loss a pair, ``[B]``.
 
     >>> import jax.numpy as jnp
+    >>> from dpojax.types import Sides
     >>> n, half = jnp.array([2]), 2 * jnp.log(jnp.array([0.5]))
     >>> p = PairLogps(half, half, n, n, squares=Sides(half, 2 * half))  # weights 1 and 2
     >>> r = PairLogps(half - 1, half + 1, n, n)

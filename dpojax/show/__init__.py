@@ -2,10 +2,9 @@
 
 from dpojax.show.curves import Curve, check_matplotlib, curves_named, curves_of, draw, table
 from dpojax.show.equations import readable
-from dpojax.show.listing import FAMILIES, paper, print_catalogue
+from dpojax.show.listing import paper, print_catalogue
 
 __all__ = [
-    "FAMILIES",
     "Curve",
     "check_matplotlib",
     "curves_named",

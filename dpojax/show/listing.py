@@ -7,32 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dpojax.losses import LOSSES, WRAPPERS, traits_of
-from dpojax.losses.catalogue import (
-    ADAPTIVE,
-    BASELINES,
-    REFERENCE_FREE,
-    REGULARIZED,
-    REWARDS,
-    TOKENWISE,
-    TRLS,
-    UNPAIRED,
-    entry,
-    needs,
-)
+from dpojax.losses import FAMILIES, LOSSES, WRAPPERS, traits_of
+from dpojax.losses.catalogue import entry, needs
 from dpojax.show.equations import readable
-
-FAMILIES = {
-    "DPO and its siblings, by TRL's names": TRLS,
-    "Without a reference": REFERENCE_FREE,
-    "With a further term or an offset": REGULARIZED,
-    "With weights from the batch": ADAPTIVE,
-    "Token by token": TOKENWISE,
-    "Baselines and ablations": BASELINES,
-    "Of labelled completions instead of pairs": UNPAIRED,
-    "For reward models": REWARDS,
-}
-"""The objectives of :data:`~dpojax.losses.LOSSES` under headings."""
 
 AROUND = "Wrappers, which go around an objective, as in length_normalized(sigmoid)"
 NOTATION = (

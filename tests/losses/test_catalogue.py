@@ -16,14 +16,15 @@ from jax.flatten_util import ravel_pytree
 import dpojax.losses
 from dpojax.losses import DIVERGENCES, LOSSES, WRAPPERS, traits_of, with_divergence
 from dpojax.losses.catalogue import entry
-from dpojax.types import LabelledLogps, PairLogps
+from dpojax.types import STATISTICS, LabelledLogps
+from tests.losses.fields import flat, pair_logps, put
 
 ALL = pytest.mark.parametrize("name", LOSSES)
 B, C = 5, 5
 SIDES = ("chosen", "rejected")
 LENGTHS = ("chosen_len", "rejected_len", "mean_chosen_len", "lengths")
 # Fields by the word with which traits declare that they are read.
-FIELDS = {word: [f"{side}_{word}" for side in SIDES] for word in ("tokens", "squares", "kl")}
+FIELDS = {word: [f"{side}_{word}" for side in SIDES] for word in STATISTICS}
 FIELDS |= {word: [word] for word in ("margin", "weight", "key", "mismatched")}
 SUMS = ("chosen", "rejected", "logps")
 
@@ -33,7 +34,8 @@ def pair_fields(rng: np.random.Generator, lengths: np.ndarray) -> dict:
     real = np.arange(C) < lengths[..., None]
     tokens = -(0.5 + rng.gamma(2.0, 1.0, (2, len(lengths[0]), C))) * real
     squares = (0.6 * tokens).sum(-1) - rng.gamma(1.0, 0.3, tokens.shape[:2])
-    values = {"": tokens.sum(-1), "_tokens": tokens, "_squares": squares, "_kl": rng.gamma(1.0, 2.0, tokens.shape[:2])}
+    values = {"": tokens.sum(-1), "_tokens": tokens, "_squares": squares}
+    values |= {f"_{name}": rng.gamma(1.0, 2.0, tokens.shape[:2]) for name in STATISTICS if f"_{name}" not in values}
     return {f"{side}{name}": x[i] for name, x in values.items() for i, side in enumerate(SIDES)}
 
 
@@ -41,7 +43,7 @@ def batch(name: str, seed: int, rows: int = B, dtype=jnp.float32):
     """A policy's and a reference's log-probabilities for an objective, every optional field given."""
     rng = np.random.default_rng(seed)
     a = lambda x: jnp.asarray(x, dtype)  # noqa: E731
-    if traits_of(LOSSES[name]).unpaired:
+    if traits_of(LOSSES[name]).on == "labels":
         lengths = jnp.asarray(rng.integers(1, C + 1, rows), jnp.int32)
         label = a(np.arange(rows) % 3 > 0)
         policy, ref = (LabelledLogps(a(x[0]), lengths, label, a(x[1])) for x in -rng.gamma(4.0, 2.0, (2, 2, rows)))
@@ -51,7 +53,7 @@ def batch(name: str, seed: int, rows: int = B, dtype=jnp.float32):
         shared |= {"mean_chosen_len": a(lengths[0].mean()), "margin": a(0.1 + rng.gamma(2.0, 1.0, rows))}
         shared |= {"weight": a(rng.gamma(2.0, 1.0, rows)), "key": jax.random.split(jax.random.key(seed), rows)}
         sides = ({name: a(x) for name, x in pair_fields(rng, lengths).items()} for _ in range(2))
-        policy, ref = (PairLogps(**side, **shared) for side in sides)
+        policy, ref = (pair_logps(**side, **shared) for side in sides)
     return moved_on(name, policy, ref), ref
 
 
@@ -66,7 +68,7 @@ def moved_on(name: str, policy, ref, steps: int = 10):
 
 def floats(logps) -> dict:
     """The fields that a gradient could go to."""
-    fields = {f.name: getattr(logps, f.name) for f in logps.__dataclass_fields__.values() if f.name not in LENGTHS}
+    fields = {name: x for name, x in flat(logps).items() if name not in LENGTHS}
     return {k: x for k, x in fields.items() if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)}
 
 
@@ -86,7 +88,7 @@ def other(x, seed: int = 5):
 
 
 def changed(logps, *fields: str):
-    return logps.replace(**{name: other(getattr(logps, name)) for name in fields if hasattr(logps, name)})
+    return put(logps, **{name: other(x) for name, x in flat(logps).items() if name in fields})
 
 
 def same(a, b) -> bool:
@@ -108,6 +110,13 @@ def test_docstring_says_what_it_is_and_holds_a_hand_value(name):
     assert set(said.options.split(", ")) == {f"{o.name}={o.default}" for o in options} or not options
 
 
+def test_the_package_lists_every_name():
+    listed = dpojax.losses.__all__
+    assert len(set(listed)) == len(listed) and set(listed) >= {*LOSSES, *WRAPPERS}
+    assert all(getattr(dpojax.losses, name) is function for name, function in (LOSSES | WRAPPERS).items())
+    assert all(hasattr(dpojax.losses, name) for name in listed)
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_say_what_they_are(name):
     said = entry(WRAPPERS[name])
@@ -119,7 +128,7 @@ def test_declared_traits_are_true(name):
     objective, traits = LOSSES[name], traits_of(LOSSES[name])
     fields = FIELDS | {"lengths": list(LENGTHS)}
     declared = traits.reads | ({"lengths"} if traits.lengths else set())
-    if traits.rewards:
+    if traits.on == "scores":
         declared |= {"margin"}  # which it reads where it is given, and does not need
     mattered = set()
     for seed in range(3):
@@ -151,7 +160,7 @@ def test_pairs_are_coupled_where_declared_and_nowhere_else(name):
         losses = LOSSES[name](policy, ref)
         first = lambda x, y: jnp.where((jnp.arange(B) == 0).reshape(-1, *[1] * (x.ndim - 1)), y, x)  # noqa: E731
         fields = {k: first(x, other(x)) for k, x in floats(policy).items() if k != "label"}
-        moved = moved_on(name, policy.replace(**fields), ref)  # as a run does before it computes the losses
+        moved = moved_on(name, put(policy, **fields), ref)  # as a run does before it computes the losses
         coupled |= not same(LOSSES[name](moved, ref)[1:], losses[1:])
     assert coupled == traits_of(LOSSES[name]).batch
 
@@ -180,7 +189,7 @@ def compiled(name: str, kind: str = "reverse_kl"):
 
     @jax.jit
     def run(policy, ref, weights):
-        losses, back = jax.vjp(lambda x: objective(policy.replace(**x), ref), floats(policy))
+        losses, back = jax.vjp(lambda x: objective(put(policy, **x), ref), floats(policy))
         return losses, back(weights)[0]
 
     return run
@@ -209,8 +218,9 @@ def extremes(name: str, kind: str):
         shared = {"chosen_len": lengths, "rejected_len": lengths}
         squares = signs if rest is None else np.full((2, 8), rest, np.float32)
         extra = dict(zip(FIELDS["squares"], map(jnp.asarray, squares), strict=True)) | {"margin": f(rest or 1.0)}
-        extra |= dict.fromkeys(FIELDS["kl"], f(abs(rest or 0.0)))
-        yield policy.replace(**fields(signs), **extra, **shared), ref.replace(**fields(by_ref), **shared)
+        others = [n for word in STATISTICS if word not in ("tokens", "squares") for n in FIELDS[word]]
+        extra |= dict.fromkeys(others, f(abs(rest or 0.0)))
+        yield put(policy, **fields(signs), **extra, **shared), put(ref, **fields(by_ref), **shared)
 
 
 @ALL
@@ -250,7 +260,7 @@ def test_gradient_against_finite_differences(name, monkeypatch):
 
             def f(x, p=p):
                 mine, theirs = unravel(x)
-                return LOSSES[name](p.replace(**mine), ref.replace(**theirs))
+                return LOSSES[name](put(p, **mine), put(ref, **theirs))
 
             def record(x):
                 recorded.append(stop(x))
@@ -293,7 +303,7 @@ def test_masked_rows_do_not_matter(name):
 
         def filled(p, value):
             masked = {name: x.at[3:].set(0) for name, x in lengths_of(p).items()}
-            return p.replace(**{name: x.at[3:].set(value) for name, x in floats(p).items()}, **masked)
+            return put(p, **{name: x.at[3:].set(value) for name, x in floats(p).items()}, **masked)
 
         p, r = filled(policy, value), filled(ref, -value)
         got, moved = compiled(name)(moved_on(name, p, r), r, real)
@@ -303,7 +313,7 @@ def test_masked_rows_do_not_matter(name):
             np.testing.assert_allclose(grad[:3], grads[field][:3], rtol=1e-5, atol=1e-7, err_msg=field)
             assert (grad[3:] == 0).all(), (field, value, grad)
     # A batch of such rows alone, all zeros as a run has them, is finite.
-    p, r = (x.replace(**{n: 0 * y for n, y in (floats(x) | lengths_of(x)).items()}) for x in (policy, ref))
+    p, r = (put(x, **{n: 0 * y for n, y in (floats(x) | lengths_of(x)).items()}) for x in (policy, ref))
     losses, grads = compiled(name)(moved_on(name, p, r), r, jnp.ones(B))
     assert np.isfinite(losses).all() and all(np.isfinite(g).all() for g in grads.values())
 
@@ -320,7 +330,7 @@ def test_nothing_broadcasts_silently(name):
             with pytest.raises((TypeError, ValueError)):
                 jax.eval_shape(objective, policy, batch(name, 1, rows)[1])
     for field, x in floats(policy).items():
-        if same(objective(policy.replace(**{field: other(x)}), ref), losses):
+        if same(objective(put(policy, **{field: other(x)}), ref), losses):
             continue  # it is not read
         with pytest.raises((TypeError, ValueError)):
-            jax.eval_shape(objective, policy.replace(**{field: x[:, None]}), ref)
+            jax.eval_shape(objective, put(policy, **{field: x[:, None]}), ref)

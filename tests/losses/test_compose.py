@@ -12,7 +12,6 @@ import pytest
 from dpojax.losses import (
     DIVERGENCES,
     LOSSES,
-    bound,
     length_normalized,
     reference_free,
     spelled,
@@ -21,13 +20,16 @@ from dpojax.losses import (
     with_divergence,
     with_label_smoothing,
     with_margins,
+    with_options,
     with_weights,
 )
 from dpojax.losses.compose import swapped
 from dpojax.losses.spelling import probe
 from dpojax.losses.tokenwise import down_sampled, length_desensitized
 from dpojax.losses.wpo import wpo_weighted
-from tests.losses.test_catalogue import batch
+from dpojax.types import STATISTICS
+from tests.losses.fields import flat, put
+from tests.losses.test_catalogue import SUMS, batch
 
 hinge, ipo, kto, ld_dpo, sft, sigmoid = (LOSSES[n] for n in ("hinge", "ipo", "kto", "ld_dpo", "sft", "sigmoid"))
 BOTH = batch("sigmoid", 0)
@@ -50,12 +52,12 @@ def test_weighted_sum_is_an_objective_and_composes():
             weighted_sum((1.0, sigmoid), (1.0, other))
 
 
-def test_bound_binds_what_is_taken_and_not_bound_yet():
-    close(bound(sigmoid, beta=0.3, alpha=7.0)(*BOTH), sigmoid(*BOTH, beta=0.3))
-    close(bound(functools.partial(sigmoid, beta=0.3), beta=0.5, label_smoothing=0.1)(*BOTH),
+def test_with_options_binds_what_is_taken_and_not_bound_yet():
+    close(with_options(sigmoid, beta=0.3, alpha=7.0)(*BOTH), sigmoid(*BOTH, beta=0.3))
+    close(with_options(functools.partial(sigmoid, beta=0.3), beta=0.5, label_smoothing=0.1)(*BOTH),
           sigmoid(*BOTH, beta=0.3, label_smoothing=0.1))  # fmt: skip
-    assert traits_of(bound(ld_dpo, beta=0.3)) == traits_of(ld_dpo)
-    close(bound(MIXED, beta=9.0)(*BOTH), MIXED(*BOTH))
+    assert traits_of(with_options(ld_dpo, beta=0.3)) == traits_of(ld_dpo)
+    close(with_options(MIXED, beta=9.0)(*BOTH), MIXED(*BOTH))
 
 
 # Generators f(t) of the divergences, whose derivatives at the ratio t are the scores, up to a constant that cancels.
@@ -97,7 +99,8 @@ def test_label_smoothing_is_the_expectation_over_flips(smoothing):
         want = (1 - smoothing) * LOSSES[name](*BOTH) + smoothing * LOSSES[name](swapped(POLICY), swapped(REF))
         close(with_label_smoothing(LOSSES[name], smoothing)(*BOTH), want)
     np.testing.assert_array_equal(swapped(POLICY).margin, -POLICY.margin)
-    np.testing.assert_array_equal(swapped(POLICY).chosen_tokens, POLICY.rejected_tokens)
+    for name in STATISTICS:
+        np.testing.assert_array_equal(getattr(swapped(POLICY), name).chosen, getattr(POLICY, name).rejected)
     # The data's margin is a property of the label: a flipped pair is asked for minus it.
     flipped = with_label_smoothing(with_margins(hinge, 0.5), smoothing)(*BOTH)
     h = (POLICY.chosen - REF.chosen) - (POLICY.rejected - REF.rejected) - 0.5 * POLICY.margin
@@ -114,8 +117,8 @@ def test_length_normalized_is_what_has_it_built_in():
 
 
 def test_reference_free_reads_no_reference():
-    zero = REF.replace(chosen=jnp.zeros_like(REF.chosen), rejected=jnp.zeros_like(REF.chosen),
-                       chosen_tokens=0 * REF.chosen_tokens, rejected_tokens=0 * REF.chosen_tokens)  # fmt: skip
+    zeros = {name: 0 * x for name, x in flat(REF).items() if name in SUMS or name.endswith("_tokens")}
+    zero = put(REF, **zeros)
     for name in ("sigmoid", "ipo", "ld_dpo", "wpo"):
         free = reference_free(LOSSES[name])
         close(free(*BOTH), LOSSES[name](POLICY, zero))
@@ -223,7 +226,9 @@ def mine(policy, ref, *, beta=0.1, scale=1.0): return scale * beta * (policy.rej
 def mean(policy, ref): return policy.chosen.mean()
 def none(policy, ref): return None
 def broken(policy, ref): raise NotImplementedError
+def branches(policy, ref, *, beta=0.1): return policy.chosen if beta > 0 else policy.rejected
 half = functools.partial(mine, scale=0.5)
+third = functools.partial(mine, beta=0.3)
 """
 
 
@@ -237,12 +242,17 @@ def test_a_file_of_the_users(tmp_path, monkeypatch):
               + 0.5 * POLICY.weight * 0.6 * (POLICY.rejected - POLICY.chosen))  # fmt: skip
         assert found.files == (path,)
     assert spelled("losses.py:half").beta == 0.1
+    third = spelled("losses.py:third", beta=0.5)  # what the file binds stays bound
+    assert (third.beta, third.unused, third.takes_beta) == (0.3, (), False)
+    close(third.objective(*BOTH), 0.3 * (POLICY.rejected - POLICY.chosen))
+    assert spelled("losses.py:third(beta=0.5)").beta == 0.5
     for text, said in {
         "losses.py:none_there": "losses.py: defines no function none_there",
         "no.py:mine": "no.py: no such file; give a Python file that defines mine",
         "bad.py:mine": r"bad.py: cannot be run \(ModuleNotFoundError",
         "losses.py:mean": r"gives \(\) for 3 pairs; it must give one loss a pair",
         "losses.py:none": "gives None for 3 pairs; it must give one loss a pair",
+        "losses.py:branches": r"fails where beta is an array; use jnp.where",
         "losses.py:broken": r"fails on a batch of pairs \(NotImplementedError\)",
         "losses.py:half(gamma=1)": "losses.py:half has no option 'gamma'; it takes beta, scale",
         "losses.py:mine*losses.py:mine": r"'losses.py:mine \* losses.py:mine': one side of \* must be a number",
@@ -251,6 +261,14 @@ def test_a_file_of_the_users(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=said) as error:
             spelled(text)
         assert "\n" not in str(error.value)
+
+
+def test_a_file_runs_once_a_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "counted.py").write_text(MINE + "with open('runs', 'a') as runs: runs.write('x')\n")
+    found = spelled("counted.py:mine+0.5*with_weights(./counted.py:half)+counted.py:mine(beta=0.3)")
+    found.objective(*BOTH)
+    assert (tmp_path / "runs").read_text() == "x" and found.files == ("counted.py", "./counted.py")
 
 
 BAD = {

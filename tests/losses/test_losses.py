@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dpojax.losses import LOSSES, hinge, implicit_rewards, ipo, sft, sigmoid, traits_of
-from dpojax.types import LabelledLogps, PairLogps
+from dpojax.types import STATISTICS, LabelledLogps, PairLogps
+from tests.losses.fields import flat, pair_logps, put
 
 
 def pair(chosen, rejected, chosen_len, rejected_len, dtype=jnp.float32) -> PairLogps:
@@ -95,12 +96,12 @@ def along(name: str, chosen, rejected) -> tuple[PairLogps, PairLogps]:
     B = len(chosen)
     n, ones, key = jnp.full(B, 3), jnp.ones(B), jax.random.split(jax.random.key(0), B)
     shared = dict(zip(("chosen_len", "rejected_len", "margin", "key"), (n, n, 2 * ones, key), strict=True))
-    shared |= {f"{side}_{word}": -ones for side in ("chosen", "rejected") for word in ("squares", "kl")}
+    shared |= {f"{side}_{word}": -ones for side in ("chosen", "rejected") for word in STATISTICS}
 
     def sums(chosen, rejected):
         tokens = {"chosen_tokens": jnp.tile(chosen[:, None] / 3, (1, 3))}
         tokens |= {"rejected_tokens": jnp.tile(rejected[:, None] / 3, (1, 3))}
-        return PairLogps(chosen=chosen, rejected=rejected, **tokens, **shared)
+        return pair_logps(chosen=chosen, rejected=rejected, **shared | tokens)
 
     return sums(chosen, rejected), sums(-20 * ones, -20 * ones)
 
@@ -110,9 +111,9 @@ def test_loss_falls_as_the_chosen_side_gains_and_rises_as_the_rejected_one_does(
     grid, still = jnp.linspace(-60.0, -0.5, 60), jnp.full(60, -20.0)
     for chosen, rejected, sign in ((grid, still, -1), (still, grid, 1)):
         policy, ref = along(name, chosen, rejected)
-        f = lambda x, p=policy, r=ref: LOSSES[name](p.replace(**x), r)  # noqa: E731
+        f = lambda x, p=policy, r=ref: LOSSES[name](put(p, **x), r)  # noqa: E731
         fields = ("chosen", "rejected", "chosen_tokens", "rejected_tokens")
-        losses, back = jax.vjp(f, {field: getattr(policy, field) for field in fields})
+        losses, back = jax.vjp(f, {field: flat(policy)[field] for field in fields})
         grads = back(jnp.ones(60))[0]
         chosen_pull, rejected_pull = (grads[side] + grads[f"{side}_tokens"].sum(1) for side in ("chosen", "rejected"))
         assert (chosen_pull <= 0).all() and (chosen_pull < 0).any() and (rejected_pull >= 0).all()

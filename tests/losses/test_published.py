@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dpojax.losses import LOSSES, traits_of
-from dpojax.types import PairLogps
+from dpojax.types import STATISTICS, PairLogps, Sides
+from tests.losses.fields import flat, put
 
 B, C = 8, 12
 PRECISIONS = [(True, jnp.float64, 1e-9, 0.0), (False, jnp.float32, 2e-5, 5e-6)]
@@ -165,20 +166,19 @@ def draw(seed: int, equal_lengths: bool = False) -> dict:
         "margin": binary(rng.gamma(2.0, 1.0, B) + 0.05),
     }
     inputs["squares"] = [binary(-rng.gamma(2.0, 0.5, B)) * n for n in (nc, nr)]
-    return inputs | {"kl": [binary(rng.gamma(2.0, 0.1, B)) * n for n in (nc, nr)]}
+    for name in STATISTICS:
+        inputs.setdefault(name, [binary(rng.gamma(2.0, 0.1, B)) * n for n in (nc, nr)])
+    return inputs
 
 
 def pairs(data: dict, dtype) -> tuple[PairLogps, PairLogps]:
     a = lambda x: jnp.asarray(x, dtype)  # noqa: E731
     (c, r, rc, rr), (tc, tr, trc, trr) = data["sums"], data["tokens"]
     lengths = [jnp.asarray(n, jnp.int32) for n in data["lengths"]]
-    own = {
-        f"{side}_{k}": a(x) for k in ("squares", "kl") for side, x in zip(("chosen", "rejected"), data[k], strict=True)
-    }
+    own = {name: Sides(*map(a, data[name])) for name in STATISTICS if name != "tokens" and name in data}
     shared = {"margin": a(data["margin"]), "key": jax.random.split(jax.random.key(0), len(c))}
-    policy = PairLogps(a(c), a(r), *lengths, chosen_tokens=a(tc), rejected_tokens=a(tr), **own, **shared)
-    ref = PairLogps(a(rc), a(rr), *lengths, chosen_tokens=a(trc), rejected_tokens=a(trr), **shared)
-    return policy, ref
+    policy = PairLogps(a(c), a(r), *lengths, tokens=Sides(a(tc), a(tr)), **own, **shared)
+    return policy, PairLogps(a(rc), a(rr), *lengths, tokens=Sides(a(trc), a(trr)), **shared)
 
 
 def expected(name: str, data: dict, options: dict):
@@ -347,8 +347,8 @@ def slopes(name: str, data: dict, *fields: str, beta: float = 0.3) -> dict:
     """The gradients of an objective's sum by fields of the policy, in float64."""
     with jax.enable_x64(True):
         policy, ref = pairs(data, jnp.float64)
-        loss = lambda x: LOSSES[name](policy.replace(**x), ref, beta=beta).sum()  # noqa: E731
-        grads = jax.grad(loss)({field: getattr(policy, field) for field in fields})
+        loss = lambda x: LOSSES[name](put(policy, **x), ref, beta=beta).sum()  # noqa: E731
+        grads = jax.grad(loss)({field: flat(policy)[field] for field in fields})
     return {field: np.asarray(grad) for field, grad in grads.items()}
 
 
@@ -372,8 +372,8 @@ def test_ld_dpo_weighs_the_gradient_of_the_tokens_beyond_the_shorter_length():
     weight = np.where(np.arange(C)[None] < np.minimum(*data["lengths"])[:, None], 1.0, 0.5)
     with jax.enable_x64(True):
         policy, ref = pairs(data, jnp.float64)
-        f = lambda t: LOSSES["ld_dpo"](policy.replace(chosen_tokens=t, chosen=t.sum(1)), ref, ld_alpha=0.5).sum()  # noqa: E731
-        grad = np.asarray(jax.grad(f)(policy.chosen_tokens))
+        f = lambda t: LOSSES["ld_dpo"](put(policy, chosen_tokens=t, chosen=t.sum(1)), ref, ld_alpha=0.5).sum()  # noqa: E731
+        grad = np.asarray(jax.grad(f)(policy.tokens.chosen))
     real = np.arange(C)[None] < data["lengths"][0][:, None]
     np.testing.assert_allclose(grad * real, grad[:, :1] * weight * real, rtol=1e-9)
 

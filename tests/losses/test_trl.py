@@ -16,6 +16,7 @@ from dpojax.losses.tokenwise import length_desensitized
 from dpojax.losses.wpo import wpo_weighted
 from dpojax.types import PairLogps
 from tests.conftest import GOLDENS
+from tests.losses.fields import pair_logps
 
 STORED = json.loads((GOLDENS / "trl_losses.json").read_text())
 TRL = {
@@ -47,7 +48,7 @@ def pairs(tokens, given: dict[str, np.ndarray]) -> PairLogps:
     fields["_squares"] = jnp.asarray(given["squares"], tokens.dtype).sum(axis=1)
     half = len(given["lengths"]) // 2
     sides = {"chosen": slice(None, half), "rejected": slice(half, None)}
-    return PairLogps(**{side + name: x[part] for side, part in sides.items() for name, x in fields.items()})
+    return pair_logps(**{side + name: x[part] for side, part in sides.items() for name, x in fields.items()})
 
 
 def ours(given: dict[str, np.ndarray], loss_type: str, settings: dict[str, Any], dtype=jnp.float32):

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from dpojax.losses.compose import EXPONENT
 from dpojax.losses.sft import sft
-from dpojax.losses.traits import traits
+from dpojax.losses.traits import Beta, traits
 from dpojax.types import PairLogps
 
 CERTAIN = -1e-6
@@ -27,7 +27,7 @@ def _log_odds(mean: Float[Array, " B"]) -> Float[Array, " B"]:
 
 
 @traits(reference=False, lengths=True, per_token=True)
-def orpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array, " B"]:
+def orpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
     r"""Odds ratio preference optimization: imitation of the chosen side, and better odds for it than for the rejected.
 
     .. math:: -\log \bar\pi(y_w|x) - \beta \log \sigma\left(\log \frac{\bar\pi(y_w|x)}{1 - \bar\pi(y_w|x)}
@@ -48,23 +48,18 @@ def orpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1) -> Float[Array
     Returns:
       One loss a pair, ``[B]``, nats per token.
 
-    Raises:
-      ValueError: ``beta`` below 0.
-
     >>> import jax.numpy as jnp
     >>> n = jnp.array([4])
     >>> p = PairLogps(4 * jnp.log(jnp.array([0.5])), 4 * jnp.log(jnp.array([0.2])), n, n)  # odds 1 and 1/4
     >>> print(f"{orpo(p, p, beta=0.5)[0]:.6f}")  # log(2) + 0.5 * log(1 + 1/4)
     0.804719
     """
-    if beta < 0:
-        raise ValueError(f"orpo: beta {beta} must be at least 0")
     chosen, rejected = _per_token(policy)
     return -chosen - beta * jax.nn.log_sigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 @traits(reference=False, lengths=True, per_token=True)
-def simpo(policy: PairLogps, ref: PairLogps, *, beta: float = 2.0, simpo_gamma: float = 1.0) -> Float[Array, " B"]:
+def simpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 2.0, simpo_gamma: float = 1.0) -> Float[Array, " B"]:
     r"""Simple preference optimization: the mean log-probability is the reward, and a margin of it is asked for.
 
     .. math:: -\log \sigma\left(\frac{\beta}{|y_w|} \log \pi(y_w|x) - \frac{\beta}{|y_l|} \log \pi(y_l|x)
@@ -94,7 +89,7 @@ def simpo(policy: PairLogps, ref: PairLogps, *, beta: float = 2.0, simpo_gamma: 
 
 
 @traits(reference=False, lengths=True)
-def cpo(policy: PairLogps, ref: PairLogps, *, beta: float = 0.1, cpo_alpha: float = 1.0) -> Float[Array, " B"]:
+def cpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, cpo_alpha: float = 1.0) -> Float[Array, " B"]:
     r"""Contrastive preference optimization: DPO with a uniform reference, and imitation of the chosen side.
 
     .. math:: -\log \sigma(\beta \log \pi(y_w|x) - \beta \log \pi(y_l|x))
@@ -136,7 +131,7 @@ def _shaped(mean: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
 
 @traits(reference=False, lengths=True, per_token=True)
 def alphapo(
-    policy: PairLogps, ref: PairLogps, *, beta: float = 2.5, alpha: float = 0.25, simpo_gamma: float = 0.1
+    policy: PairLogps, ref: PairLogps, *, beta: Beta = 2.5, alpha: float = 0.25, simpo_gamma: float = 0.1
 ) -> Float[Array, " B"]:
     r"""SimPO with a reward of another shape, which says how hard improbable completions are pulled and pushed.
 
