@@ -81,7 +81,7 @@ def test_kl_has_the_gradient_of_the_whole_logits(config, params, batch):
 
 
 def test_rewards_are_of_the_last_token(config, params, batch):
-    config = dataclasses.replace(config, reward=True)
+    config = dataclasses.replace(config, head="score")
     params = {**params, "score": jax.random.normal(jax.random.key(0), (1, config.width))}
     got = completion_rewards(make_apply(config), params, batch)
     for row, n in np.ndindex(4, 2):
