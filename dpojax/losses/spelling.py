@@ -47,7 +47,7 @@ class ObjectiveSpec:
     @property
     def beta(self) -> float:
         """The beta, bound or by default, of the first term that has one, else 0.1; it scales the implicit rewards."""
-        first = self.betas[0][0] if self.betas else None
+        first = self.betas[0][0] if self.betas else DEFAULT_BETA
         return first if _is_number(first) else DEFAULT_BETA
 
     @property

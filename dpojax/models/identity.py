@@ -1,10 +1,14 @@
 """The identity of parameters: a content hash that is computed on the devices and is the same on every mesh."""
 
+import functools
 import hashlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt
 
 from dpojax.models.params import flatten
@@ -22,38 +26,53 @@ def fingerprint(params: PyTree) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     flat = {path: jnp.asarray(x) for path, x in flatten(params).items()}
-    sums = jax.device_get(_sums_of_all(flat))
+    functions = {path: _sums_over_mesh(x) for path, x in flat.items()}
+    sums = jax.device_get(jax.jit(lambda flat: {path: functions[path](x) for path, x in flat.items()})(flat))
     for path, x in sorted(flat.items()):
         digest.update(f"{path} {x.shape} {x.dtype} {sums[path].tolist()}".encode())
     return digest.hexdigest()
 
 
-@jax.jit
-def _sums_of_all(flat: dict[str, Array]) -> dict[str, Array]:
-    return {path: _sums(x) for path, x in flat.items()}
+def _sums_over_mesh(x: Array) -> Callable[[Array], UInt[Array, " 2"]]:
+    """The function that adds up an array's mixed elements where they lie."""
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return functools.partial(_sums, shape=x.shape, starts=(0,) * x.ndim)
+    mesh, spec = sharding.mesh, sharding.spec
+    axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in (*spec, *[None] * x.ndim)][: x.ndim]
+    assert isinstance(mesh, Mesh)
+
+    def local(part: Array) -> UInt[Array, " 2"]:
+        starts = tuple(jax.lax.axis_index(a) * n if a else 0 for a, n in zip(axes, part.shape, strict=True))
+        return jax.lax.psum(_sums(part, shape=x.shape, starts=starts), [name for a in axes for name in a])
+
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
 
 
-def _sums(x: Array) -> UInt[Array, " 2"]:
-    """The sums of the mixed elements, one for each seed."""
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    # Stacked layers are added up elementwise before they are summed: XLA's CPU compiler reduces slowly.
-    layers = bits if x.ndim > 2 else bits[None]
-    position = jnp.zeros(layers.shape[1:], jnp.uint32)
-    for axis, size in enumerate(position.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, position.shape, axis)
+def _sums(x: Array, *, shape: tuple[int, ...], starts: tuple[Any, ...]) -> UInt[Array, " 2"]:
+    """The sums, one for each seed, of the mixed elements of a part of an array of this shape that begins there."""
+    strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
+    rows = x if x.ndim > 1 else x[None]
+    starts, strides = ((0, *starts), [0, *strides]) if x.ndim == 1 else (starts, strides)
+    place = jnp.zeros(rows.shape[1:], jnp.uint32)
+    for axis, (start, stride) in enumerate(zip(starts[1:], strides[1:], strict=True)):
+        at = jax.lax.broadcasted_iota(jnp.uint32, place.shape, axis) + jnp.uint32(start)
+        place = place + at * jnp.uint32(stride)
 
+    # Rows are added up elementwise before they are summed: XLA's CPU compiler reduces slowly.
     def add(i: Any, totals: list[Array]) -> list[Array]:
-        layer, at = layers[i], position + jnp.uint32(i) * jnp.uint32(position.size % 2**32)
-        return [total + _mixed(layer, at, seed) for total, seed in zip(totals, SEEDS, strict=True)]
+        at = place + (jnp.uint32(i) + jnp.uint32(starts[0])) * jnp.uint32(strides[0])
+        return [total + _mixed(rows[i], at, seed) for total, seed in zip(totals, SEEDS, strict=True)]
 
-    totals = jax.lax.fori_loop(0, layers.shape[0], add, [jnp.zeros_like(position) for _ in SEEDS])
+    totals = jax.lax.fori_loop(0, rows.shape[0], add, [jnp.zeros_like(place) for _ in SEEDS])
     return jnp.stack([jnp.sum(total, dtype=jnp.uint32) for total in totals])
 
 
-def _mixed(bits: Array, position: Array, seed: int) -> Array:
-    """MurmurHash3's finaliser (Appleby, public domain) of the bits at their position."""
-    h = bits ^ (position * jnp.uint32(seed) + jnp.uint32(seed >> 7))
+def _mixed(x: Array, position: Array, seed: int) -> Array:
+    """MurmurHash3's finaliser (Appleby, public domain) of the elements' bits at their position."""
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    h = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    h = h ^ (position * jnp.uint32(seed) + jnp.uint32(seed >> 7))
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
