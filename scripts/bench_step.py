@@ -89,13 +89,14 @@ def gemm_rate() -> float:
 def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Options, model and batches; a random model and tokens where the spec names no model."""
     import numpy as np
-    from dpojax.train.setup import load_data
 
     from dpojax.configs import DPOConfig
     from dpojax.data import Batches, Example
     from dpojax.models import new_model
     from dpojax.sharding import make_mesh
-    from dpojax.train.checkpoint import load_policy
+    from dpojax.train import task_of
+    from dpojax.train.by_name import load_policy
+    from dpojax.train.inputs import load_data
 
     case = Case(**spec["case"])
     config = DPOConfig(

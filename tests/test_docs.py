@@ -92,3 +92,10 @@ def test_named_files_are_there():
             continue
         for name in re.findall(r"`((?:dpojax|tests|scripts|experiments|docs)/[\w/.]+?)(?::\w+)?`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_named_tests_are_there():
+    named = re.findall(r"`(tests/[\w/.]+)::(\w+)`", (ROOT / "docs" / "design.md").read_text())
+    assert named
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
