@@ -27,7 +27,7 @@ def test_python_door(tmp_path, monkeypatch, quiet, capsys):
     monkeypatch.chdir(tmp_path)  # it saves a model
     failed, tried = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False)
     assert tried > EXAMPLE_LINES - 10 and not failed, capsys.readouterr().out
-    assert (tmp_path / "tiny" / "config.json").exists()
+    assert (tmp_path / "runs" / "tiny" / "config.json").exists()
 
 
 def test_the_first_example_is_short():
