@@ -10,7 +10,7 @@ from dpojax.errors import UserError
 
 
 def tiny_model(directory: Path) -> str:
-    """The directory of a random model of bytes, which is made if need be."""
+    """The directory of a random model whose tokens are bytes; it is made if it is not there."""
     from transformers import ByT5Tokenizer
 
     from dpojax.models import DecoderConfig, new_model, save_model
@@ -31,6 +31,20 @@ def tiny_model(directory: Path) -> str:
         save_model(new_model(shape), directory)
         ByT5Tokenizer().save_pretrained(directory)
     return str(directory)
+
+
+def first_rows(file: str, n: int, directory: Path) -> str:
+    """The name of a file in the directory that has the first n rows of a JSONL file.
+
+    Raises:
+      UserError: no such file.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such file; name a JSONL file of pairs")
+    directory.mkdir(parents=True, exist_ok=True)
+    out = directory / Path(file).name
+    out.write_text("".join(Path(file).read_text().splitlines(keepends=True)[:n]))
+    return str(out)
 
 
 def smollm2_path() -> str:

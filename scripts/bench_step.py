@@ -49,6 +49,7 @@ from bench_common import (
     can_import,
     child_prepare,
     figures,
+    llama_config,
     load_average,
     machine,
     median,
@@ -87,14 +88,15 @@ def gemm_rate() -> float:
 
 def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Options, model and batches; a random model and tokens where the spec names no model."""
-    import jax
     import numpy as np
-    from dpojax.train.setup import load_data
 
     from dpojax.configs import DPOConfig
     from dpojax.data import Batches, Example
-    from dpojax.models import DecoderConfig, Model, init_params
-    from dpojax.train.checkpoint import load_policy
+    from dpojax.models import new_model
+    from dpojax.sharding import make_mesh
+    from dpojax.train import task_of
+    from dpojax.train.by_name import load_policy
+    from dpojax.train.inputs import load_data
 
     case = Case(**spec["case"])
     config = DPOConfig(
@@ -113,26 +115,25 @@ def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
         beta=BETA,
         reference=spec["reference"],
     )
+    mesh = make_mesh(config.mesh)
     if case.peer == "trl":
-        data = load_data(config, task_of(config))
-        return config, load_policy(config.model), data.batches
-    shape = DecoderConfig(
-        **TUNIX_MODEL, head_dim=64, norm_eps=1e-5, rope_theta=500_000.0, max_positions=2048, tied=False
-    )
+        data = load_data(config, task_of(config), mesh)
+        return config, load_policy(config.model, mesh=mesh), data.batches
+    shape = llama_config(TUNIX_MODEL)
     rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(1, shape.vocab_size, n, dtype=np.int32)  # noqa: E731
     C = case.completion
     rows = [Example(ids(case.prompt), (ids(C), ids(C))) for _ in range(case.pairs * spec["steps"])]
-    params = jax.tree.map(np.array, init_params(shape, 0))
-    return config, Model(shape, params, {}), Batches(rows, case.pairs, max_shapes=1, seed=0)
+    return config, new_model(shape, mesh=mesh), Batches(rows, case.pairs, max_shapes=1, seed=0)
 
 
 def our_step(config: Any, model: Any, batches: Any) -> tuple[Any, Any, Any]:
     """The program, its first state and its reference, as `dpojax dpo` makes them."""
+    from dpojax.sharding import make_mesh
     from dpojax.train import cached_reference, initial_state, live_reference, task_of
     from dpojax.train.program import program_of
 
-    program = program_of(config, task_of(config), model.config, config.steps)
+    program = program_of(config, task_of(config), model.config, make_mesh(config.mesh), config.steps)
     if config.reference == "live":
         reference: Any = live_reference(program, model.params)
     else:
