@@ -238,7 +238,7 @@ def all_pairs(
       logps, ref_logps: log-probabilities of policy and reference, ``[X, Y]``, nats.
       preferences: ``[X, Y, Y]``, as :func:`preference_probability` has them.
       pair_weights: m, symmetric, as :func:`pair_probabilities` has it (default: all pairs equally likely).
-      lengths: tokens of each completion (default: 1 each, and then per-token fields are there too).
+      lengths: tokens of each completion (default: 1 each, and then the statistics of tokens are there too).
 
     Returns:
       ``(policy, ref, weights)``, with ``B = X * Y * (Y - 1)``; the weights sum to 1.

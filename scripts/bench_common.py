@@ -60,21 +60,24 @@ SMOLLM2 = {
 """SmolLM2-135M, for what needs its shape and not its weights."""
 
 
-LABELS = {"ours": "ours", "trl": "TRL", "tunix": "Tunix"}
-
-
-def llama_config(size: dict[str, Any]) -> Any:
-    """The choices of a Llama of these sizes, as ``dpojax.models`` has them."""
-    from dpojax.models import DecoderConfig
-    from dpojax.models.config import Attention, Mlp, Norm, Rope
+def decoder_config(sizes: dict[str, Any]) -> Any:
+    """The Llama of these sizes."""
+    from dpojax.models.config import Attention, DecoderConfig, Mlp, Norm, Rope
 
     return DecoderConfig(
-        **{name: size[name] for name in ("vocab_size", "width", "layers", "max_positions", "tied")},
-        attention=Attention(heads=size["heads"], kv_heads=size["kv_heads"], head_dim=size["head_dim"]),
-        mlp=Mlp(width=size["mlp_width"]),
-        norm=Norm(eps=size["norm_eps"]),
-        positions=Rope(theta=size["rope_theta"]),
+        vocab_size=sizes["vocab_size"],
+        width=sizes["width"],
+        layers=sizes["layers"],
+        attention=Attention(heads=sizes["heads"], kv_heads=sizes["kv_heads"], head_dim=sizes["head_dim"]),
+        mlp=Mlp(width=sizes["mlp_width"]),
+        norm=Norm(eps=sizes["norm_eps"]),
+        positions=Rope(theta=sizes["rope_theta"]),
+        max_positions=sizes["max_positions"],
+        tied=sizes["tied"],
     )
+
+
+LABELS = {"ours": "ours", "trl": "TRL", "tunix": "Tunix"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +101,15 @@ def needed_flops(model: Any, case: Case) -> float:
     twice as much again. Norms, softmaxes, rotations, lookups and the optimizer are left out.
 
     Args:
-      model: a ``dpojax.models.DecoderConfig`` of the Llama family.
+      model: a ``dpojax.models.DecoderConfig``.
       case: the batch.
     """
     P, C, D = case.prompt, case.completion, model.width
-    at = model.attention
-    heads = 2 * at.heads + 2 * at.kv_heads  # queries and outputs, keys and values
-    weights = model.layers * D * (heads * at.head_dim + 3 * model.mlp.width)
+    sizes = model.attention
+    heads = 2 * sizes.heads + 2 * sizes.kv_heads  # queries and outputs, keys and values
+    weights = model.layers * D * (heads * sizes.head_dim + 3 * model.mlp.width)
     visible = P * (P + 1) // 2 + 2 * (C * P + C * (C + 1) // 2)
-    attention = 2 * model.layers * at.heads * at.head_dim * visible
+    attention = 2 * model.layers * sizes.heads * sizes.head_dim * visible
     return 2.0 * case.pairs * (weights * (P + 2 * C) + model.vocab_size * D * 2 * C + attention)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_common import ROOT, SMOLLM2, llama_config, machine, say, table, versions
+from bench_common import ROOT, SMOLLM2, decoder_config, machine, say, table, versions
 
 sys.path.insert(0, str(ROOT))
 
@@ -40,7 +40,7 @@ from dpojax.sharding import make_mesh
 from dpojax.train import Program, lower_step, task_of
 from dpojax.train.program import abstract_inputs, program_of
 
-MODEL = llama_config(SMOLLM2)
+MODEL = decoder_config(SMOLLM2)
 CHOICES = {
     "remat": ("none", "dots", "block"),
     "logprob_chunk_tokens": (512, 64, "all"),
@@ -113,7 +113,7 @@ def compiled_step(config: DPOConfig, setting: Setting) -> tuple[dict[str, int], 
 def compiled_reference(config: DPOConfig, setting: Setting) -> dict[str, int]:
     """Bytes of the live reference's own program, and of its parameters."""
     program = program_for(config)
-    params, (_, batch, _) = abstract_params(MODEL, program.mesh), abstract_inputs(program, make_batch(setting))
+    params, (_, batch, _) = abstract_params(program.config, program.mesh), abstract_inputs(program, make_batch(setting))
     return {**figures(program.logps_step.lower(params, batch).compile()), "parameters": tree_bytes(params)}
 
 

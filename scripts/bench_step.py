@@ -48,8 +48,8 @@ from bench_common import (
     Entry,
     can_import,
     child_prepare,
+    decoder_config,
     figures,
-    llama_config,
     load_average,
     machine,
     median,
@@ -89,6 +89,7 @@ def gemm_rate() -> float:
 def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Options, model and batches; a random model and tokens where the spec names no model."""
     import numpy as np
+    from dpojax.train.setup import load_data
 
     from dpojax.configs import DPOConfig
     from dpojax.data import Batches, Example
@@ -119,7 +120,7 @@ def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     if case.peer == "trl":
         data = load_data(config, task_of(config), mesh)
         return config, load_policy(config.model, mesh=mesh), data.batches
-    shape = llama_config(TUNIX_MODEL)
+    shape = decoder_config(TUNIX_MODEL)
     rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(1, shape.vocab_size, n, dtype=np.int32)  # noqa: E731
     C = case.completion

@@ -23,14 +23,12 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     """Files that base and changed configs name."""
     from transformers import AutoTokenizer
 
-    from dpojax.models import init_params, save_directory
+    from dpojax.models import new_model, save_model
     from tests.conftest import HF_CONFIG, decoder_config, write_rows
 
     root = tmp_path_factory.mktemp("world")
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
-    save_directory(
-        init_params(decoder_config(HF_CONFIG), seed=9), decoder_config(HF_CONFIG), HF_CONFIG, root / "model2"
-    )
+    save_model(new_model(decoder_config(HF_CONFIG), seed=9), root / "model2")
     tokenizer.save_pretrained(root / "model2")
     tokenizer.eos_token = "<unk>"
     tokenizer.save_pretrained(root / "tokenizer2")

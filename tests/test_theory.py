@@ -198,8 +198,13 @@ def test_every_objective_is_evaluated_or_refused(name):
     if not alone:
         with pytest.raises(ValueError, match="expected_loss: the objective must be"):
             theory.expected_loss(LOSSES[name], ref, ref, preferences)
-    elif not declared.reads & {"margin", "weight", "key"}:
+        return
+    exact, *_ = theory.all_pairs(ref, ref, preferences)
+    if all(getattr(exact, field) is not None for field in declared.reads):
         assert bool(jnp.isfinite(theory.expected_loss(LOSSES[name], ref, ref, preferences)))
+    else:  # the data's margins and weights, random keys, or a statistic that theory has no exact value of
+        with pytest.raises(ValueError, match="which these log-probabilities do not carry"):
+            theory.expected_loss(LOSSES[name], ref, ref, preferences)
 
 
 def test_the_expectation_is_a_sum_over_pairs():

@@ -1,4 +1,4 @@
-"""What would become of every row of a file, said before a run finds out."""
+"""Which rows of a file a run would truncate or refuse, and why, before the run."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def check_files(
     files: Sequence[str], tokenizer: "PreTrainedTokenizerBase | None", kind: RowKind, max_length: int
 ) -> tuple[list[str], bool]:
-    """Lines to read, and whether any row is unusable.
+    """A line for every row that would be dropped or truncated, then a summary; and whether any would be dropped.
 
     Args:
       files: JSONL or Parquet files.

@@ -66,7 +66,7 @@ def _are_names(sources: Sequence[Any]) -> TypeGuard[Sequence[str]]:
 
 
 def load_examples(
-    sources: Sequence[str] | Sequence[Mapping[str, Any]],
+    sources: str | Sequence[str] | Sequence[Mapping[str, Any]],
     encoder: Encoder,
     *,
     kind: RowKind = PAIRS,
@@ -80,7 +80,7 @@ def load_examples(
     back, whatever margins and weights it asks for.
 
     Args:
-      sources: names of JSONL or Parquet files; or a list of dicts, rows in memory.
+      sources: names of JSONL or Parquet files, or of one; or a list of dicts, rows in memory.
       encoder: the tokenizer's.
       kind: the form of the rows, and the annotations that they must have.
       max_length: tokens of prompt + completion.
@@ -90,6 +90,7 @@ def load_examples(
     Raises:
       UserError: a source is missing or empty; a row is unusable and ``skip_bad_rows`` is off; no row is left.
     """
+    sources = [sources] if isinstance(sources, str) else sources
     if _are_names(sources):
         identity = tokenizer_identity(encoder.tokenizer)
         opened = [Source.open(name, kind.form, encoder, identity) for name in sources]

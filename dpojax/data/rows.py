@@ -13,9 +13,9 @@ Other fields are ignored. A text is plain text or a list of chat messages with `
 that are whole conversations may leave the prompt out: it is then the beginning that they share.
 
 Token ids may stand in the place of any text: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``completion_ids``, each
-a list of ints, and ``completions_ids``, a list of such lists. They are used exactly as they are, and the text of the
-same name is then not read: no chat template, no BOS and no EOS is added. So a completion that a sampler cut at its
-token limit has no EOS, and an empty reply that was sampled is the EOS alone.
+a list of ints (in memory also a NumPy array), and ``completions_ids``, a list of such lists. They are used exactly as
+they are, and the text of the same name is then not read: no chat template, no BOS and no EOS is added. So a completion
+that a sampler cut at its token limit has no EOS, and an empty reply that was sampled is the EOS alone.
 
 ``truncated`` (true or false; a list of them for ``completions``; ``chosen_truncated`` and ``rejected_truncated`` of a
 pair) is true of a completion, as text or chat, that was cut before its end: neither an EOS nor a chat template's end of
@@ -24,7 +24,10 @@ a message is added to it. A text that ends in EOS already stays as it is. It cha
 
 import dataclasses
 import math
+from numbers import Integral, Real
 from typing import Any, Literal
+
+import numpy as np
 
 from dpojax.data.read import Row, name_of
 from dpojax.losses.traits import Traits
@@ -154,10 +157,10 @@ def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
 
 
 def _token_ids(value: Any, name: str) -> TokenIds:
-    ids = value if isinstance(value, list | tuple) else ()
-    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
+    ids = value if isinstance(value, list | tuple | np.ndarray) else ()
+    if not len(ids) or any(isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < 2**31 for i in ids):
         raise ValueError(f"field {name!r} must be a list of at least one token id, each a whole number of at least 0")
-    return tuple(ids)
+    return tuple(map(int, ids))
 
 
 def _unicode(text: str, name: str) -> str:
@@ -176,7 +179,7 @@ def _is_empty(text: Text) -> bool:
 
 
 def _flag(value: Any, name: str) -> bool:
-    if value is not None and not isinstance(value, bool):
+    if value is not None and not isinstance(value, bool | np.bool_):
         must = "true (the completion was cut before its end) or false"
         raise ValueError(f"field {name!r} is a {name_of(value)}; it must be {must}")
     return bool(value)
@@ -184,7 +187,7 @@ def _flag(value: Any, name: str) -> bool:
 
 def _number(fields: dict[str, Any], name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         shown = name_of(value) if not isinstance(value, float) else str(value)
         raise ValueError(f"field {name!r} is {shown}; it must be a finite number")
     return float(value)
@@ -307,15 +310,17 @@ def ranked_of(row: Row) -> tuple[Dialogue, RowAnnotations]:
     completions, scores = fields[f"completions{suffix}"], fields.get("scores")
     if not (isinstance(completions, list) and isinstance(scores, list) and len(completions) == len(scores)):
         raise ValueError(f"fields 'completions{suffix}' and 'scores' must be lists of one length")
+    if suffix:
+        completions = [_token_ids(ids, f"completions[{i}]_ids") for i, ids in enumerate(completions, start=1)]
     numbers = [_number({"scores": score}, "scores") for score in scores]
     cut = _truncated_of(fields, len(completions))
     order = sorted(range(len(numbers)), key=lambda i: -numbers[i])
     levels = sorted(set(numbers), reverse=True)
     if len(levels) < 2:
         raise ValueError("the scores are all equal, or one; a preference needs two completions of different scores")
-    told = [(completion, bool(suffix) or flag) for completion, flag in zip(completions, cut, strict=True)]
-    for i, completion in enumerate(told):
-        if completion in told[:i]:
+    distinct = [(completion, flag and not suffix) for completion, flag in zip(completions, cut, strict=True)]
+    for i, completion in enumerate(distinct):
+        if completion in distinct[:i]:
             raise ValueError(f"completion {i + 1} is there twice; leave one out")
     names = tuple([f"completions[{i + 1}]" for i in order])
     sides = {f"{name}{suffix}": completions[i] for name, i in zip(names, order, strict=True)}

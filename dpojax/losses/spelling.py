@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dpojax.losses import LOSSES, WRAPPERS
 from dpojax.losses.compose import at_beta, open_options, takes_beta, weighted_sum
-from dpojax.losses.traits import Beta, Objective, traits_of
+from dpojax.losses.traits import Objective, traits_of
 from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 
 IN_FILE = re.compile(r"([^\s+*(),=]+\.py):([A-Za-z_]\w*)")
@@ -34,26 +34,48 @@ class ObjectiveSpec:
 
     Attributes:
       objective: ``(policy, ref) -> [B]``; :func:`~dpojax.losses.at_beta` gives it a beta.
-      beta: of the first term that has one, bound or by default; else 0.1.
-      beta_is_bound: the first term that has a beta has it bound, or there is none.
-      unused: options that were given for every term and that none took.
+      betas: of each term that has one, its beta (bound or by default), and whether it is bound.
+      unused: options that were given for every term and that none has.
       files: the user's files that it comes from, as they are spelled.
     """
 
     objective: Objective
-    beta: float
-    beta_is_bound: bool
+    betas: tuple[tuple[Any, bool], ...]
     unused: tuple[str, ...]
     files: tuple[str, ...]
+
+    @property
+    def beta(self) -> float:
+        """The beta, bound or by default, of the first term that has one, else 0.1; it scales the implicit rewards."""
+        first = self.betas[0][0] if self.betas else DEFAULT_BETA
+        return first if _is_number(first) else DEFAULT_BETA
 
     @property
     def takes_beta(self) -> bool:
         """Whether a beta given to :func:`~dpojax.losses.at_beta` reaches any of its terms."""
         return takes_beta(self.objective)
 
-    def rewards_beta(self, beta: Beta | None) -> Beta:
-        """The beta of the implicit rewards where the objective is at this beta: that of the first term that has one."""
-        return self.beta if beta is None or self.beta_is_bound else beta
+    def resolved(self, beta: float | None) -> tuple[Objective, float]:
+        """An objective and the one beta at which a run computes its losses and scales its rewards.
+
+        Terms that have no beta bound are at the given one, or without one at their own defaults. Where these or the
+        first term's bound beta differ, one number cannot be both, and they are bound in the objective.
+
+        >>> objective, beta = spelled("sigmoid+0.2*sft").resolved(0.5)
+        >>> beta, takes_beta(objective)
+        (0.5, True)
+        >>> objective, beta = spelled("ipo(beta=0.3)+sigmoid").resolved(0.5)  # rewards are at 0.3, sigmoid at 0.5
+        >>> beta, takes_beta(objective)
+        (0.3, False)
+        """
+        free = {own for own, bound in self.betas if not bound}
+        if not free:
+            return self.objective, self.beta
+        wanted = free if beta is None else {beta}
+        of_rewards = self.beta if beta is None or self.betas[0][1] else beta
+        if wanted == {of_rewards}:
+            return self.objective, of_rewards
+        return functools.partial(self.objective, beta=beta), of_rewards
 
 
 def spelled(text: str, **options: float | None) -> ObjectiveSpec:
@@ -69,8 +91,8 @@ def spelled(text: str, **options: float | None) -> ObjectiveSpec:
       ValueError: the text spells no objective; the message says why.
 
     >>> spec = spelled("sigmoid+0.2*ipo(beta=0.3)")
-    >>> spec.beta, spec.takes_beta, spec.rewards_beta(0.5)
-    (0.1, True, 0.5)
+    >>> spec.beta, spec.takes_beta, spec.betas
+    (0.1, True, ((0.1, False), (0.3, True)))
     >>> spelled("sigmoid+0.2*ipo(beta=0.3)", beta=0.5).beta
     0.5
     >>> spelled("length_normalized(hinge)", label_smoothing=0.1).unused
@@ -89,10 +111,9 @@ def spelled(text: str, **options: float | None) -> ObjectiveSpec:
         _check(objective, text)
     except RecursionError:
         raise ValueError(f"{_cut(text)} is nested too deeply; write fewer terms") from None
-    beta, is_bound = reader.betas[0] if reader.betas else (DEFAULT_BETA, True)
     unused = tuple(name for name in reader.options if name not in reader.used)
     files = tuple(dict.fromkeys(path for path, _ in reader.in_files.values()))
-    return ObjectiveSpec(objective, beta, is_bound, unused, files)
+    return ObjectiveSpec(objective, tuple(reader.betas), unused, files)
 
 
 class _Reader:
@@ -101,7 +122,7 @@ class _Reader:
     def __init__(self, options: dict[str, float]):
         self.options = options
         self.used: set[str] = set()
-        self.betas: list[tuple[float, bool]] = []  # and whether it is bound
+        self.betas: list[tuple[Any, bool]] = []  # and whether it is bound
         self.in_files: dict[str, tuple[str, str]] = {}
         self.modules: dict[Path, ModuleType] = {}
 
@@ -183,8 +204,7 @@ class _Reader:
         if name in LOSSES and options.get("beta", 1) <= 0:
             raise ValueError(f"{name}: beta {options['beta']} must be above 0")
         if "beta" in takes:
-            beta = options.get("beta", takes["beta"].default)
-            self.betas.append((beta if _is_number(beta) else DEFAULT_BETA, "beta" in options or "beta" not in free))
+            self.betas.append((options.get("beta", takes["beta"].default), "beta" in options or "beta" not in free))
         return functools.partial(function, **options) if options else function
 
 

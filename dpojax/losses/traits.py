@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from dpojax.types import COMPARED_DISTRIBUTIONS, REFERENCE_STATISTICS, STATISTICS
@@ -12,7 +13,7 @@ from dpojax.types import COMPARED_DISTRIBUTIONS, REFERENCE_STATISTICS, STATISTIC
 Objective: TypeAlias = Callable[..., Any]
 """``(policy, ref) -> [B]``, one loss per pair (or per labelled completion), unreduced."""
 
-Beta: TypeAlias = float | Float[Array, ""]
+Beta: TypeAlias = float | np.floating | Float[Array, ""]
 """A number, or a scalar array that a compiled step takes as an input; no objective may branch on it."""
 
 F = TypeVar("F", bound=Callable)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpojax.errors import UserError, first_line
 from dpojax.losses import Objective, spelled, traits_of
-from dpojax.types import LabelledLogps, PairLogps, Sides
+from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 
 POINTS = 401  # odd, so that 0 is one of them
 SPAN_OF_BETA = 4.0  # sigmoid is then all but 0 at the right end, and hinge has its kink at a quarter of the way
@@ -35,13 +35,14 @@ def pair_at(margin: jax.Array, base: float, rewards: bool = False) -> tuple[Pair
     """Policy and reference of one pair whose chosen log-ratio is half the margin and whose rejected one is minus that.
 
     All else is neutral: completions of one token, ``base`` nats each under the reference; token distributions as a
-    completion sampled from the policy has them on average (a WPO weight of 1), no divergence from the reference, a
-    margin and a weight of 1 in the data. A reward model's scores have no margin in the data, which is optional there.
+    completion sampled from the policy has them on average (a WPO weight of 1); every other statistic 0, such as the
+    divergence from the reference; a margin and a weight of 1 in the data. A reward model's scores have no margin in the
+    data, which is optional there.
     """
     ones = jnp.ones((1,))
     sums: dict[str, Any] = {"chosen": base + margin[None] / 2, "rejected": base - margin[None] / 2}
-    fields: dict[str, Any] = {"tokens": Sides(*(x[:, None] for x in sums.values())), "squares": Sides(*sums.values())}
-    fields["kl"] = Sides(*(0.0 * x for x in sums.values()))
+    fields: dict[str, Any] = {name: Sides(*(0.0 * x for x in sums.values())) for name in STATISTICS}
+    fields |= {"tokens": Sides(*(x[:, None] for x in sums.values())), "squares": Sides(*sums.values())}
     fields |= {f"{side}_len": jnp.ones((1,), jnp.int32) for side in sums}
     fields |= {"margin": None if rewards else ones, "weight": ones, "mean_chosen_len": jnp.float32(1)}
     policy = PairLogps(**sums, **fields, key=jax.random.split(jax.random.key(0), 1))
@@ -58,7 +59,7 @@ def completion_at(log_ratio: jax.Array, base: float, label: float) -> tuple[Labe
 
 
 def curves_of(name: str, objective: Objective, span: float) -> list[Curve]:
-    """The objective's curve from -span to span nats; of one for labelled completions, a curve for each label.
+    """The objective's curve from -span to span nats, or, where it is of labelled completions, a curve for each label.
 
     The batch is that one pair, and running means are those of a run whose policy still is its reference. Where an
     objective lets no gradient through, neither does the slope: it is what a training step follows.

@@ -39,7 +39,7 @@ def evaluate(
     """
     layout = program.layout
     running = layout.running if running is None else running
-    beta_now = layout.hyper.beta if beta is None else np.float32(beta)
+    beta_now = jnp.asarray(layout.hyper.beta if beta is None else beta, jnp.float32)
     known = isinstance(reference, CachedReference | NoReference)
     if program.traits.needs_forward_pass or not known:
         metrics = metrics_by_batch(program, params, batches, reference, running, beta_now)

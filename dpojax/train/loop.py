@@ -12,7 +12,7 @@ from typing import Any
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
-from dpojax.models import Model, check_divides, fingerprint
+from dpojax.models import Model, check_divides, fingerprint, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
@@ -36,7 +36,7 @@ from dpojax.train.reference import (
 )
 from dpojax.train.rundir import claim_directory, file_hash, save_model_files
 from dpojax.train.scoring import model_key
-from dpojax.train.state import TrainState, partition, placed
+from dpojax.train.state import TrainState, placed
 from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
 from dpojax.train.writers import JsonLines, TensorBoard
@@ -207,7 +207,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     # ---- state ----------------------------------------------------------------------------------------------------
     layout, iterator = program.layout, batches.iterator()
     if done:
-        frozen = placed(partition(model.params, layout.frozen)[1], layout.shardings.frozen)
+        frozen = placed(partition(model.params, layout.trainable)[1], layout.shardings.frozen)
         like = dataclasses.replace(layout.abstract(), hyper=layout.placed_hyper(), frozen=frozen)
         state, position = checkpoints.restore(done, like)
         iterator.set_state(position)

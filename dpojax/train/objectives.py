@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dpojax.logprobs import completion_rewards, completion_stats, labelled_logps, pair_up
-from dpojax.losses import Objective, Traits, log_ratios, per_token, traits_of, without_reference
+from dpojax.losses import Objective, Traits, at_beta, log_ratios, per_token, traits_of, without_reference
 from dpojax.packing import PairBatch
 from dpojax.types import (
     ApplyFn,
@@ -49,11 +49,6 @@ class BatchContext:
 
 LossFn = Callable[[PyTree, PairBatch, ReferenceOutput | None, BatchContext], tuple[Metric, Metrics, Running]]
 """(params, batch, reference, context) -> (loss, metrics, running statistics), loss and metrics undivided."""
-
-
-def at_beta(objective: Objective, policy: Logps, ref: Logps, beta: Any) -> Float[Array, " B"]:
-    """Stands in for :func:`dpojax.losses.at_beta`."""
-    return objective(policy, ref)
 
 
 def logps_of(stats: CompletionStats, batch: PairBatch, traits: Traits) -> Logps:

@@ -1,6 +1,7 @@
 """The functions that a run consists of, compiled for a mesh, from objects in hand."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +28,10 @@ from dpojax.train.objectives import (
 )
 from dpojax.train.optimizer import make_optimizer, make_schedule
 from dpojax.train.scoring import LogpsStep, jit_forward, make_logps_step
-from dpojax.train.state import StateLayout, TrainState, state_layout
+from dpojax.train.state import StateLayout, TrainState, every, state_layout
 from dpojax.train.step import StepFn, jit_train_step, make_train_step
 from dpojax.train.task import Task
-from dpojax.train.top_layers import UNTRAINED, top_config
+from dpojax.train.top_layers import of_top, top_config
 from dpojax.types import ApplyFn, CompletionStats, PyTree, ReferenceOutput
 
 RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
@@ -71,7 +72,7 @@ def make_program(
     objective: Objective,
     *,
     mesh: Mesh | None = None,
-    beta: float = 0.1,
+    beta: float | None = None,
     learning_rate: float | None = None,
     optimizer: optax.GradientTransformation | None = None,
     schedule: optax.Schedule | None = None,
@@ -85,7 +86,8 @@ def make_program(
       config: the model's shape.
       objective: ``(policy, ref) -> [B]`` losses.
       mesh: default: all devices, each with a copy of the model.
-      beta: strength of the KL penalty, for the terms of the objective that bind none.
+      beta: strength of the KL penalty, for the terms of the objective that bind none (default: the one in the
+        objective's signature, else 0.1).
       learning_rate: the peak, by which the optimizer's updates are multiplied; default: 1e-6, or, with an optimizer
         of your own, 1.
       optimizer: default: RMSprop with gradients clipped to a norm of 10.
@@ -93,6 +95,9 @@ def make_program(
       micro_batches: pieces that a batch is computed in, one after another.
       compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
       train_top_layers: N trains the top N layers and the final norm alone.
+
+    Raises:
+      UserError: the mesh does not divide the model.
     """
     mesh, compute = mesh or make_mesh(MeshConfig()), compute or ComputeOptions()
     check_divides(mesh, config)
@@ -100,7 +105,7 @@ def make_program(
     schedule = schedule or make_schedule()
     optimizer = optimizer or make_optimizer(schedule)
     trained = config if train_top_layers is None else top_config(config, train_top_layers)
-    frozen = () if train_top_layers is None else UNTRAINED
+    trainable = every if train_top_layers is None else of_top
     traits, chunk = traits_of(objective), compute.logprob_chunk_tokens
     attention, place = make_attention(compute.attention, mesh, compute.dtype), constrainer(mesh)
 
@@ -115,9 +120,9 @@ def make_program(
         mesh,
         trained,
         optimizer,
-        beta=beta,
+        beta=default_beta(objective) if beta is None else beta,
         learning_rate=peak,
-        frozen=frozen,
+        trainable=trainable,
         running=empty_running(objective),
     )
     step = make_train_step(loss_fn, optimizer, schedule, micro_batches)
@@ -134,6 +139,12 @@ def make_program(
         policy_logps=logps_step if trained == config else logps_of_model(trained),
         ref_step=make_ref_step(apply_of(config), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches),
     )
+
+
+def default_beta(objective: Objective) -> float:
+    """The beta in an objective's signature, bound or by default; 0.1 without a number there."""
+    option = inspect.signature(objective).parameters.get("beta")
+    return option.default if option is not None and isinstance(option.default, int | float) else 0.1
 
 
 def program_of(config: TrainOptions, task: Task, model: DecoderConfig, mesh: Mesh, total_steps: int) -> Program:
@@ -192,7 +203,7 @@ def make_ref_step(
     micro_batches: int = 1,
 ) -> RefStep:
     """``ref_step(params, batch)``, compiled: what an objective of these traits reads of a live reference."""
-    reads = (traits.reads & {"tokens"}) | ({"hidden"} if "kl" in traits.reads else set())
+    reads = traits.reference_statistics | ({"hidden"} if traits.compares_distributions else set())
 
     def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
         return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
@@ -205,7 +216,7 @@ def make_ref_step(
 
     def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
         ref = shape(forward(params, batch), batch)
-        return dataclasses.replace(ref, head=params[config.unembedding]) if "kl" in traits.reads else ref
+        return dataclasses.replace(ref, head=params[config.unembedding]) if traits.compares_distributions else ref
 
     return ref_step
 

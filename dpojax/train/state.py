@@ -1,7 +1,7 @@
 """The train state: all that a step changes, and where each of its arrays lies on the mesh."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +12,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from dpojax.models.config import DecoderConfig
-from dpojax.models.params import abstract_params, param_shardings
+from dpojax.models import DecoderConfig, abstract_params, combine, param_shardings, partition
 from dpojax.sharding import put_global, replicated
 from dpojax.train.objectives import Running
 from dpojax.types import PyTree
@@ -51,19 +50,22 @@ class TrainState:
     opt_state: PyTree
     rng: PRNGKeyArray
     hyper: Hyper
-    frozen: dict[str, PyTree] = struct.field(default_factory=dict)
+    frozen: PyTree = struct.field(default_factory=dict)
     running: Running = struct.field(default_factory=dict)
 
     @property
     def policy(self) -> PyTree:
         """All parameters that the model reads."""
-        return {**self.params, **self.frozen} if self.frozen else self.params
+        return combine(self.params, self.frozen) if self.frozen else self.params
 
 
-def partition(params: PyTree, frozen: Iterable[str]) -> tuple[PyTree, dict[str, PyTree]]:
-    """The trained parameters, and the frozen ones of these names."""
-    kept = {name: params[name] for name in frozen}
-    return {name: x for name, x in params.items() if name not in kept} if kept else params, kept
+Trainable = Callable[[str], bool]
+"""Whether a step changes the parameter of this path, ``blocks/q``."""
+
+
+def every(path: str) -> bool:
+    """True: all parameters are trained."""
+    return True
 
 
 def with_hyper(state: TrainState, **numbers: float) -> TrainState:
@@ -92,7 +94,7 @@ class StateLayout:
       optimizer: with a peak learning rate of 1.
       hyper: the state's numbers.
       running: zeros in the structure of the objective's running statistics.
-      frozen: names of the parameters that no step changes.
+      trainable: whether a step changes the parameter of a path.
       shardings: a sharding for every leaf; optimizer moments lie where their parameters lie.
     """
 
@@ -100,12 +102,12 @@ class StateLayout:
     optimizer: optax.GradientTransformation
     hyper: Hyper
     running: Running
-    frozen: tuple[str, ...]
+    trainable: Trainable
     shardings: TrainState
 
     def make(self, params: PyTree, hyper: Hyper, seed: int) -> TrainState:
         """The state before the first step, as a pure function of the parameters."""
-        trained, frozen = partition(params, self.frozen)
+        trained, frozen = partition(params, self.trainable)
         opt_state, rng = self.optimizer.init(trained), jax.random.key(seed)
         return TrainState(jnp.int32(0), trained, opt_state, rng, hyper, frozen, self.running)
 
@@ -141,14 +143,14 @@ def state_layout(
     *,
     beta: float = 0.1,
     learning_rate: float = 1.0,
-    frozen: Iterable[str] = (),
+    trainable: Trainable = every,
     running: Running | None = None,
 ) -> StateLayout:
     """The layout over a mesh of a run's state."""
     hyper = Hyper(np.float32(beta), np.float32(learning_rate))  # type: ignore[arg-type]  # NumPy's
-    running, frozen, everywhere = running or {}, tuple(frozen), replicated(mesh)
-    trained, kept = partition(param_shardings(mesh, config), frozen)
-    shapes, _ = partition(abstract_params(config), frozen)
+    running, everywhere = running or {}, replicated(mesh)
+    trained, frozen = partition(param_shardings(mesh, config), trainable)
+    shapes, _ = partition(abstract_params(config), trainable)
     moments = optax.tree.map_params(
         optimizer,
         lambda _, s: s,
@@ -157,5 +159,5 @@ def state_layout(
         transform_non_params=lambda _: everywhere,
     )
     scalars = jax.tree.map(lambda _: everywhere, (hyper, running))
-    shardings = TrainState(everywhere, trained, moments, everywhere, scalars[0], kept, scalars[1])  # type: ignore[arg-type]
-    return StateLayout(config, optimizer, hyper, running, frozen, shardings)
+    shardings = TrainState(everywhere, trained, moments, everywhere, scalars[0], frozen, scalars[1])  # type: ignore[arg-type]
+    return StateLayout(config, optimizer, hyper, running, trainable, shardings)

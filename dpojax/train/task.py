@@ -60,15 +60,16 @@ def task_of(config: TrainOptions) -> Task:
     if not isinstance(config, DPOConfig):
         return Task(COMPLETIONS, LOSSES["sft"], traits_of(LOSSES["sft"]), 1.0)
     try:
-        spec = spelled(config.loss, beta=config.beta, label_smoothing=config.label_smoothing)
+        spec = spelled(config.loss, label_smoothing=config.label_smoothing)
     except ValueError as error:
         raise UserError(f"--loss {config.loss}: {error}") from None
     if "label_smoothing" in spec.unused:
         wrapped = f"no term of --loss {config.loss} has it; write with_label_smoothing({config.loss}, 0.1)"
         raise UserError(f"--label-smoothing {config.label_smoothing}: {wrapped}")
-    traits = traits_of(spec.objective)
+    objective, beta = spec.resolved(config.beta)
+    traits = traits_of(objective)
     check_objective(config, traits)
-    return Task(kind_of(traits), spec.objective, traits, spec.beta, spec.files, reference_choice(config, traits))
+    return Task(kind_of(traits), objective, traits, beta, spec.files, reference_choice(config, traits))
 
 
 def reference_choice(config: DPOConfig, traits: Traits) -> ReferenceChoice:

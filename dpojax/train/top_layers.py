@@ -26,8 +26,10 @@ from dpojax.sharding import batch_sharding, constrainer, put_global
 from dpojax.train.scoring import jit_forward, place_params
 from dpojax.types import PyTree
 
-UNTRAINED: tuple[str, ...] = ("embed",)
-"""What of the top's parameters no step changes: the unembedding."""
+
+def of_top(path: str) -> bool:
+    """Whether a step changes this parameter of the trained part: its unembedding, and learned positions, are frozen."""
+    return path not in ("embed", "positions")
 
 
 def check_top_layers(n: int | None, config: DecoderConfig) -> None:
@@ -42,18 +44,27 @@ def check_top_layers(n: int | None, config: DecoderConfig) -> None:
 
 def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
     """The shape of a model's top n layers."""
-    kinds = config.kind_of_layer[config.layers - n :]
-    return dataclasses.replace(config, layers=n, tied=True, kind_of_layer=kinds)
+    return dataclasses.replace(config, layers=n, tied=True, kind_of_layer=config.kind_of_layer[-n:])
+
+
+def trunk_config(config: DecoderConfig, n: int) -> DecoderConfig:
+    """The shape of a model without its top n layers."""
+    L = config.layers - n
+    return dataclasses.replace(config, layers=L, tied=True, kind_of_layer=config.kind_of_layer[:L])
 
 
 def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
     """The frozen parameters of a model, and the trained ones: its top n layers and final norm."""
-    L = next(iter(params["blocks"].values())).shape[0]
-    trained = {"blocks": jax.tree.map(lambda x: x[L - n :], params["blocks"]), "final_norm": params["final_norm"]}
-    frozen = {name: x for name, x in params.items() if name not in trained}
-    if n < L:  # Orbax saves no array without elements
-        frozen["blocks"] = jax.tree.map(lambda x: x[: L - n], params["blocks"])
-    return frozen, trained
+    flat = flatten(params)
+    L = flat["blocks/q"].shape[0]
+    trained = {path: x for path, x in flat.items() if path.startswith("final_norm")}
+    frozen = {path: x for path, x in flat.items() if path not in trained and not path.startswith("blocks/")}
+    for path, x in flat.items():
+        if path.startswith("blocks/"):
+            trained[path] = x[L - n :]
+            if n < L:  # Orbax saves no array without elements
+                frozen[path] = x[: L - n]
+    return nest(frozen), nest(trained)
 
 
 def separate_shapes(shapes: PyTree, n: int) -> tuple[PyTree, PyTree]:
@@ -66,23 +77,23 @@ def separate_shapes(shapes: PyTree, n: int) -> tuple[PyTree, PyTree]:
 
 def join(frozen: PyTree, trained: PyTree) -> PyTree:
     """The whole model's parameters: the inverse of :func:`separate`."""
-    blocks = trained["blocks"]
-    if "blocks" in frozen:
-        blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), frozen["blocks"], blocks)
-    return {**frozen, **trained, "blocks": blocks}
+    below, top = flatten(frozen), flatten(trained)
+    both = {path: jnp.concatenate([below[path], x]) for path, x in top.items() if path in below}
+    return nest({**below, **top, **both})
 
 
 def cut(model: Model, n: int) -> tuple[Model, Model]:
     """A model as two: a trunk, and the top n layers, which go on from its hidden states."""
-    config, params = model.config, model.params
-    _, trained = separate(params, n)
-    below_n, kinds = config.layers - n, config.kind_of_layer[: config.layers - n]
-    below = jax.tree.map(lambda x: x[:below_n], params["blocks"])
-    trunk = {"embed": params["embed"], "blocks": below, "final_norm": params["final_norm"]}
-    top = {"embed": params[config.unembedding], **trained}
+    config, flat = model.config, flatten(model.params)
+    trained = flatten(separate(model.params, n)[1])
+    below = {path: x[: config.layers - n] if path.startswith("blocks/") else x for path, x in flat.items()}
+    trunk = {path: x for path, x in below.items() if path != "head"}
+    top = {**trained, "embed": flat[config.unembedding]}
+    if "positions" in flat:
+        top["positions"] = flat["positions"]
     return (
-        Model(dataclasses.replace(config, layers=below_n, tied=True, kind_of_layer=kinds), trunk, model.hf_config),
-        Model(top_config(config, n), top, model.hf_config),
+        Model(trunk_config(config, n), nest(trunk), model.hf_config),
+        Model(top_config(config, n), nest(top), model.hf_config),
     )
 
 

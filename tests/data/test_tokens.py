@@ -206,6 +206,8 @@ def test_token_ids_are_used_as_they_are(encoder, tmp_path):
     for e in (encoder, Encoder(Bos(encoder.tokenizer))):
         for sources in ([row], write(tmp_path, row), write(tmp_path, row)):
             assert plain(load_examples(sources, e))[0] == [[[5], [1], [7, 1, 9]]]
+    arrays = {name: np.array(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert plain(load_examples([arrays], encoder))[0] == [[[5], [1], [7, 1, 9]]]
     mixed = {"prompt": [USER], "completion_ids": [7]}
     (example,), _ = load_examples([mixed], encoder, kind=COMPLETIONS)
     assert example.prompt.tolist() == byte_ids("[user] Hi\n[assistant] ") and example.completions[0].tolist() == [7]

@@ -83,26 +83,33 @@ def test_a_function_of_ones_own_with_and_without_beta():
     close(at(weighted_sum((1.0, plain), (2.0, mine)), 0.5), 2.0 * plain(*BOTH))
 
 
-SPELLED = {  # its own beta, whether it takes one, and the beta of its rewards where 0.5 is given
-    "sigmoid+0.2*ipo(beta=0.3)": (0.1, True, 0.5),
-    "ipo(beta=0.3)+sigmoid": (0.3, True, 0.3),
-    "ipo(beta=0.3)": (0.3, False, 0.3),
-    "sft+simpo": (2.0, True, 0.5),
-    "sft": (0.1, False, 0.1),
-    "length_desensitized(with_weights(hinge)+sft, 0.3)": (0.1, True, 0.5),
-    "kto+bco": (0.1, True, 0.5),
+SPELLED = {  # its own beta; that of its rewards where 0.5 is given; whether a run takes one, without and with 0.5 given
+    "sigmoid+0.2*ipo(beta=0.3)": (0.1, 0.5, True, True),
+    "ipo(beta=0.3)+sigmoid": (0.3, 0.3, False, False),
+    "ipo(beta=0.3)": (0.3, 0.3, False, False),
+    "sft+simpo": (2.0, 0.5, True, True),
+    "sft": (0.1, 0.1, False, False),
+    "simpo+sigmoid": (2.0, 0.5, False, True),
+    "length_desensitized(with_weights(hinge)+sft, 0.3)": (0.1, 0.5, True, True),
+    "kto+bco": (0.1, 0.5, True, True),
 }
 
 
 @pytest.mark.parametrize("text", SPELLED)
 def test_a_spelled_objective_takes_beta_later(text):
     spec, bound = spelled(text), spelled(text, beta=0.5)
-    assert (spec.beta, spec.takes_beta, spec.rewards_beta(0.5)) == SPELLED[text]
+    own, given, *free = SPELLED[text]
+    assert spec.beta == own and spec.takes_beta == (text[4:] != "beta=0.3)" and text != "sft")
     policy, ref = batch("kto" if "kto" in text else "sigmoid", 0)
     close(at_beta(spec.objective, policy, ref, jnp.float32(0.5)), bound.objective(policy, ref))
     np.testing.assert_array_equal(at_beta(spec.objective, policy, ref, None), spec.objective(policy, ref))
-    assert not bound.takes_beta and bound.rewards_beta(0.9) == bound.beta == SPELLED[text][2]
-    assert bound.unused == (("beta",) if text == "sft" else ()) and spec.rewards_beta(None) == spec.beta
+    assert not bound.takes_beta and bound.beta == given and bound.unused == (("beta",) if text == "sft" else ())
+    # A run has one beta, of which its losses and its rewards are functions.
+    for beta, of_rewards, want, takes in ((None, own, spec, free[0]), (0.5, given, bound, free[1])):
+        objective, at_once = spec.resolved(beta)
+        assert at_once == of_rewards and takes_beta(objective) == takes
+        assert traits_of(objective) == traits_of(spec.objective)
+        close(at_beta(objective, policy, ref, jnp.float32(at_once)), want.objective(policy, ref))
 
 
 def test_each_term_has_its_own_beta_or_the_given_one():

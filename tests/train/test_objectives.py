@@ -18,7 +18,7 @@ from dpojax.models import load_tokenizer, make_apply
 from dpojax.packing import Annotations
 from dpojax.train.objectives import BatchContext, empty_running, make_loss, mean_chosen_len
 from dpojax.train.program import make_ref_step
-from dpojax.types import CompletionStats, ReferenceOutput
+from dpojax.types import STATISTICS, CompletionStats, ReferenceOutput
 from tests.conftest import plain_input, random_batch, sentence, write_rows
 from tests.train.test_step import one_device
 
@@ -46,7 +46,7 @@ def test_statistics_of_tokens(config, params, batch, chunk_tokens):
     stats = functools.partial(completion_stats, apply_fn, batch=batch, chunk_tokens=chunk_tokens)
     ref = stats(params=other, reads=frozenset({"hidden"}))
     ref = ReferenceOutput(pair_up(ref, batch), ref.hidden, other["embed"])
-    got = stats(params=params, reads=frozenset({"tokens", "squares", "kl"}), ref=ref)
+    got = stats(params=params, reads=frozenset(STATISTICS), ref=ref)
     for row, n in np.ndindex(4, 2):
         logits, completion, *_ = slow_logits(config, params, batch, row, n)
         ref_logits, *_ = slow_logits(config, other, batch, row, n)
@@ -81,7 +81,7 @@ def test_kl_has_the_gradient_of_the_whole_logits(config, params, batch):
 
 
 def test_rewards_are_of_the_last_token(config, params, batch):
-    config = dataclasses.replace(config, reward=True)
+    config = dataclasses.replace(config, head="score")
     params = {**params, "score": jax.random.normal(jax.random.key(0), (1, config.width))}
     got = completion_rewards(make_apply(config), params, batch)
     for row, n in np.ndindex(4, 2):
@@ -230,7 +230,7 @@ def test_ranked_rows_are_their_pairs(tiny_dir, tmp_path):
         np.testing.assert_allclose(ends[0][name], ends[1][name], rtol=1e-5)
 
 
-READ_TOKENS = [name for name, loss in LOSSES.items() if traits_of(loss).reads & {"tokens", "squares", "kl"}]
+READ_TOKENS = [name for name, loss in LOSSES.items() if traits_of(loss).statistics]
 
 
 @pytest.mark.parametrize("name", READ_TOKENS)

@@ -41,7 +41,7 @@ def run(config, params, batch, *, loss="sigmoid", mesh=None, micro=1, steps=3, s
     if loss == "imitation":
         batch = chosen_alone(batch)
     if traits.on == "scores":
-        config = dataclasses.replace(config, reward=True)
+        config = dataclasses.replace(config, head="score")
         params = {**params, "score": 0.1 * jnp.ones((1, config.width))}
     # An optimizer without a root or a quotient, which would blow rounding up where gradients are near 0.
     program = make_program(
@@ -110,14 +110,14 @@ def test_micro_batches_are_one_batch(config, params, batch, loss):
     ids=str,
 )
 def test_eight_devices_are_one(config, params, batch, sizes, micro, loss):
-    mesh = make_mesh(MeshConfig(*sizes), config, 16 // micro)
+    mesh = make_mesh(MeshConfig(*sizes))
     assert_same_run(
         run(config, params, batch, loss=loss), run(config, params, batch, loss=loss, mesh=mesh, micro=micro), rtol=1e-5
     )
 
 
 def test_parameters_and_moments_are_split_over_the_mesh(config, params):
-    mesh = make_mesh(MeshConfig(1, 4, 2), config, 8)
+    mesh = make_mesh(MeshConfig(1, 4, 2))
     program = make_program(config, LOSSES["sigmoid"], mesh=mesh, optimizer=optax.rmsprop(1e-3))
     state = initial_state(program, jax.tree.map(np.asarray, params))
     for tree in (state.params, state.opt_state[0].nu):

@@ -58,7 +58,7 @@ def program_of(config, mesh, n=None, micro=1, chunk=32):
 
 def run(model, examples, directory, *, n=None, sizes=(8, 1, 1), micro=1):
     """An epoch; the reference is arbitrary."""
-    mesh = make_mesh(MeshConfig(*sizes), model.config, 16 // micro)
+    mesh = make_mesh(MeshConfig(*sizes))
     sequences = sizes[0] * sizes[1] * micro
     batches = Batches(examples, 16, max_shapes=2, sequences=sequences, seed=0)
     program = program_of(model.config, mesh, n, micro)
@@ -116,7 +116,7 @@ def test_frozen_layers_and_unembedding_cost_nothing(config, chunk):
     (XLA counts a loop's operations once, however often it runs: its figure tells of the unembedding alone.)
     """
     deep = dataclasses.replace(config, layers=8, vocab_size=4096)
-    mesh = make_mesh(MeshConfig(8, 1, 1), deep, 16)
+    mesh = make_mesh(MeshConfig(8, 1, 1))
     rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(0, 384, n).astype(np.int32)  # noqa: E731
     examples = [Example(tokens(8), (tokens(8), tokens(8))) for _ in range(16)]

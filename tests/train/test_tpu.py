@@ -15,13 +15,15 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from dpojax.configs import ComputeOptions
 from dpojax.losses import LOSSES
-from dpojax.models import DecoderConfig
+from dpojax.models.config import Attention, DecoderConfig, Mlp, Norm, Rope
 from dpojax.packing import PairBatch, pack
 from dpojax.train import lower_step, make_program
 
 # a Llama of 1.1 billion
-config = DecoderConfig(vocab_size=32000, width=2048, layers=16, heads=16, kv_heads=8, head_dim=128, mlp_width=8192,
-                       norm_eps=1e-5, rope_theta=1e4, max_positions=4096, tied=True)
+config = DecoderConfig(
+    vocab_size=32000, width=2048, layers=16, max_positions=4096, tied=True, mlp=Mlp(width=8192), norm=Norm(eps=1e-5),
+    attention=Attention(heads=16, kv_heads=8, head_dim=128), positions=Rope(theta=1e4),
+)
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 mesh = Mesh(np.array(devices).reshape(2, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 B, P, C, sequences = 32, 500, 250, 8
