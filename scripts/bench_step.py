@@ -89,7 +89,6 @@ def gemm_rate() -> float:
 def our_inputs(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Options, model and batches; a random model and tokens where the spec names no model."""
     import numpy as np
-    from dpojax.train.setup import load_data
 
     from dpojax.configs import DPOConfig
     from dpojax.data import Batches, Example
