@@ -111,7 +111,7 @@ class Draws:
     scores: "np.ndarray"
 
 
-def make_draw(config: SentimentConfig, shape: Any, tokenizer: Any, prompts: Sequence["np.ndarray"]) -> Callable:
+def make_draw(config: SentimentConfig, shape: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> Callable:
     """A function ``draw(params, seed, label) -> Draws`` that samples from the prompts, at temperature 1, and scores."""
     import numpy as np
 
@@ -133,7 +133,7 @@ def make_draw(config: SentimentConfig, shape: Any, tokenizer: Any, prompts: Sequ
         )
         tokens = drawn.lists()
         examples = [
-            Example(prompt, tuple(np.array(row, np.int32) for row in rows))
+            Example(np.array(prompt, np.int32), tuple(np.array(row, np.int32) for row in rows))
             for prompt, rows in zip(prompts, tokens, strict=True)
         ]
         texts = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in tokens]
@@ -152,8 +152,6 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
       base: the reference.
       policy: parameters of the trained policy.
     """
-    import numpy as np
-
     from dpojax.data import Encoder, completion_lengths, load_examples
     from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
     from dpojax.evaluate.scoring import make_scorer
@@ -164,7 +162,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
 
     tokenizer = load_policy_tokenizer(str(run))
     pairs, _ = load_examples([config.eval_data], Encoder(tokenizer))
-    openings = {pair.prompt.tobytes(): pair.prompt for pair in pairs}
+    openings = {pair.prompt.tobytes(): pair.prompt.tolist() for pair in pairs}
     draw = make_draw(config, base.config, tokenizer, list(openings.values()))
     # The reference is the model before training, whose hash the run has; all seeds share the cache.
     key = model_key(base.config, options_of_run(run)["model_hash"], "float32")
@@ -176,7 +174,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
     ref_logps = score(base.params, drawn.examples, "Samples of the policy, under the reference")
 
     lengths, groups = completion_lengths(pairs), [pair.prompt.tobytes() for pair in pairs]
-    of_openings = list(np.repeat(list(openings), config.samples_per_prompt))
+    of_openings = [opening for opening in openings for _ in range(config.samples_per_prompt)]
     figures = {}
     for when, of_pairs, draws, theirs in (
         ("before", ref_sums, reference, reference.logps),

@@ -49,7 +49,7 @@ def test_samplers_log_probabilities_are_the_scorers(config):
     """Those of a sample's tokens as they were drawn are those of a forward pass over the whole completion."""
     name = resolved(config).model
     model, tokenizer = load_model(name), load_tokenizer(name)
-    prompts = [np.array(tokenizer(text).input_ids[:-1], np.int32) for text in ("The film is", "I left", "Honestly")]
+    prompts = [tokenizer(text).input_ids[:-1] for text in ("The film is", "I left", "Honestly")]
     draws = make_draw(resolved(config), model.config, tokenizer, prompts)(model.params, 0, "test")
     scored = make_scorer(model.config, batch_size=8)(model.params, draws.examples, "test")
     np.testing.assert_allclose(draws.logps, scored, atol=1e-3)
