@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Bad input, said in one sentence that names the file, row or flag and the mend.
+    """Bad input, in one sentence that names the file, row or flag and how to fix it.
 
     The command line prints the sentence alone and exits with status 2.
     """

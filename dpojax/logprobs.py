@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpojax.packing import (
+    ApplyFn,
     PairBatch,
     completion_mask,
     gather,
@@ -19,7 +20,7 @@ from dpojax.packing import (
     packing_of,
     predictor_index,
 )
-from dpojax.types import STATISTICS, ApplyFn, CompletionStats, LabelledLogps, PairLogps, PyTree, ReferenceOutput, Sides
+from dpojax.types import STATISTICS, CompletionStats, LabelledLogps, PairLogps, PyTree, ReferenceOutput, Sides
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -18,13 +18,15 @@ A prompt is there once; each completion sees it and itself (the idea of arXiv 24
 blocks of the padded layout, all else on the packed one.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from dpojax.types import PyTree
 
 
 @struct.dataclass
@@ -92,6 +94,13 @@ class ModelInput:
     prompt: int = struct.field(pytree_node=False)
     completion: int = struct.field(pytree_node=False)
     hidden: Float[Array, "R T D"] | None = None
+
+
+@runtime_checkable
+class ApplyFn(Protocol):
+    """A model to the floors above it: parameters and packed tokens to hidden states and the unembedding matrix."""
+
+    def __call__(self, params: PyTree, inputs: ModelInput) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]: ...
 
 
 def gather(x: Array, index: Int[Array, "R n"]) -> Array:

@@ -1,4 +1,4 @@
-"""What objectives see, what a model is to the floors above it, and the glossary of shapes.
+"""What objectives see, and the glossary of shapes.
 
 B pairs (prompts) in a batch    N completions of a prompt (2 in a pair: chosen, rejected)
 P prompt tokens                 C completion tokens (EOS included)       S tokens of a padded row, P + N * C
@@ -9,13 +9,10 @@ H query heads                   K key/value heads    L layers
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias
 
 from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-
-if TYPE_CHECKING:
-    from dpojax.packing import ModelInput
 
 PyTree: TypeAlias = Any  # parameters: a nested dict of arrays
 
@@ -137,10 +134,3 @@ class Metric:
     @property
     def mean(self) -> float:
         return float(self.sum) / max(float(self.weight), 1e-30)
-
-
-@runtime_checkable
-class ApplyFn(Protocol):
-    """A model to the floors above it: parameters and packed tokens to hidden states and the unembedding matrix."""
-
-    def __call__(self, params: PyTree, inputs: "ModelInput") -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]: ...

@@ -1,4 +1,4 @@
-"""Write docs/objectives.md from the objectives' docstrings, and its picture by the command that stands beside it.
+"""Write docs/objectives.md from the objectives' docstrings, and its picture by the command under it.
 
     python scripts/make_objectives_doc.py
 
@@ -69,12 +69,12 @@ that the policy implies.
 ```
 
 The chosen log-ratio is h/2, the rejected one -h/2, of one pair of completions of one token; everything else is neutral
-(margins and weights of 1, no divergence, running means as at a run's start). A panel shows whole the curves whose
-range is at most twice the median curve's; others leave it, as IPO's parabola does here. The slope is JAX's gradient,
+(margins and weights of 1, no divergence, running means as at a run's start). A curve whose range is more than
+twice the median curve's is cut off, as IPO's parabola is here. The slope is JAX's gradient,
 through which nothing flows that an objective stops. Objectives that read log-probabilities themselves, not log-ratios,
-depend on where the completions stand; the command says at how many nats it put them. Those of labelled completions
+depend on the completions' log-probabilities; the command prints those that it takes. Those of labelled completions
 have a curve for each label, against the log-ratio of one completion. IPO's minimum is at 1/(2 beta), so `beta=0.5`
-aims at the margin of 1 nat at which hinge at beta 1 stops asking.
+aims at the margin of 1 nat at which hinge at beta 1 becomes 0.
 
 ## Composing
 
@@ -90,10 +90,14 @@ objective = length_normalized(partial(hinge, beta=2.0))
 objective = spelled("sigmoid+0.2*ipo(beta=0.3)").objective
 ```
 
+`at_beta(objective, policy, ref, beta)` gives the losses at a beta that is given later and may be traced. It reaches the
+terms that bind none, here the sigmoid.
+
 ## Your own
 
-A function of `policy` and `ref` is enough. The decorator says what a run must provide beyond sums, and what the
-objective allows; without it the function is given sums and lengths, and the reference's.
+A function of `policy` and `ref` is enough. The decorator declares what a run must provide beyond sums, and what
+the objective allows; without it the function gets sums and lengths of policy and reference. The step gives `beta` to an
+objective that has it as an option, as a traced array: compute with it by `jnp`, and do not branch on it.
 
 ```python
 import jax.numpy as jnp
@@ -112,8 +116,8 @@ dpojax losses mine.py:squared_hinge hinge --beta 1
 ```
 
 `traits("tokens")` asks for every token's log-probability, `"squares"` and `"kl"` for sums over the vocabulary,
-`"margin"` and `"weight"` for the data's columns, `"key"` for random keys; `lengths=True` says that lengths are read,
-`batch=True` that a pair's loss depends on the others', `on="labels"` that it takes labelled completions. See
+`"margin"` and `"weight"` for the data's columns, `"key"` for random keys; `lengths=True` declares that lengths are
+read, `batch=True` that a pair's loss depends on the others', `on="labels"` that it takes labelled completions. See
 [`dpojax/losses/traits.py`](../dpojax/losses/traits.py).
 """
 
@@ -121,7 +125,7 @@ dpojax losses mine.py:squared_hinge hinge --beta 1
 def document() -> str:
     """The whole of docs/objectives.md."""
     parts = [INTRODUCTION, "## All of them\n", summary_table(LOSSES), ""]
-    parts += ["What goes around them, and what it asks for beyond them:\n", summary_table(WRAPPERS), ""]
+    parts += ["Wrappers, and what they need in addition:\n", summary_table(WRAPPERS), ""]
     for title, family in FAMILIES.items():
         parts += [f"## {title}\n", *(section(function) for function in family)]
     parts += ["## Wrappers\n", "Each goes around an objective and gives one again.\n"]
@@ -142,7 +146,7 @@ def needed(name: str) -> str:
 
 
 def section(function: Callable) -> str:
-    """Summary, equation, what the docstring says to it, options and needs."""
+    """Summary, equation, the docstring's prose on it, options and needs."""
     said, text = entry(function), inspect.getdoc(function) or ""
     math = re.search(r"\.\. math::(.*?)\n\n(?! )", text, re.DOTALL)
     assert math, f"{said.name}: its docstring has no equation"

@@ -4,8 +4,11 @@ import os
 import tempfile
 
 # Tiny programs: most of the suite's time is the compiler's, which need not optimise them.
-FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time would be compiling the same small programs again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("DPOJAX_TEST_CACHE") or tempfile.mkdtemp(prefix="dpojax-test-")

@@ -12,13 +12,14 @@ from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, completion_lengths, lengths_only
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
+from dpojax.packing import ApplyFn
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, read_examples
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
-from dpojax.types import ApplyFn, CompletionStats, PyTree
+from dpojax.types import CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
 

@@ -1,4 +1,4 @@
-"""Objectives that weigh a batch's pairs by how the batch looks to the policy."""
+"""Objectives that weight a batch's pairs by statistics of the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def _mean(x: Float[Array, " B"], mask: Bool[Array, " B"]) -> Float[Array, ""]:
 
 
 def margin_moments(policy: PairLogps, ref: PairLogps, old: dict[str, Array] | None) -> dict[str, Array]:
-    """What :func:`beta_dpo` keeps: moving averages of the batches' mean log-ratio margin and of its deviation.
+    """Moving averages of the batches' mean log-ratio margin and of its standard deviation, for :func:`beta_dpo`.
 
     They start from 0, as in the authors' code, and move a tenth of the way with every batch.
 
@@ -56,7 +56,7 @@ def margin_moments(policy: PairLogps, ref: PairLogps, old: dict[str, Array] | No
 def _drawn(
     scores: Float[Array, " B"], real: Bool[Array, " B"], keys: Array, keep: float
 ) -> tuple[Bool[Array, " B"], Int[Array, ""]]:
-    """Which of the real rows a draw without replacement by the log-weights ``scores`` keeps, and how many."""
+    """The rows that a draw without replacement keeps, by the log-weights ``scores``, and their number."""
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, (), jnp.float32))(keys)
     order = jnp.argsort(jnp.where(real, -(scores + gumbel), jnp.inf))
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
@@ -69,7 +69,7 @@ def _drawn(
 def beta_dpo(
     policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 0.6, keep: float = 0.8
 ) -> Float[Array, " B"]:
-    r"""DPO with a beta for each batch, greater for pairs that are told apart already, on the batch's usual pairs.
+    r"""DPO with a beta for each batch, which grows with its mean margin, on a sample that favours the usual margins.
 
     .. math:: -\log \sigma(\beta' h), \qquad
               \beta' = \max\big(10^{-3},\; \beta\, (1 + \alpha\, (\bar h - m))\big), \qquad
@@ -126,7 +126,7 @@ def beta_dpo(
 
 @traits(batch=True, lengths=True, divergence=True)
 def dr_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, beta_prime: float = 1.0) -> Float[Array, " B"]:
-    r"""Distributionally robust DPO: the batch's pairs of great loss, which may be flipped, count less.
+    r"""Distributionally robust DPO: pairs of great loss, whose labels may be flipped, count less.
 
     .. math:: -\beta' \log \frac{1}{B} \sum_i e^{-\ell_i / \beta'}, \qquad \ell = -\log \sigma(\beta h)
 

@@ -1,4 +1,4 @@
-"""Each side against an anchor of its own: what happens to the chosen likelihood is the objective's choice."""
+"""Objectives of each side by itself, so that they determine whether the chosen likelihood rises or falls."""
 
 import jax
 from jaxtyping import Array, Float

@@ -10,7 +10,7 @@ from dpojax.types import PairLogps
 
 
 def _ranked(x: Float[Array, " B"], lengths: Int[Array, " B"]) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """The values in ascending order, rows that only fill up the batch behind all others, and the rows they are of."""
+    """The values in ascending order, those of padding rows last, and the index that sorts them."""
     order = jnp.argsort(jnp.where(lengths > 0, x, jnp.inf))
     return x[order], order
 
@@ -22,7 +22,7 @@ def _smoothed(delta: Float[Array, " B"], beta: Beta, label_smoothing: float) -> 
 
 @traits(batch=True, lengths=True)
 def aot(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.0) -> Float[Array, " B"]:
-    r"""Paired alignment by optimal transport: the policy's margins shall dominate the reference's, as distributions.
+    r"""Paired alignment by optimal transport: the policy's margins are pushed above the reference's, rank by rank.
 
     .. math:: -\log \sigma(\beta (m_{(i)} - m^\mathrm{ref}_{(i)})), \qquad
               m = \log \pi(y_w|x) - \log \pi(y_l|x)
@@ -56,7 +56,7 @@ def aot(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing:
 def aot_unpaired(
     policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.0
 ) -> Float[Array, " B"]:
-    r"""Unpaired alignment by optimal transport: the chosen log-ratios shall dominate the rejected ones.
+    r"""Unpaired alignment by optimal transport: the chosen log-ratios are pushed above the rejected ones, rank by rank.
 
     .. math:: -\log \sigma(\beta (u^w_{(i)} - u^l_{(i)})), \qquad
               u = \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}

@@ -39,7 +39,7 @@ def takes_beta(objective: Objective) -> bool:
 def at_beta(objective: Objective, policy: Any, ref: Any, beta: Beta | None) -> Float[Array, " B"]:
     r"""The losses of an objective at a given beta: ``[B]``.
 
-    Objectives made of objectives pass beta on to all of them. One that has no ``beta``, or has it bound, keeps its own.
+    Objectives made of objectives pass beta on to all of these. One without a ``beta``, or with a bound one, ignores it.
 
     Args:
       objective: ``(policy, ref) -> [B]``, with an option ``beta`` or without.
@@ -170,7 +170,7 @@ def with_divergence(objective: Objective, kind: str, *, alpha: float = 0.5) -> O
     above 80 count as 80, so that float32 does not overflow, as in TRL; a completion beyond has no gradient.
 
     Args:
-      objective: of the difference of log-ratios (its traits say ``divergence``).
+      objective: of the difference of log-ratios (its traits declare ``divergence``).
       kind: ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``; TRL's ``f_divergence_type``.
       alpha: of the alpha divergence; TRL's ``f_alpha_divergence_coef``.
 

@@ -16,7 +16,7 @@ def discopop(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, discopop_ta
     .. math:: -(1 - \sigma(\beta h / \tau)) \log \sigma(\beta h) + \sigma(\beta h / \tau)\, e^{-\beta h}
 
     with ``h`` as in :func:`~dpojax.losses.sigmoid`. Source: Lu et al. 2024, DiscoPOP (arXiv 2406.08414), equation 5.
-    It is not convex: beside its fall to 0 it has a local minimum near ``h = 0``.
+    It is not convex: it falls to 0 as h grows, and has a local minimum near ``h = 0``.
 
     Args:
       policy, ref: sums of log-probabilities, ``[B]`` a field, nats.

@@ -35,7 +35,7 @@ def log_ratios(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], F
 def log_ratios_per_token(policy: PairLogps, ref: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """:func:`log_ratios`, each divided by its completion's length, ``[B]``, nats per token."""
     chosen, rejected = log_ratios(policy, ref)
-    # A completion is never empty, but a row that only fills up a batch may be.
+    # A completion has at least one token, but a padding row has none.
     lengths = (jnp.maximum(n, 1).astype(chosen.dtype) for n in (policy.chosen_len, policy.rejected_len))
     return chosen / next(lengths), rejected / next(lengths)
 
@@ -100,7 +100,7 @@ def sigmoid(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smooth
 
 @traits(divergence=True)
 def hinge(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
-    r"""Hinge loss on the log-ratio margin: nothing is asked beyond a margin of ``1 / beta`` nats.
+    r"""Hinge loss on the log-ratio margin: it is 0 from a margin of ``1 / beta`` nats on.
 
     .. math:: \max(0,\; 1 - \beta h)
 
@@ -127,7 +127,7 @@ def hinge(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array
 
 @traits(divergence=True, lengths=True)
 def sigmoid_norm(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
-    r"""The DPO loss on log-ratios per token, which takes from longer completions their larger sums.
+    r"""The DPO loss on log-ratios per token, so that a longer completion has no larger sum for its length alone.
 
     .. math:: -\log \sigma\left(\frac{\beta}{|y_w|} \log \frac{\pi(y_w|x)}{\pi_\mathrm{ref}(y_w|x)}
               - \frac{\beta}{|y_l|} \log \frac{\pi(y_l|x)}{\pi_\mathrm{ref}(y_l|x)}\right)
@@ -155,7 +155,7 @@ def sigmoid_norm(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Floa
 
 @traits(divergence=True)
 def robust(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothing: float = 0.1) -> Float[Array, " B"]:
-    r"""The DPO loss without the bias that flipped labels give it: its expectation over flips is the clean loss.
+    r"""The DPO loss corrected for flipped labels: its expectation over flips is the loss on clean labels.
 
     .. math:: \frac{-(1 - \epsilon) \log \sigma(\beta h) + \epsilon \log \sigma(-\beta h)}{1 - 2 \epsilon}
 
@@ -190,13 +190,13 @@ def robust(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, label_smoothi
 
 @traits()
 def unweighted(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
-    r"""An ablation: the DPO gradient without its weight, which says how wrong the implicit rewards order the pair.
+    r"""An ablation: the DPO gradient without its weight, which is the greater, the more wrongly the pair is ordered.
 
     .. math:: -\beta h, \qquad \nabla = -\beta\, (\nabla \log \pi(y_w|x) - \nabla \log \pi(y_l|x))
 
     with ``h`` as in :func:`sigmoid`. Source: Rafailov et al. 2023 (arXiv 2305.18290), section 4, "What does the DPO
     update do?", whose gradient has the weight :math:`\sigma(\hat r_l - \hat r_w)` before the bracket. Without it
-    nothing stops the margin, and the policy degenerates (the paper's appendix, table 3, shows it for unlikelihood).
+    the margin grows without end, and the policy degenerates (the paper's appendix, table 3, shows it for unlikelihood).
 
     Args:
       policy, ref: sums of log-probabilities, ``[B]`` a field, nats.

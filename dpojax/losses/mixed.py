@@ -1,4 +1,4 @@
-"""Mixtures that have a name."""
+"""Sums of objectives that have a name."""
 
 import functools
 
@@ -22,7 +22,7 @@ def mpo(
     bco_weight: float = 0.2,
     sft_weight: float = 1.0,
 ) -> Float[Array, " B"]:
-    r"""Mixed preference optimization: which completion is better, whether each is good, and how to write the better.
+    r"""Mixed preference optimization: a sum of a preference loss, a quality loss and a generation loss.
 
     .. math:: w_p\, \ell_\mathrm{sigmoid} + w_q\, \ell_\mathrm{bco\_pair} + w_g\, \ell_\mathrm{sft}
 

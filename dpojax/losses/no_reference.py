@@ -14,7 +14,7 @@ CERTAIN = -1e-6
 
 
 def _per_token(policy: PairLogps) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Mean log-probabilities of the chosen and rejected tokens, ``[B]`` each; 0 of a row that only fills up."""
+    """Mean log-probabilities of the chosen and rejected tokens, ``[B]`` each; 0 in padding rows."""
     chosen, rejected = (jnp.maximum(n, 1).astype(jnp.float32) for n in (policy.chosen_len, policy.rejected_len))
     return policy.chosen / chosen, policy.rejected / rejected
 
@@ -28,7 +28,7 @@ def _log_odds(mean: Float[Array, " B"]) -> Float[Array, " B"]:
 
 @traits(reference=False, lengths=True, per_token=True)
 def orpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
-    r"""Odds ratio preference optimization: imitation of the chosen side, and better odds for it than for the rejected.
+    r"""Odds ratio preference optimization: NLL of the chosen completion, and its odds against the rejected one's.
 
     .. math:: -\log \bar\pi(y_w|x) - \beta \log \sigma\left(\log \frac{\bar\pi(y_w|x)}{1 - \bar\pi(y_w|x)}
               - \log \frac{\bar\pi(y_l|x)}{1 - \bar\pi(y_l|x)}\right), \qquad
@@ -60,7 +60,7 @@ def orpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array,
 
 @traits(reference=False, lengths=True, per_token=True)
 def simpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 2.0, simpo_gamma: float = 1.0) -> Float[Array, " B"]:
-    r"""Simple preference optimization: the mean log-probability is the reward, and a margin of it is asked for.
+    r"""Simple preference optimization: the mean log-probability is the reward, and the loss has a target margin.
 
     .. math:: -\log \sigma\left(\frac{\beta}{|y_w|} \log \pi(y_w|x) - \frac{\beta}{|y_l|} \log \pi(y_l|x)
               - \gamma\right)
@@ -73,7 +73,7 @@ def simpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 2.0, simpo_gamma: f
       policy: sums of log-probabilities, ``[B]`` a field, nats; lengths in tokens.
       ref: unused, so that this is an objective like the others.
       beta: scale of the reward, above 0; the paper takes 2 to 2.5, the authors' later models 10.
-      simpo_gamma: the margin asked for, in the reward's units.
+      simpo_gamma: the target margin, in the reward's units.
 
     Returns:
       One loss a pair, ``[B]``; exactly ``log 2`` where the margin is met.
@@ -90,7 +90,7 @@ def simpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 2.0, simpo_gamma: f
 
 @traits(reference=False, lengths=True)
 def cpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, cpo_alpha: float = 1.0) -> Float[Array, " B"]:
-    r"""Contrastive preference optimization: DPO with a uniform reference, and imitation of the chosen side.
+    r"""Contrastive preference optimization: DPO with a uniform reference, and NLL of the chosen completion.
 
     .. math:: -\log \sigma(\beta \log \pi(y_w|x) - \beta \log \pi(y_l|x))
               - \frac{\alpha}{\bar n} \log \pi(y_w|x), \qquad \bar n = \frac{1}{B} \sum_i |y_w^{(i)}|
@@ -133,7 +133,7 @@ def _shaped(mean: Float[Array, " B"], alpha: float) -> Float[Array, " B"]:
 def alphapo(
     policy: PairLogps, ref: PairLogps, *, beta: Beta = 2.5, alpha: float = 0.25, simpo_gamma: float = 0.1
 ) -> Float[Array, " B"]:
-    r"""SimPO with a reward of another shape, which says how hard improbable completions are pulled and pushed.
+    r"""SimPO with a reward of another shape, which sets how strong the gradient of improbable completions is.
 
     .. math:: -\log \sigma(\beta r_w - \beta r_l - \gamma), \qquad
               r = \frac{1 - \bar\pi(y|x)^{-\alpha}}{\alpha}, \qquad \log \bar\pi(y|x) = \frac{1}{|y|} \log \pi(y|x)
@@ -148,7 +148,7 @@ def alphapo(
       ref: unused, so that this is an objective like the others.
       beta: scale of the reward, above 0.
       alpha: shape of the reward; negative ones are allowed, and those within 1e-6 of 0 count as 0.
-      simpo_gamma: the margin asked for, in the reward's units.
+      simpo_gamma: the target margin, in the reward's units.
 
     Returns:
       One loss a pair, ``[B]``; exactly ``log 2`` where the margin is met.

@@ -1,4 +1,4 @@
-"""DPO that asks for more where the data says that the chosen side is much better."""
+"""DPO with an offset that grows with the difference of the completions' scores in the data."""
 
 import math
 
@@ -14,15 +14,15 @@ from dpojax.types import PairLogps
 
 @traits("margin", divergence=True)
 def odpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 1.0) -> Float[Array, " B"]:
-    r"""DPO with an offset: the implicit rewards shall differ by as much as the data's scores tell.
+    r"""DPO with an offset: the target margin of implicit rewards grows with the difference of the data's scores.
 
     .. math:: -\log \sigma(\beta h - \alpha \log m), \qquad m = \mathrm{score}(y_w) - \mathrm{score}(y_l) > 0
 
     with ``h`` as in :func:`~dpojax.losses.sigmoid`. The rows' ``margin`` is m, the difference itself; its logarithm is
-    taken here, so that a margin of 1 is DPO, a greater one asks for more and a smaller one for less. Source: Amini
+    taken here, so that a margin of 1 is DPO, and the target margin grows with it. Source: Amini
     et al. 2024, ODPO (arXiv 2402.10571), the offset ``alpha f(score difference)`` with their experiments' f, the
     logarithm, as in the authors' code (rycolab/odpo). A margin below ``e^-43``, 0 and negative ones included, counts
-    as ``e^-43``, where the logarithm would be infinite or none: next to nothing is asked of such a pair.
+    as ``e^-43``, where the logarithm would be infinite or undefined; such a pair has next to no gradient.
     :func:`~dpojax.losses.with_margins` takes the difference without a logarithm.
 
     Args:

@@ -1,4 +1,4 @@
-"""DPO with a term more: against the loss of the chosen likelihood, against length, for rewards of a given scale."""
+"""DPO with one more term: for the chosen completion's likelihood, against length, or for the rewards' scale."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def rpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, rpo_alpha: float
 
 @traits()
 def dpop(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, dpop_lambda: float = 50.0) -> Float[Array, " B"]:
-    r"""DPO-positive: what the chosen completion loses against the reference is taken from the margin.
+    r"""DPO-positive: the margin is lowered by the chosen completion's loss of log-probability against the reference.
 
     .. math:: -\log \sigma\left(\beta \left(h - \lambda \max\left(0,
               \log \frac{\pi_\mathrm{ref}(y_w|x)}{\pi(y_w|x)}\right)\right)\right)
@@ -111,19 +111,19 @@ def cal_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Arr
 
 @traits(divergence=True, lengths=True)
 def r_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, alpha: float = 0.05) -> Float[Array, " B"]:
-    r"""Length-regularised DPO: of what makes a completion preferred, a part is put down to its length.
+    r"""Length-regularised DPO: a part of the preference for a completion is attributed to its length.
 
     .. math:: -\log \sigma(\beta h + \alpha (|y_w| - |y_l|))
 
     with ``h`` as in :func:`~dpojax.losses.sigmoid`. Source: Park et al. 2024, "Disentangling length from quality in
     direct preference optimization" (arXiv 2403.19159), equation 9. The sign follows from the reward ``r - alpha |y|``
-    that is maximised, so that ``r`` is ``alpha |y|`` above what the policy implies: a chosen completion that is the
-    longer one needs less of a log-ratio margin and is pulled less, one that is the shorter is pulled more.
+    that is maximised, so that ``r`` is ``alpha |y|`` above what the policy implies: a longer chosen
+    completion needs a smaller log-ratio margin and has a smaller gradient, a shorter one a larger.
 
     Args:
       policy, ref: sums of log-probabilities, ``[B]`` a field, nats; lengths in tokens.
       beta: strength of the KL penalty, above 0.
-      alpha: reward that a token costs, at least 0; the paper takes 0.05 and 0.1 beside a ``beta`` of 0.1, and 0 is DPO.
+      alpha: reward that a token costs, at least 0; the paper takes 0.05 and 0.1 with a ``beta`` of 0.1, and 0 is DPO.
 
     Returns:
       One loss a pair, ``[B]``; exactly ``log 2`` where policy and reference agree and the lengths are equal.

@@ -88,7 +88,7 @@ def spelled(text: str, **options: float | None) -> ObjectiveSpec:
         is not bound here can be given later, by :func:`~dpojax.losses.at_beta`.
 
     Raises:
-      ValueError: the text spells no objective; the message says why.
+      ValueError: the text spells no objective; the message gives the reason.
 
     >>> spec = spelled("sigmoid+0.2*ipo(beta=0.3)")
     >>> spec.beta, spec.takes_beta, spec.betas

@@ -1,4 +1,4 @@
-"""Token-level DPO: what the policy has moved at every token, not only at those that were written."""
+"""Token-level DPO: with each token's KL divergence from the reference, over the whole vocabulary."""
 
 import jax
 from jaxtyping import Array, Float

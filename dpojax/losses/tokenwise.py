@@ -1,4 +1,4 @@
-"""Objectives on a part of the completions' tokens, against the pull of longer sums."""
+"""Objectives on a part of the completions' tokens, so that longer completions do not count more."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from dpojax.types import PairLogps, Sides
 
 
 def _of_tokens(name: str, objective: Objective, *reads: str) -> dict[str, object]:
-    """The traits of an objective whose sums are made anew of tokens.
+    """The traits that differ for an objective whose sums are recomputed from tokens.
 
     Raises:
       ValueError: it reads sums that are there for whole completions only.
@@ -31,7 +31,7 @@ def _shared(pair: PairLogps) -> Int[Array, " B"]:
 
 
 def _reweighted(pair: PairLogps, chosen: Float[Array, "B C"], rejected: Float[Array, "B C"]) -> PairLogps:
-    """The pairs with each token times its weight, and the sums of that; lengths stay."""
+    """The pairs with weighted log-probabilities of tokens, and their sums; lengths stay."""
     sides = require(pair.tokens, "tokens")
     check_same_shape(sides[0], chosen)
     check_same_shape(sides[1], rejected)
@@ -40,7 +40,7 @@ def _reweighted(pair: PairLogps, chosen: Float[Array, "B C"], rejected: Float[Ar
 
 
 def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objective:
-    r"""The objective with less weight on what the longer completion has beyond the length of the shorter one.
+    r"""The objective with less weight on the longer completion's tokens beyond the length of the shorter one.
 
     .. math:: \log \pi(y|x) \to \sum_{t \le n} \log \pi(y_t|x, y_{<t})
               + \alpha \sum_{t > n} \log \pi(y_t|x, y_{<t}), \qquad n = \min(|y_w|, |y_l|)
@@ -80,9 +80,9 @@ def length_desensitized(objective: Objective, ld_alpha: float = 0.5) -> Objectiv
 
 
 def _sampled(key: Array, C: int, length: Int[Array, ""], count: Int[Array, ""]) -> Bool[Array, " C"]:
-    """``count`` places out of the first ``length``, every choice alike."""
+    """A mask of ``count`` of the first ``length`` places, drawn uniformly without replacement."""
     places = jnp.arange(C)
-    # Draws are below 1, so what is beyond the completion ranks behind all of it.
+    # Draws are below 1, so places beyond the completion rank last.
     order = jnp.argsort(jnp.where(places < length, jax.random.uniform(key, (C,), jnp.float32), 2.0))
     return jnp.zeros((C,), bool).at[order].set(places < count)
 
@@ -131,15 +131,15 @@ def down_sampled(objective: Objective) -> Objective:
 
 @traits("tokens", lengths=True, divergence=True)
 def ld_dpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1, ld_alpha: float = 0.5) -> Float[Array, " B"]:
-    r"""The DPO loss with less weight on what the longer completion has beyond the length of the shorter one.
+    r"""The DPO loss with less weight on the longer completion's tokens beyond the length of the shorter one.
 
     .. math:: -\log \sigma(\beta h_\alpha), \qquad
               h_\alpha = \sum_{t \le n} (u^w_t - u^l_t) + \alpha \sum_{t > n} (u^w_t - u^l_t), \qquad
               n = \min(|y_w|, |y_l|)
 
     with the log-ratios u of single tokens, 0 beyond a completion's end. Source: Liu et al. 2024, LD-DPO (arXiv
-    2409.06411), and TRL 1.16's ``ld_alpha`` with the loss type ``sigmoid``; any other objective takes it by
-    :func:`~dpojax.losses.length_desensitized`.
+    2409.06411), and TRL 1.16's ``ld_alpha`` with the loss type ``sigmoid``; for any other objective there
+    is :func:`~dpojax.losses.length_desensitized`.
 
     Args:
       policy, ref: log-probabilities of single tokens, ``[B, C]`` a side, nats; lengths in tokens.
@@ -169,7 +169,8 @@ def sampo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array
               |S_w| = |S_l| = \min(|y_w|, |y_l|)
 
     with the log-ratios u of single tokens. Source: Lu et al. 2024, SamPO (arXiv 2406.10957), and the authors' code
-    (LuJunru/SamPO), but for what :func:`~dpojax.losses.down_sampled` says, by which any other objective takes it.
+    (LuJunru/SamPO), with the difference that :func:`~dpojax.losses.down_sampled` names, which
+    does the same around any other objective.
 
     Args:
       policy, ref: log-probabilities of single tokens, ``[B, C]`` a side, nats; lengths in tokens; a random key for

@@ -10,7 +10,7 @@ from dpojax.types import LabelledLogps
 
 
 def _mean(x: Float[Array, " B"], real: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Over the rows of the data, without a gradient; 0 where there are none."""
+    """The mean over the rows of the data, without a gradient; 0 where there are none."""
     return jax.lax.stop_gradient(jnp.where(real, x, 0.0).sum() / jnp.maximum(real.sum(), 1).astype(x.dtype))
 
 
@@ -20,14 +20,14 @@ def _log_ratios(policy: LabelledLogps, ref: LabelledLogps) -> Float[Array, " B"]
 
 
 def _towards_label(policy: LabelledLogps, x: Float[Array, " B"]) -> Float[Array, " B"]:
-    """What shall grow: x of a desirable completion, -x of an undesirable one."""
+    """x of a desirable completion, -x of an undesirable one: the objectives raise it."""
     return jnp.where(policy.label > 0.5, x, -x)
 
 
 def _weighted(
     name: str, policy: LabelledLogps, losses: Float[Array, " B"], desirable_weight: float, undesirable_weight: float
 ) -> Float[Array, " B"]:
-    """The losses by their labels' weights, 0 in rows that only fill up the batch."""
+    """The losses times their labels' weights; 0 in padding rows."""
     for option, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
         if value < 0:
             raise ValueError(f"{name}: {option} {value} must be 0 or above")
@@ -36,7 +36,7 @@ def _weighted(
 
 
 def labelled_rewards(policy: LabelledLogps, ref: LabelledLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
-    r"""The rewards that the policy implies, as :func:`~dpojax.losses.implicit_rewards` has them of pairs.
+    r"""The rewards that the policy implies for labelled completions; :func:`~dpojax.losses.implicit_rewards` of pairs.
 
     .. math:: r = \beta \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}
 
@@ -47,7 +47,7 @@ def labelled_rewards(policy: LabelledLogps, ref: LabelledLogps, *, beta: Beta = 
       beta: strength of the KL penalty, above 0.
 
     Returns:
-      ``[B]``, in the reward's units; 0 in rows that only fill up the batch.
+      ``[B]``, in the reward's units; 0 in padding rows.
 
     >>> import jax.numpy as jnp
     >>> n, label = jnp.array([4, 4]), jnp.array([1.0, 0.0])
@@ -68,18 +68,18 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Array, " B"]:
-    r"""Kahneman-Tversky optimization: a completion's gain or loss against a reference point, as prospect theory has it.
+    r"""Kahneman-Tversky optimization: prospect theory's value of a completion's gain or loss against a reference point.
 
     .. math:: \lambda_D\, (1 - \sigma(\beta (u - z))) \text{ if desirable}, \qquad
               \lambda_U\, (1 - \sigma(\beta (z - u))) \text{ if undesirable}, \qquad
               u = \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)}, \quad
               z = \max\Big(0,\; \frac{1}{B} \sum_i \log \frac{\pi(y'_i|x_i)}{\pi_\mathrm{ref}(y'_i|x_i)}\Big)
 
-    where y' is another prompt's completion, so that z is an estimate of KL(policy || reference), through which no
-    gradient flows. Source: Ethayarajh et al. 2024, KTO (arXiv 2402.01306), section 4, and the authors' code
-    (ContextualAI/HALOs), which takes rows with a log-ratio of exactly 0 out of z. The mean over the rows of the data is
-    TRL 1.16's loss: the mean over both labels' losses together, whatever their numbers. TRL makes z of a micro-batch
-    of all devices, here it is of the batch that the objective sees.
+    where y' is another prompt's completion; z estimates KL(policy || reference), and no gradient flows through it.
+    Source: Ethayarajh et al. 2024, KTO (arXiv 2402.01306), section 4, and the authors' code (ContextualAI/HALOs), which
+    takes rows with a log-ratio of exactly 0 out of z. The mean over the rows of the data is TRL 1.16's loss: the mean
+    over both labels' losses together, whatever their numbers. TRL computes z over a micro-batch of all devices, here it
+    is computed over the batch that the objective sees.
 
     Args:
       policy, ref: sums of log-probabilities, ``[B]`` a field, nats, ``mismatched`` among them; the label is the
@@ -147,7 +147,7 @@ def apo_zero_unpaired(
 
 
 def reward_shift(policy: LabelledLogps, ref: LabelledLogps, old: dict[str, Array] | None) -> dict[str, Array]:
-    """What :func:`bco` keeps: the mean of all log-ratios so far, this batch's included, of both labels together.
+    """The mean of all log-ratios so far, this batch's included, of both labels together, for :func:`bco`.
 
     Args:
       policy, ref: the batch's sums of log-probabilities, ``[B]`` a field, nats.

@@ -1,4 +1,4 @@
-"""Weighted preference optimization: pairs that the policy would write itself count more."""
+"""Weighted preference optimization: pairs that are likely under the policy count more."""
 
 import functools
 
@@ -21,7 +21,7 @@ def _weights(policy: PairLogps) -> Float[Array, " B"]:
 
 
 def wpo_weighted(objective: Objective) -> Objective:
-    r"""The objective, its pairs weighted by how likely the policy is to write them, so that they stand for its own.
+    r"""The objective with its pairs weighted by how likely they are under the policy, so that they count as on-policy.
 
     .. math:: w(y_w)\, w(y_l)\, \ell(y_w, y_l), \qquad
               w(y) = \exp\Big(\frac{1}{|y|} \sum_t \log
@@ -59,15 +59,15 @@ def wpo_weighted(objective: Objective) -> Objective:
 
 @traits("squares", lengths=True, divergence=True)
 def wpo(policy: PairLogps, ref: PairLogps, *, beta: Beta = 0.1) -> Float[Array, " B"]:
-    r"""The DPO loss, its pairs weighted by how likely the policy is to write them.
+    r"""The DPO loss with its pairs weighted by how likely they are under the policy.
 
     .. math:: -w(y_w)\, w(y_l) \log \sigma(\beta h), \qquad
               w(y) = \exp\Big(\frac{1}{|y|} \sum_t \log
               \frac{\pi(y_t|x, y_{<t})}{\sum_v \pi(v|x, y_{<t})^2}\Big)
 
     with ``h`` as in :func:`~dpojax.losses.sigmoid`; no gradient flows through w. Source: Zhou et al. 2024, WPO (arXiv
-    2406.11827), equation 2, and TRL 1.16's ``use_weighting`` with the loss type ``sigmoid``; what bounds w, and any
-    other objective, is with :func:`~dpojax.losses.wpo_weighted`.
+    2406.11827), equation 2, and TRL 1.16's ``use_weighting`` with the loss type ``sigmoid``; its bound on w, and its
+    form for any other objective, are those of :func:`~dpojax.losses.wpo_weighted`.
 
     Args:
       policy, ref: sums of log-probabilities, ``[B]`` a field, nats; lengths in tokens; the policy's sums of

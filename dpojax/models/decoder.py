@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 from dpojax.models.attention import MakeAttention, rope_table, rotate, shared_prompt_attention
 from dpojax.models.block import Cache, Mix, Weights, block, normalize
 from dpojax.models.config import DecoderConfig, LayerKind, Learned
-from dpojax.packing import ModelInput
+from dpojax.packing import ApplyFn, ModelInput
 from dpojax.sharding import Constrain
-from dpojax.types import ApplyFn, PyTree
+from dpojax.types import PyTree
 
 MixOfKind = Callable[[LayerKind], Mix]
 

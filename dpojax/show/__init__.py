@@ -1,4 +1,4 @@
-"""Objectives for the eye: their equations as plain text, the catalogue as a table, their curves as a picture."""
+"""Objectives on a terminal and in pictures: equations as plain text, the catalogue as a table, curves as a plot."""
 
 from dpojax.show.curves import Curve, check_matplotlib, curves_named, curves_of, draw, table
 from dpojax.show.equations import readable

@@ -17,7 +17,7 @@ from dpojax.types import STATISTICS, LabelledLogps, PairLogps, Sides
 POINTS = 401  # odd, so that 0 is one of them
 SPAN_OF_BETA = 4.0  # sigmoid is then all but 0 at the right end, and hinge has its kink at a quarter of the way
 LARGEST_SPAN = 1e4  # nats; up to there every objective of ours is finite
-STEEP = 2.0  # ranges of the median curve; a steeper one leaves its panel, so that the others can be seen
+STEEP = 2.0  # ranges of the median curve; a steeper one is cut off, so that the others can be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def curves_of(name: str, objective: Objective, span: float) -> list[Curve]:
       span: largest margin, nats.
 
     Raises:
-      UserError: the objective (of the user's, say) cannot be computed or differentiated.
+      UserError: the objective, which may be the user's, cannot be computed or differentiated.
     """
     traits = traits_of(objective)
     base = 0.0 if traits.on == "scores" else base_of(span)
@@ -193,7 +193,7 @@ def _margin_label(curves: Sequence[Curve]) -> str:
 
 
 def limits(values: Sequence[np.ndarray]) -> tuple[float, float] | None:
-    """The panel's lower and upper end, past which steep curves leave it; None where nothing is finite."""
+    """The panel's lower and upper end, which cut steep curves off; None where nothing is finite."""
     finite = [y[np.isfinite(y)] for y in values if np.isfinite(y).any()]
     if not finite:
         return None

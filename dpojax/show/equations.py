@@ -1,4 +1,4 @@
-"""LaTeX, as far as the docstrings of the objectives use it, as a line of Unicode."""
+"""The LaTeX of the objectives' docstrings as a line of Unicode."""
 
 import re
 

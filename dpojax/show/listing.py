@@ -47,13 +47,13 @@ def sections() -> dict[str, list[tuple[str, str, str, str]]]:
 
 
 def _row(function: Callable) -> Row:
-    said = entry(function)
-    asked = ", ".join(said.needs if said.name in LOSSES else added(said.name)) or "-"
-    return said.name, readable(said.equation), paper(said.source) or "-", asked
+    described = entry(function)
+    needed = ", ".join(described.needs if described.name in LOSSES else added(described.name)) or "-"
+    return described.name, readable(described.equation), paper(described.source) or "-", needed
 
 
 def added(wrapper: str) -> tuple[str, ...]:
-    """What a wrapper asks for beyond the objective that it is around."""
+    """What a wrapper needs in addition to the objective that it is around."""
     options = {"with_divergence": ("forward_kl",), "with_label_smoothing": (0.1,)}.get(wrapper, ())
     around = WRAPPERS[wrapper](LOSSES["sigmoid"], *options)
     asked = [need for need in needs(around) if need not in needs(LOSSES["sigmoid"])]

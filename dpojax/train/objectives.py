@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.logprobs import completion_rewards, completion_stats, labelled_logps, pair_up
 from dpojax.losses import Objective, Traits, at_beta, log_ratios, per_token, traits_of, without_reference
-from dpojax.packing import PairBatch
+from dpojax.packing import ApplyFn, PairBatch
 from dpojax.types import (
-    ApplyFn,
     CompletionStats,
     LabelledLogps,
     Logps,

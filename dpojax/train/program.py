@@ -14,7 +14,7 @@ from dpojax.configs import ComputeOptions, MeshConfig, TrainOptions
 from dpojax.logprobs import completion_stats
 from dpojax.losses import Objective, Traits, traits_of
 from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention
-from dpojax.packing import PairBatch
+from dpojax.packing import ApplyFn, PairBatch
 from dpojax.sharding import batch_sharding, constrainer, make_mesh
 from dpojax.train.objectives import (
     BatchContext,
@@ -32,7 +32,7 @@ from dpojax.train.state import StateLayout, TrainState, every, state_layout
 from dpojax.train.step import StepFn, jit_train_step, make_train_step
 from dpojax.train.task import Task
 from dpojax.train.top_layers import of_top, top_config
-from dpojax.types import ApplyFn, CompletionStats, PyTree, ReferenceOutput
+from dpojax.types import CompletionStats, PyTree, ReferenceOutput
 
 RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
 EvalStep = Callable[..., Metrics]

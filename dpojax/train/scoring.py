@@ -13,13 +13,13 @@ from jaxtyping import Array, Float
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
 from dpojax.models import DecoderConfig, param_shardings
-from dpojax.packing import PairBatch, packing_of
+from dpojax.packing import ApplyFn, PairBatch, packing_of
 from dpojax.progress import console, track
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.state import placed
 from dpojax.train.step import join_micro, split_micro
-from dpojax.types import ApplyFn, PyTree
+from dpojax.types import PyTree
 
 LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
 

@@ -3,11 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Protocol
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from typing import Any, Protocol
 
 
 class Writer(Protocol):
@@ -64,16 +60,26 @@ class TensorBoard:
     """TensorBoard's event files; it drops figures that an earlier process wrote beyond the step ``resume``."""
 
     def __init__(self, directory: Path, resume: int = 0):
+        # Imported here, as it imports torch where there is one, which those who only call `fit` need not wait for.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
         # Not tensorboardX's SummaryWriter: its thread ends at a full disk without an error, and its queue then blocks.
         self.name = str(directory / "tensorboard")
         (directory / "tensorboard").mkdir(exist_ok=True)
         self.board = EventsWriter(str(directory / "tensorboard" / "events"))
-        start = SessionLog(status=SessionLog.START)
-        self.board.write_event(Event(wall_time=time.time(), step=resume + 1 if resume else 0, session_log=start))
+        self._event(resume + 1 if resume else 0, session_log=SessionLog(status=SessionLog.START))
+
+    def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
         for name, value in figures.items():
-            self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._event(step, summary=scalar(name, value))
 
     def flush(self) -> None:
         self.board.flush()
