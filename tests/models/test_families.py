@@ -13,26 +13,11 @@ from dpojax.generate import make_sampler, sample_all
 from dpojax.logprobs import completion_logps
 from dpojax.models import FAMILIES, Model, config_from_hf, init_params, load_model, make_apply, new_model, save_model
 from dpojax.models.families import Tensor
-from dpojax.models.weights import file_tensors
-from tests.conftest import HF_CONFIG, plain_input, random_batch
+from dpojax.models.weights import file_tensors, load_params
+from tests.conftest import GOLDENS, plain_input, random_batch
+from tests.models.families import FAMILIES as TINY
+from tests.models.families import QWEN3, TOKENS, WINDOW, random_tensor
 from tests.test_logprobs import two_row_logps
-
-QWEN3 = {
-    **{k: v for k, v in HF_CONFIG.items() if k != "mlp_bias"},
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "head_dim": 16,  # not hidden_size / heads
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3}
-VARIANTS = {
-    "llama": HF_CONFIG,
-    "qwen3": QWEN3,
-    "qwen3 tied": QWEN3 | {"tie_word_embeddings": True},
-    "qwen3 biases": QWEN3 | {"attention_bias": True},
-    "qwen3 window": QWEN3 | WINDOW,
-}
 
 
 def random_model(raw: dict) -> Model:
@@ -49,9 +34,34 @@ def logits(model: Model, tokens) -> np.ndarray:
     return np.asarray(jnp.einsum("btd,vd->btv", h, head))
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=TINY)
 def model(request) -> Model:
-    return random_model(VARIANTS[request.param])
+    return random_model(TINY[request.param])
+
+
+class Named:
+    """Tensors by name, as the goldens' script makes them."""
+
+    path = "goldens"
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        self.tensors = {name: random_tensor(i, shapes[name]) for i, name in enumerate(sorted(shapes))}
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self.tensors[name].shape if name in self.tensors else None
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.tensors[name][index]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_are_the_goldens(name):
+    family, config = FAMILIES[TINY[name]["model_type"]], config_from_hf(TINY[name], "test")
+    shapes = {t.name: t.shape for t in file_tensors(init_params(config, seed=0), family, config)}
+    model = Model(config, load_params(Named(shapes), family, config), TINY[name])
+    expected = np.array(json.loads((GOLDENS / "families.json").read_text())[name])
+    got = logits(model, TOKENS)[:, ::8, ::32]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_saved_logits_are_transformers(model, tmp_path):
@@ -135,7 +145,7 @@ def test_gguf_is_read_by_the_same_row(name, tmp_path):
     from gguf import GGUFWriter
 
     eps = float(np.float32(1e-5))  # as GGUF holds it
-    model = random_model(VARIANTS[name] | {"tie_word_embeddings": False, "rms_norm_eps": eps})
+    model = random_model(TINY[name] | {"tie_word_embeddings": False, "rms_norm_eps": eps})
     config, family = model.config, model.family
     writer = GGUFWriter(tmp_path / "m.gguf", family.model_type)
     writer.add_block_count(config.layers)
