@@ -44,7 +44,7 @@ class Packing:
 
 @struct.dataclass
 class Annotations:
-    """What the data says of a batch's completions beside their text; None where it says nothing.
+    """The annotations of a batch's completions, from the data; None where it has none.
 
     ``rank`` orders a prompt's completions (0 the best; two of one rank are no pair; None: as they stand). ``score``
     says by how much: only differences of a row's scores are used. ``weight`` is how much the row counts, ``label`` is

@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from dpojax import cli, configs
@@ -53,7 +55,7 @@ def train_base(w) -> dict:
         "steps": 2,
         "learning_rate": 1e-2,
         "warmup_steps": 0,
-        "max_shapes": 2,
+        "max_shapes": 1,
     }
 
 
@@ -75,7 +77,7 @@ def train_changes(w) -> dict:
     """field -> what it becomes, with whatever else both sides need for it to be seen."""
     root, held_out = w["root"], {"eval_data": (w["pairs"],)}
     return shared_changes(w) | {
-        "max_shapes": (1, {"steps": 3}),
+        "max_shapes": (2, {"steps": 3}),
         "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
         "output": "elsewhere",
         "eval_data": (w["pairs"],),
@@ -117,9 +119,9 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
             "ref_model_sync_steps": (2, moving),
         }
         return train_base(w), train_changes(w) | own
-    scoring = {"model": w["model"], "data": (w["pairs"],), "output": "out.json"}
+    scoring = {"model": w["model"], "data": (w["pairs"],), "output": "out.json", "max_shapes": 1}
     scoring_changes = shared_changes(w) | {
-        "max_shapes": 1,
+        "max_shapes": 3,
         "output": "elsewhere.json",
     }
     return {
@@ -186,7 +188,7 @@ def test_every_field_has_a_row(name, world):
     assert set(changes) == {field.name for field in dataclasses.fields(COMMANDS[name])}
 
 
-def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) -> dict:
+def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys, devices: int = 1) -> dict:
     """All that a command leaves: its words, its files, and the programs it compiled; clocks taken out."""
     from dpojax import generate, progress
     from dpojax.data import cache
@@ -201,15 +203,23 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys) ->
         def made(*args, **kwargs):
             compiled = make(*args, **kwargs)
 
+            seen: dict[str, str] = {}  # a program by its inputs' shapes
+
             def call(*inputs):
-                programs.append(hashlib.sha256(compiled.lower(*inputs).as_text().encode()).hexdigest())
+                shapes = str(jax.tree.map(lambda x: (np.shape(x), getattr(x, "dtype", type(x))), inputs))
+                if shapes not in seen:
+                    seen[shapes] = hashlib.sha256(compiled.lower(*inputs).as_text().encode()).hexdigest()
+                programs.append(seen[shapes])
                 return compiled(*inputs)
 
             return call
 
         return made
 
+    those = jax.devices()[:devices]
     with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: those)
+        patch.setattr(jax, "device_count", lambda: devices)
         patch.setattr(program, "jit_train_step", recording(program.jit_train_step))
         for module in (program, scoring):
             patch.setattr(module, "make_logps_step", recording(module.make_logps_step))
@@ -250,11 +260,12 @@ def test_field_is_alive(name, field, world, bases, tmp_path, monkeypatch, capsys
     base, changes = base_and_changes(name, world)
     change = changes[field]
     changed, needed = change if isinstance(change, tuple) and isinstance(change[-1], dict) else (change, {})
-    key = (name, json.dumps(needed, default=str))
+    devices = 8 if field == "mesh" else 1
+    key = (name, json.dumps(needed, default=str), devices)
     if key not in bases:
-        bases[key] = footprint(COMMANDS[name], base | needed, tmp_path / "base", monkeypatch, capsys)
+        bases[key] = footprint(COMMANDS[name], base | needed, tmp_path / "base", monkeypatch, capsys, devices)
     values = base | needed | {field: changed}
-    after = footprint(COMMANDS[name], values, tmp_path / "changed", monkeypatch, capsys)
+    after = footprint(COMMANDS[name], values, tmp_path / "changed", monkeypatch, capsys, devices)
     assert bases[key] != after, f"{name}.{field} = {changed} changes nothing"
 
 

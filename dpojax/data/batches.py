@@ -190,7 +190,7 @@ class Batches:
         examples: Sequence[Example],
         batch_size: int,
         *,
-        max_shapes: int,
+        max_shapes: int = 8,
         sequences: int = 1,
         seed: int | None = None,
         epochs: int = 1,

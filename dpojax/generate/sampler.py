@@ -221,8 +221,8 @@ def sample_all(
     params: PyTree,
     prompts: Sequence[Sequence[int]],
     *,
-    batch_size: int,
-    seed: int,
+    batch_size: int = 16,
+    seed: int = 0,
     track: Callable[[Sequence[int]], Iterable[int]] = lambda batches: batches,
 ) -> Samples:
     """The completions of every prompt, in order, ``[prompts, n, C]`` NumPy arrays.

@@ -1,7 +1,7 @@
 """The decoder, its choices and parameters, and its weights in and out."""
 
 from dpojax.models.attention import make_attention
-from dpojax.models.config import DecoderConfig
+from dpojax.models.config import Attention, DecoderConfig, LayerKind, Learned, Mlp, Norm, Rope, RopeScaling
 from dpojax.models.decoder import make_apply
 from dpojax.models.families import FAMILIES, config_from_hf
 from dpojax.models.identity import fingerprint
@@ -27,9 +27,16 @@ from dpojax.models.params import (
 
 __all__ = [
     "FAMILIES",
+    "Attention",
     "DecoderConfig",
+    "LayerKind",
+    "Learned",
+    "Mlp",
     "Model",
     "ModelFiles",
+    "Norm",
+    "Rope",
+    "RopeScaling",
     "abstract_params",
     "as_reward_model",
     "check_divides",

@@ -15,7 +15,7 @@ from dpojax.logprobs import completion_stats
 from dpojax.losses import Objective, Traits, traits_of
 from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import batch_sharding, constrainer, make_mesh
+from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh
 from dpojax.train.objectives import (
     BatchContext,
     LossFn,
@@ -44,6 +44,7 @@ class Program:
 
     Attributes:
       mesh: the devices.
+      sequences: R, packed sequences of a global batch: the devices that split it, times the micro-batches.
       objective: ``(policy, ref) -> [B]`` losses.
       traits: what the objective reads.
       config: shape of the whole model, the reference's; the policy's is ``layout.config``.
@@ -56,6 +57,7 @@ class Program:
     """
 
     mesh: Mesh
+    sequences: int
     objective: Objective
     traits: Traits
     config: DecoderConfig
@@ -129,6 +131,7 @@ def make_program(
     logps_step = logps_of_model(config)
     return Program(
         mesh=mesh,
+        sequences=batch_shards(mesh) * micro_batches,
         objective=objective,
         traits=traits,
         config=config,
