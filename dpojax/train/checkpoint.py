@@ -24,6 +24,10 @@ def best_score(metrics: dict[str, float]) -> float:
     return -metrics["eval_loss"]
 
 
+ARRAYS = ("params", "train", "reference")
+IN_FLIGHT = 256 << 20
+
+
 class Checkpoints:
     """The checkpoints below a run's directory.
 
@@ -31,9 +35,10 @@ class Checkpoints:
       run: the directory.
       keep_latest: how many are kept, beside the best by eval_loss of those evaluated and saved at the same step.
       read_only: whether another process may be writing here.
+      in_flight: bytes that are written at a time, more than the largest array has.
     """
 
-    def __init__(self, run: Path, keep_latest: int = 1, *, read_only: bool = False):
+    def __init__(self, run: Path, keep_latest: int = 1, *, read_only: bool = False, in_flight: int = IN_FLIGHT):
         # Orbax logs an error's traceback from each of its threads; we raise it once, as a sentence.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -45,8 +50,12 @@ class Checkpoints:
             # A reader must leave alone what the run it reads from is just writing.
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            # On a CPU, a write that goes on beside the next step keeps a second copy of all that the step changes.
+            enable_async_checkpointing=jax.default_backend() != "cpu",
         )
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        arrays = {name: ocp.StandardCheckpointHandler(save_concurrent_gb=in_flight / 1e9) for name in ARRAYS}
+        handlers = {**arrays, "position": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int:

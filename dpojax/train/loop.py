@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jax
+
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
@@ -18,7 +20,7 @@ from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy
-from dpojax.train.checkpoint import Checkpoints
+from dpojax.train.checkpoint import IN_FLIGHT, Checkpoints
 from dpojax.train.heldout import evaluate
 from dpojax.train.inputs import Data, check_fit, load_data
 from dpojax.train.log import MetricsLog
@@ -183,7 +185,8 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     data, model, ref_model, program, identities = open_run(config, task)
     keep_memory()
     run, total_steps = Path(config.output), data.total_steps
-    checkpoints = Checkpoints(run, config.save_total_limit)
+    largest = max(x.nbytes for x in jax.tree.leaves(model.params))
+    checkpoints = Checkpoints(run, config.save_total_limit, in_flight=max(IN_FLIGHT, largest + 1))
     if config.train_top_layers is not None:
         checkpoints.save_frozen(separate(model.params, config.train_top_layers)[0])
     done = checkpoints.latest
