@@ -63,10 +63,8 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{name}: reading Parquet needs pyarrow; run pip install pyarrow, or give JSONL") from None
+    import pyarrow.parquet
+
     try:
         file = pyarrow.parquet.ParquetFile(path)
         rows = (fields for batch in file.iter_batches() for fields in batch.to_pylist())
