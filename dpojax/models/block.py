@@ -56,7 +56,7 @@ def project(weights: Weights, names: Sequence[str], x: Float[Array, "R T D"]) ->
     A weight is ``[D, *out]``. A layout may hold all of them as one matrix (:class:`Fused`).
     """
     fused = weights.get(fused_name(names))
-    if fused is not None:
+    if isinstance(fused, Fused):
         y = jnp.einsum("rtd,fd->rtf", x, fused.matrix.astype(x.dtype))
         y = y if fused.bias is None else y + fused.bias.astype(x.dtype)[None, None]
         ends = np.cumsum([math.prod(shape) for shape in fused.shapes])

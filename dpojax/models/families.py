@@ -47,6 +47,10 @@ class Tensor:
         first, rest = ours[0], math.prod(ours[1:])
         return (rest, first) if self.outputs_first else (first, rest)
 
+    def outputs(self, ours: tuple[int, ...]) -> int:
+        """How much of their output axis a parameter of ours of this shape takes."""
+        return math.prod(ours if self.flat or len(ours) == 1 else ours[1:])
+
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
         """Our parameter in their form."""
         x = x.reshape(x.shape[0], -1) if x.ndim > 1 and not self.flat else x.reshape(-1)

@@ -57,7 +57,7 @@ def places(family: Family, config: DecoderConfig) -> dict[str, Placed]:
     for path, spec in param_specs(config).items():
         tensor, stacked = family.tensors[path], path.startswith("blocks/")
         shape = inner[path.removeprefix("blocks/")].shape if stacked else spec.shape
-        start = sum(math.prod(inner[name].shape[1:]) for name in tensor.after)
+        start = sum(tensor.outputs(inner[name].shape) for name in tensor.after)
         fused = any(other.after for other in family.tensors.values() if other.name == tensor.name)
         out[path] = Placed(tensor, shape, config.layers if stacked else None, start, fused)
     return out
