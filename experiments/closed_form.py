@@ -1,6 +1,6 @@
 """The theory of DPO in closed form: which policy each objective has, on a space that is enumerated whole.
 
-    .venv/bin/python experiments/closed_form.py --output runs/closed_form
+    python -m experiments.closed_form --output runs/closed_form
 
 Three prompts of five completions each have random rewards and a random reference; preferences are the rewards' exact
 Bradley-Terry probabilities, over all pairs. Every objective trains a tabular softmax policy on their expectation, and

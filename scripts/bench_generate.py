@@ -41,17 +41,19 @@ def ours(spec: dict[str, Any]) -> Draw:
     from dpojax.startup import keep_memory, prepare
 
     prepare()
-    import jax
-
     from dpojax.generate import make_sampler, sample_all
     from dpojax.models import load_model
 
     model = load_model(spec["model"])
     keep_memory()
-    params = jax.device_put(model.params)
     sampler = make_sampler(model.config, max_new_tokens=spec["new_tokens"], eos_ids=())
     prompts = spec["prompts"]
-    return lambda seed: sample_all(sampler, params, prompts, batch_size=len(prompts), seed=seed)
+
+    def draw(seed: int) -> list[list[int]]:
+        drawn = sample_all(sampler, model.params, prompts, batch_size=len(prompts), seed=seed)
+        return [row for (row,) in drawn.lists()]
+
+    return draw
 
 
 def transformers(spec: dict[str, Any]) -> Draw:
@@ -140,19 +142,19 @@ def export(name: str, directory: Path) -> str:
     """The model as a directory that transformers loads: itself, if it is one."""
     if Path(name).is_dir():
         return name
-    from dpojax.models import load_model, load_tokenizer, save_directory
+    from dpojax.models import load_model, load_tokenizer, save_model
 
     model = load_model(name)
-    save_directory(model.params, model.config, model.hf_config, directory)
+    save_model(model, directory)
     load_tokenizer(name).save_pretrained(directory)
     return str(directory)
 
 
 def measure(args: argparse.Namespace, libraries: list[str], directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Every library's turns, the first of which only warms it up."""
-    from dpojax.models import check_model
+    from dpojax.models import open_model
 
-    prompts = make_prompts(check_model(args.model).vocab_size, args.batch, args.prompt_tokens)
+    prompts = make_prompts(open_model(args.model).config.vocab_size, args.batch, args.prompt_tokens)
     spec = {"model": args.model, "prompts": prompts, "new_tokens": args.new_tokens}
     if "transformers" in libraries:
         # In a process of its own, so that this one stays small and starts no threads.

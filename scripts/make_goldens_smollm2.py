@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dpojax.models import load_tokenizer  # noqa: E402
-from experiments.sentiment import smollm2_path  # noqa: E402
+from experiments.common import smollm2_path  # noqa: E402
 
 SENTENCE = "The capital of France is"
 TEXTS = (

@@ -16,16 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dpojax.generate import make_sampler, sample_all
 from dpojax.models import load_model, load_tokenizer
-from experiments import openings
-from experiments.sentiment import smollm2_path, vader_scores
+from experiments.common import smollm2_path, vader_scores
+from experiments.data import openings
 
 DRAWS, NEW_TOKENS, MIN_GAP, MIN_WORDS, SEED = 12, 24, 0.5, 4, 0
+TOGETHER, SIDE_BY_SIDE = 4, 64  # samples of one computation of a prompt, and of one batch
 OUT = Path(__file__).resolve().parent.parent / "experiments" / "data"
 
 
@@ -50,8 +49,9 @@ def pairs_of(prompt: str, texts: list[str]) -> list[dict]:
 def main() -> None:
     path = smollm2_path()
     model, tokenizer = load_model(path), load_tokenizer(path)
-    params = jax.device_put(model.params)
-    sampler = make_sampler(model.config, max_new_tokens=NEW_TOKENS, eos_ids=(tokenizer.eos_token_id,))
+    sampler = make_sampler(
+        model.config, num_samples=TOGETHER, max_new_tokens=NEW_TOKENS, eos_ids=(tokenizer.eos_token_id,)
+    )
     OUT.mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train", openings.TRAIN), ("heldout", openings.HELD_OUT)):
         start = time.time()
@@ -61,10 +61,9 @@ def main() -> None:
                 yield i
                 print(f"{name}: batch {i + 1}/{len(batches)}, {time.time() - start:.0f} s", flush=True)
 
-        drawn = [prompt for prompt in prompts for _ in range(DRAWS)]
-        ids = [tokenizer(prompt)["input_ids"] for prompt in drawn]
-        tokens = sample_all(sampler, params, ids, batch_size=64, seed=SEED, track=track)
-        texts = [tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts for _ in range(DRAWS // TOGETHER)]
+        drawn = sample_all(sampler, model.params, ids, batch_size=SIDE_BY_SIDE // TOGETHER, seed=SEED, track=track)
+        texts = [tokenizer.decode(t, skip_special_tokens=True) for rows in drawn.lists() for t in rows]
         rows = [row for i, p in enumerate(prompts) for row in pairs_of(p, texts[i * DRAWS : (i + 1) * DRAWS])]
         with_pairs = len({row["prompt"] for row in rows})
         (OUT / f"sentiment_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -80,7 +80,7 @@ def sampling() -> tuple[str, Run]:
     keep_memory()
     prompts, lengths = map(jnp.asarray, pad_left(make_prompts(model.config.vocab_size, BATCH, PROMPT), PROMPT))
     sampler = make_sampler(model.config, max_new_tokens=TOKENS, eos_ids=())
-    inputs = (jax.device_put(model.params), prompts, lengths, jax.random.key(0))
+    inputs = (model.params, prompts, lengths, jax.random.key(0))
     run = lambda: jax.block_until_ready(sampler(*inputs))  # noqa: E731
     for _ in range(WARMUP):
         run()

@@ -24,7 +24,14 @@ install() {
   wanted=$(cat pyproject.toml; echo "$name $extras $*")
   [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
   echo "Installing into .venv (once)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-  [ $# = 0 ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$@"
+  # Python compiles what is imported; pip would compile all there is, mostly for nobody.
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
+  local further=
+  if [ $# != 0 ]; then  # they need nothing of the others, so their download need not wait
+    "${pip[@]}" --no-deps "$@" &
+    further=$!
+  fi
+  "${pip[@]}" --editable ".[$extras]"
+  [ -z "$further" ] || wait "$further"
   echo "$wanted" >"$stamp"
 }

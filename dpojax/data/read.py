@@ -63,8 +63,10 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
-    import pyarrow.parquet
-
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{name}: reading Parquet needs pyarrow; run pip install pyarrow, or give JSONL") from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         rows = (fields for batch in file.iter_batches() for fields in batch.to_pylist())

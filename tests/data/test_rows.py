@@ -1,6 +1,7 @@
 """Rows: what is read, what is a pair, and what is said of what is not."""
 
 import json
+import sys
 
 import pytest
 
@@ -118,6 +119,14 @@ def test_parquet_is_jsonl(tmp_path):
     got = list(read_rows([str(tmp_path / "f.parquet")]))
     assert [r.number for r in got] == [1, 2]
     assert [pair_of(r) for r in got] == [Dialogue([USER], ([BOT], [OTHER])), Dialogue([USER], ([OTHER], [BOT]))]
+
+
+def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "f.parquet").write_text("any")
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"f.parquet: reading Parquet needs pyarrow; run pip install pyarrow"):
+        list(read_rows([str(tmp_path / "f.parquet")]))
 
 
 @pytest.mark.parametrize(
