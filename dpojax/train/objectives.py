@@ -145,7 +145,8 @@ def summed(terms: Terms) -> Metrics:
     """
     sums = jnp.stack([jnp.where(mask > 0, x, 0.0) for x, mask in terms.values()])
     while (B := sums.shape[1]) > 1:
-        sums = jnp.sum(jnp.pad(sums, ((0, 0), (0, B % 2))).reshape(len(sums), -1, 2), axis=-1)
+        halves = jnp.pad(sums, ((0, 0), (0, B % 2))).reshape(len(sums), -1, 2)
+        sums = halves[..., 0] + halves[..., 1]  # not jnp.sum, which XLA would merge into one reduction again
     return {name: Metric(total, jnp.sum(terms[name][1])) for name, total in zip(terms, sums[:, 0], strict=True)}
 
 
