@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence that names the place and the mend, status 2, no traceback."""
+"""Bad input: one clear sentence that names the place and how to fix it, status 2, no traceback."""
 
 import json
 import shutil
