@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax.configs import MeshConfig
 from dpojax.generate import make_sampler, next_token, pad_left, sample_all
-from dpojax.models import make_apply
+from dpojax.models import make_apply, param_shardings
+from dpojax.sharding import make_mesh
 from tests.conftest import plain_input
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -78,3 +80,14 @@ def test_compute_dtype_reaches_the_cache(config, params, dtype):
     sampler = make_sampler(config, max_new_tokens=2, eos_ids=(), temperature=0.0, dtype=dtype)
     text = sampler.lower(params, jnp.ones((1, 3), jnp.int32), jnp.array([3]), jax.random.key(0)).as_text()
     assert "1x2x5x8xbf16" in text
+
+
+def test_samples_on_a_mesh_are_those_of_one_device(config, params):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    options = {"max_new_tokens": 6, "eos_ids": (1,), "num_samples": 2}
+    prompts = [*PROMPTS, [20, 21]]
+    alone = sample_all(make_sampler(config, **options), params, prompts, batch_size=4, seed=0)
+    spread = jax.tree.map(jax.device_put, params, param_shardings(mesh, config))
+    there = sample_all(make_sampler(config, **options, mesh=mesh), spread, prompts, batch_size=4, seed=0)
+    assert there.lists() == alone.lists() and alone.tokens.shape == (4, 2, 6)
+    np.testing.assert_allclose(there.logps, alone.logps, atol=1e-4)
