@@ -62,25 +62,9 @@ def project(weights: Weights, names: Sequence[str], x: Float[Array, "R T D"]) ->
         ends = np.cumsum([math.prod(shape) for shape in fused.shapes])
         parts = jnp.split(y, ends[:-1], axis=-1)
         return [part.reshape(*x.shape[:2], *shape) for part, shape in zip(parts, fused.shapes, strict=True)]
-    return [_with_bias(weights, name, _product(x, weights[name].astype(x.dtype))) for name in names]
-
-
-OUTPUTS = {2: "f", 3: "nh"}  # of a weight, by its number of axes
-
-
-@jax.custom_vjp
-def _product(x: Float[Array, "R T D"], w: Float[Array, "D *out"]) -> Array:
-    """Activations times a weight. The weight's gradient is made in its own layout, which JAX would transpose into."""
-    out = OUTPUTS[w.ndim]
-    return jnp.einsum(f"rtd,d{out}->rt{out}", x, w)
-
-
-def _product_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    (x, w), out = kept, OUTPUTS[kept[1].ndim]
-    return jnp.einsum(f"rt{out},d{out}->rtd", dy, w), jnp.einsum(f"rtd,rt{out}->d{out}", x, dy)
-
-
-_product.defvjp(lambda x, w: (_product(x, w), (x, w)), _product_backward)
+    products = {2: "rtd,df->rtf", 3: "rtd,dnh->rtnh"}
+    each = ((name, weights[name].astype(x.dtype)) for name in names)
+    return [_with_bias(weights, name, jnp.einsum(products[w.ndim], x, w)) for name, w in each]
 
 
 def project_back(weights: Weights, name: str, x: Float[Array, "R T *in"]) -> Float[Array, "R T D"]:
