@@ -45,15 +45,10 @@ class ModelFiles:
     hf_config: dict[str, Any]
     source: TensorSource
 
-    def load(self, mesh: Mesh | None = None, progress: Progress = lambda share: None, *, reward: bool = False) -> Model:
-        """The model with its parameters born on the mesh (:func:`~dpojax.models.weights.load_params`).
-
-        ``reward`` puts a head that scores completions in place of the unembedding (:func:`as_reward_model`).
-        """
+    def load(self, mesh: Mesh | None = None, progress: Progress = lambda share: None) -> Model:
+        """The model with its parameters born on the mesh (:func:`~dpojax.models.weights.load_params`)."""
         family = family_of(self.hf_config, str(self.source.path))
-        params = load_params(self.source, family, self.config, mesh, progress)
-        model = Model(self.config, params, self.hf_config)
-        return as_reward_model(model, mesh) if reward else model
+        return Model(self.config, load_params(self.source, family, self.config, mesh, progress), self.hf_config)
 
 
 def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
