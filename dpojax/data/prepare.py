@@ -1,0 +1,319 @@
+"""A source's rows -> tokens: block by block, over several processes, going on where an interrupted run stopped."""
+
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpojax.data.dialogue import Form, fields_read
+from dpojax.data.encode import Encoder, EncodingOptions, RenderedRow, TokenizedRow
+from dpojax.data.filters import Filter
+from dpojax.data.formats import Format, detect, format_named
+from dpojax.data.read import BadRow, Block, Row, Source
+from dpojax.data.rows import parse_row
+from dpojax.data.tokens import (
+    FileTokens,
+    Tokens,
+    joined,
+    joined_files,
+    part_tokens,
+    read_part,
+    read_whole,
+    tokens_of,
+    write_part,
+    write_whole,
+)
+from dpojax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_OF_BLOCK = 4096
+ROWS_AT_ONCE = 1024  # a fast tokenizer spreads a list of texts over the cores
+BLOCKS_ALONE = 4  # a source of no more is done in this process: others take seconds to start
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How records become rows.
+
+    Attributes:
+      form: of the rows.
+      format: a published format, a user's own as ``path.py:name``, or auto: found by the first record's fields.
+      filters: of the records.
+    """
+
+    form: Form = "pairs"
+    format: str = "auto"
+    filters: tuple[Filter, ...] = ()
+
+    def format_of(self, fields: dict[str, Any]) -> Format | None:
+        """The format of a source whose first record has these fields; None where its records are rows of ours."""
+        return detect(fields) if self.format == "auto" else format_named(self.format)
+
+
+@dataclasses.dataclass
+class ParsedRows:
+    """A block's rows as text, and what is to be said of its records."""
+
+    rendered: list[RenderedRow] = dataclasses.field(default_factory=list)
+    bad: list[BadRow] = dataclasses.field(default_factory=list)
+    rows: int = 0
+    filtered: int = 0
+    unread: dict[str, None] = dataclasses.field(default_factory=dict)
+
+
+def parse_rows(
+    rows: Sequence[Row | BadRow], reading: Reading, format: Format | None, encoder: Encoder | None
+) -> ParsedRows:
+    """The rows as text; without an encoder, their fields are checked alone, and the texts are empty."""
+    out = ParsedRows()
+    known = fields_read(reading.form) if format is None else frozenset(format.reads)
+    for row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise ValueError(row.why)
+            if not all([f.keeps(row.fields) for f in reading.filters]):
+                out.filtered += 1
+                out.rows += 1
+                continue
+            if known:  # a user's own format need not say what it reads
+                out.unread |= dict.fromkeys([name for name in row.fields if name not in known])
+            fields = format.row(row.fields) if format else row.fields
+            parsed = parse_row(Row(row.file, row.number, fields), reading.form)
+            texts = [(encoder.render(dialogue) if encoder else []) for dialogue, _ in parsed]
+            out.rows += len(parsed)
+            for (dialogue, notes), parts in zip(parsed, texts, strict=True):
+                out.rendered.append(RenderedRow(row.number, parts, dialogue.truncated, notes))
+        except ValueError as error:
+            out.rows += 1
+            out.bad.append(BadRow(row.file, row.number, str(error)))
+    return out
+
+
+def tokenize_rows(
+    rows: Sequence[Row | BadRow], reading: Reading, format: Format | None, encoder: Encoder
+) -> FileTokens:
+    """The rows in tokens, and what is to be said of the others."""
+    encoder.forget_remarks()
+    parsed = parse_rows(rows, reading, format, encoder)
+    usable: list[TokenizedRow] = []
+    bad: list[BadRow] = []
+    for start in range(0, len(parsed.rendered), ROWS_AT_ONCE):
+        group = parsed.rendered[start : start + ROWS_AT_ONCE]
+        for row, got in zip(group, encoder.tokenize(group), strict=True):
+            if isinstance(got, str):
+                bad.append(BadRow(rows[0].file, row.number, got))
+            else:
+                usable.append(got)
+    return FileTokens(
+        tokens_of(usable),
+        tuple(parsed.bad),
+        tuple(bad),
+        parsed.rows,
+        parsed.filtered,
+        (*parsed.unread, *sorted(encoder.template.unread)),
+        format.title if format else None,
+        tuple(sorted(encoder.spelled)),
+        encoder.added_eos,
+    )
+
+
+# ---- blocks ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A block of rows that have been read already."""
+
+    held: list[Row | BadRow]
+
+    @property
+    def first(self) -> int:
+        return self.held[0].number
+
+    def rows(self) -> list[Row | BadRow]:
+        return self.held
+
+
+def grouped(blocks: Iterable[Block], column: str) -> Iterator[Block]:
+    """Blocks in which consecutive records that agree in a column are one record, ``{column: ..., "records": [...]}``."""
+    held: list[Row] = []
+
+    def group() -> Row:
+        fields = {column: held[0].fields.get(column), "records": [row.fields for row in held]}
+        return Row(held[0].file, held[0].number, fields)
+
+    for block in blocks:
+        out: list[Row | BadRow] = []
+        for row in block.rows():
+            if isinstance(row, BadRow):
+                out.append(row)
+                continue
+            if held and held[0].fields.get(column) != row.fields.get(column):
+                out.append(group())
+                held = []
+            held.append(row)
+        if out:
+            yield Rows(out)
+    if held:
+        yield Rows([group()])
+
+
+def format_and_blocks(source: Source, reading: Reading) -> tuple[Format | None, Iterator[Block]]:
+    """The format of a source's records, and all of its blocks."""
+    blocks = source.blocks(ROWS_OF_BLOCK)
+    first = next(blocks)
+    fields = next((row.fields for row in first.rows() if isinstance(row, Row)), {})
+    format = reading.format_of(fields)
+    every = itertools.chain([first], blocks)
+    return format, (grouped(every, format.group) if format and format.group else every)
+
+
+# ---- processes ------------------------------------------------------------------------------------------------
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer: "PreTrainedTokenizerBase", options: EncodingOptions, reading: Reading, name: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    encoder = Encoder(tokenizer, options)
+    _worker.update(encoder=encoder, reading=reading, format=format_named(name) if name else None)
+
+
+def _work(block: Block) -> FileTokens:
+    return tokenize_rows(block.rows(), _worker["reading"], _worker["format"], _worker["encoder"])
+
+
+def tokenized(
+    blocks: Iterable[tuple[int, Block]], reading: Reading, format: Format | None, encoder: Encoder, workers: int
+) -> Iterator[tuple[int, FileTokens]]:
+    """Numbered blocks in tokens, in their order; over several processes where there are many."""
+    blocks = iter(blocks)
+    ahead = list(itertools.islice(blocks, BLOCKS_ALONE + 1 if workers > 1 else 0))
+    every = itertools.chain(ahead, blocks)
+    if len(ahead) <= BLOCKS_ALONE:
+        for i, block in every:
+            yield i, tokenize_rows(block.rows(), reading, format, encoder)
+        return
+    name = format.name if format else ""
+    arguments = (encoder.tokenizer, encoder.options, reading, name)
+    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in the middle of what they do
+    waiting: deque[tuple[int, Future[FileTokens]]] = deque()
+    with _one_thread_each(), ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
+        try:
+            for i, block in every:
+                waiting.append((i, pool.submit(_work, block)))
+                if len(waiting) > 2 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that tokenises was ended, perhaps for want of memory; the same command goes on"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started within tokenise with one thread each."""
+    name = "RAYON_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# ---- a source -------------------------------------------------------------------------------------------------
+
+
+def tokenize_source(
+    source: Source,
+    reading: Reading,
+    encoder: Encoder,
+    *,
+    path: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> FileTokens:
+    """A source's rows in tokens.
+
+    Args:
+      source: where they are.
+      reading: how records become rows.
+      encoder: the tokenizer's.
+      path: the directory in which the tokens are kept. Until all are there, each block's lie in another beside it, so
+        that a run that was stopped goes on. None: they are kept in memory.
+      workers: processes that share the work.
+      progress: called with the number of rows that have been done.
+
+    Raises:
+      UserError: the source cannot be read.
+    """
+    format, blocks = format_and_blocks(source, reading)
+    aside = None if path is None else path.with_name(path.name + ".parts")
+    parts: dict[int, FileTokens] = {}
+    where: dict[int, Tokens | Path] = {}
+
+    def todo() -> Iterator[tuple[int, Block]]:
+        for i, block in enumerate(blocks):
+            file = aside and aside / f"{i:06d}.npz"
+            part = read_part(file, source.name) if file else None
+            if part is None:
+                yield i, block
+            else:
+                parts[i], where[i] = _without_tokens(part), file
+
+    if aside is not None:
+        with contextlib.suppress(OSError):
+            aside.mkdir(exist_ok=True)
+    for i, part in tokenized(todo(), reading, format, encoder, workers):
+        file = aside and aside / f"{i:06d}.npz"
+        kept = file is not None and write_part(file, part)
+        parts[i], where[i] = (_without_tokens(part), file) if kept else (part, part.tokens)
+        progress(sum(part.rows for part in parts.values()))
+    order = sorted(parts)
+    return _whole(source, [parts[i] for i in order], [where[i] for i in order], path, aside)
+
+
+def _without_tokens(part: FileTokens) -> FileTokens:
+    """A part whose tokens lie on disk."""
+    few = np.zeros(0, np.int32)
+    masks = None if part.tokens.masks is None else few.astype(bool)
+    return dataclasses.replace(part, tokens=dataclasses.replace(part.tokens, flat=few, masks=masks))
+
+
+def _whole(
+    source: Source, parts: list[FileTokens], where: list[Any], path: Path | None, aside: Path | None
+) -> FileTokens:
+    said = joined_files(parts, joined([part.tokens for part in parts]))
+    try:
+        if path is not None and write_whole(path, where, said):
+            whole = read_whole(path, source.name)
+            if whole is not None:
+                return whole
+        tokens = [part if isinstance(part, Tokens) else part_tokens(part) for part in where]
+        return dataclasses.replace(said, tokens=joined(tokens))
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,219 @@
+"""Text -> token ids, as they stand in the middle of a text, and with special tokens as text where they are text."""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpojax.data.chat import Rendered
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+Ids = list[int]
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """The special tokens by their spelling."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {token.content: i for i, token in added.items() if token.special}
+    named = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=True)
+    return {str(token): int(i) for token, i in {**found, **dict(named)}.items() if token}
+
+
+def pattern_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches any of the tokens, the longest first; None where there are none."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def without_prefix(content: dict[str, Any]) -> dict[str, Any]:
+    """A fast tokenizer's account of itself (``tokenizer.json``) that writes no space before a text.
+
+    SentencePiece's tokenizers, and some byte-level ones, put a space before every text. It belongs to the beginning of
+    a prompt; before a completion, it is a space that the data does not have.
+    """
+
+    def changed(step: Any) -> Any:
+        if isinstance(step, list):
+            return [changed(item) for item in step if not (isinstance(item, dict) and item.get("type") == "Prepend")]
+        if not isinstance(step, dict):
+            return step
+        step = {name: changed(x) if name in ("normalizers", "pretokenizers") else x for name, x in step.items()}
+        if step.get("type") == "Metaspace":
+            step |= {"prepend_scheme": "never"} | ({"add_prefix_space": False} if "add_prefix_space" in step else {})
+        if step.get("type") == "ByteLevel" and step.get("add_prefix_space"):
+            step["add_prefix_space"] = False
+        return step
+
+    normalizer = content.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "Prepend":
+        normalizer = None
+    return {**content, "normalizer": changed(normalizer), "pre_tokenizer": changed(content.get("pre_tokenizer"))}
+
+
+class TextTokenizer:
+    """A tokenizer's tokens of texts, never with BOS or EOS.
+
+    Args:
+      tokenizer: transformers'.
+      allow_special: what spells a special token in a row's text is that token.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", allow_special: bool = False):
+        self.tokenizer, self.allow_special = tokenizer, allow_special
+        self.special = special_tokens(tokenizer)
+        self.pattern = pattern_of(self.special)
+        self.fast: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        if self.fast is None:
+            return
+        from tokenizers import Tokenizer as Fast
+
+        content = json.loads(self.fast.to_str())
+        # Texts are never cut or padded here, whatever the file says.
+        content |= {"truncation": None, "padding": None}
+        middle = without_prefix(content)
+        texts = [json.dumps(content), json.dumps(middle)]
+        self.whole, self.start, self.middle = map(Fast.from_str, (texts[0], texts[0], texts[1]))
+        self.first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in texts[0]
+        if not allow_special:
+            self.start.encode_special_tokens = self.middle.encode_special_tokens = True
+
+    def starts(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of texts of rows: of prompts."""
+        return self._ids(texts, "start")
+
+    def goes_on(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of texts of rows that go on from another: of completions."""
+        return self._ids(texts, "middle")
+
+    def wholes(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of what a chat template wrote, special tokens included: as ``apply_chat_template`` has them."""
+        return self._ids(texts, "whole")
+
+    def _ids(self, texts: Sequence[str], kind: str) -> list[Ids]:
+        if not texts:
+            return []
+        if self.fast is not None:
+            fast: Tokenizer = getattr(self, kind)
+            return [encoding.ids for encoding in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+        split = kind != "whole" and not self.allow_special
+        options = {"split_special_tokens": True} if split and self.pattern else {}
+        return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
+
+    def chats(self, texts: Sequence[str], marks: Sequence[str]) -> list[Ids]:
+        """The tokens of what a chat template wrote, where a text's mark stands in special tokens that are text."""
+        ids = iter(self.wholes([text for text, mark in zip(texts, marks, strict=True) if not mark]))
+        return [self._marked(text, mark) if mark else next(ids) for text, mark in zip(texts, marks, strict=True)]
+
+    def _marked(self, text: str, mark: str) -> Ids:
+        assert self.pattern is not None
+        ids: Ids = []
+        at = 0
+        for match in [*self.pattern.finditer(text), None]:
+            piece = text[at : match.start() if match else None].replace(mark, "")
+            if piece:
+                # As the tokenizer itself, which takes a text apart at special tokens.
+                split = self.goes_on if at and self.first_only else self.starts
+                ids += split([piece])[0]
+            if match:
+                ids.append(self.special[match[0]])
+                at = match.end()
+        return ids
+
+    def behind(self, prompts: Sequence[Rendered], heads: Sequence[Ids], replies: Sequence[Rendered]) -> list[Ids]:
+        """The tokens of replies of chats, behind their prompts' tokens (``heads``).
+
+        They are those of the whole text, of which what follows the prompt's last special token is tokenised again;
+        where the reply would change the prompt's last tokens, the reply's text is tokenised by itself, so that the
+        boundary never moves.
+        """
+        tails, texts = [], []
+        for prompt, head, reply in zip(prompts, heads, replies, strict=True):
+            text, ids = self._tail(prompt.text, head)
+            tails.append(ids)
+            texts.append(text + reply.text)
+        marks = [reply.mark for reply in replies]
+        wholes = self.chats(texts, marks)
+        moved = [i for i, (tail, ids) in enumerate(zip(tails, wholes, strict=True)) if ids[: len(tail)] != tail]
+        alone = iter(self._alone([replies[i] for i in moved]))
+        out = [ids[len(tail) :] for tail, ids in zip(tails, wholes, strict=True)]
+        for i in moved:
+            out[i] = next(alone)
+        return out
+
+    def _tail(self, prompt: str, ids: Ids) -> tuple[str, Ids]:
+        """The prompt from its last special token on, in text and in tokens."""
+        last = None if self.pattern is None else _last(self.pattern, prompt)
+        if last is None:
+            return prompt, ids
+        token = self.special[last[0]]
+        if token not in ids:
+            return prompt, ids
+        return prompt[last.start() :], ids[len(ids) - 1 - ids[::-1].index(token) :]
+
+    def _alone(self, replies: Sequence[Rendered]) -> list[Ids]:
+        # Special tokens that the template writes are tokens, also behind text that begins in the middle.
+        out = []
+        for reply in replies:
+            first = None if self.pattern is None else self.pattern.search(reply.text)
+            at = len(reply.text) if first is None else first.start()
+            (head,) = self.goes_on([reply.text[:at].replace(reply.mark, "") if reply.mark else reply.text[:at]])
+            out.append(head + (self.chats([reply.text[at:]], [reply.mark])[0] if at < len(reply.text) else []))
+        return out
+
+    def is_end(self, ids: Ids) -> int | None:
+        """Behind the last special token of a text, if nothing but white space follows it; else None."""
+        known = self.special_ids
+        for at in range(len(ids) - 1, -1, -1):
+            if ids[at] in known:
+                return at + 1
+            if not self.is_blank(ids[at]):
+                return None
+        return None
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The special tokens' ids."""
+        return frozenset(self.special.values())
+
+    @functools.cached_property
+    def is_blank(self) -> Callable[[int], bool]:
+        """Whether a token says nothing: white space, or a special token."""
+        decode = self.tokenizer.decode
+        return functools.cache(lambda i: i in self.special_ids or not decode([i]).strip())
+
+    def blank_beginning(self, ids: Sequence[int]) -> int:
+        """How many tokens that say nothing the ids begin with."""
+        return next((n for n, i in enumerate(ids) if not self.is_blank(i)), len(ids))
+
+    def loss_mask(self, prompt: Rendered, head: Ids, reply: Rendered, ids: Ids) -> np.ndarray:
+        """Which of a reply's tokens begin within its trained spans.
+
+        Raises:
+          ValueError: the tokens do not come apart at the spans.
+        """
+        mask = np.zeros(len(ids), bool)
+        for span in reply.trained:
+            # A span's tokens are found by the tokens of what stands before it.
+            before = [self._upto(prompt, head, reply, at) for at in span]
+            if any(ids[: len(part)] != part for part in before):
+                raise ValueError("the reply's messages do not come apart in tokens; give the row as token ids")
+            mask[len(before[0]) : len(before[1])] = True
+        if not mask.any():
+            raise ValueError("the reply has no tokens of the assistant's own; leave the row out")
+        return mask
+
+    def _upto(self, prompt: Rendered, head: Ids, reply: Rendered, at: int) -> Ids:
+        return self.behind([prompt], [head], [Rendered(reply.text[:at], True, reply.mark)])[0]
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    last = None
+    for last in pattern.finditer(text):  # noqa: B007  # the last one is what is wanted
+        pass
+    return last
