@@ -19,6 +19,7 @@ SCORES = (
     ("chosen_score", "rejected_score"),
 )
 """What others call score_chosen and score_rejected, in otherwise our own rows."""
+SCORE_NAMES = (*(name for names in SCORES for name in names), "score_chosen", "score_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,18 @@ def choice_of(record: Record, column: str, choices: Collection[int], fix: str) -
     if isinstance(value, bool) or not isinstance(value, Real) or value not in choices:
         raise ValueError(f"column {column!r} is {shown(value)}; {fix}")
     return next(choice for choice in choices if choice == value)
+
+
+def label_of(record: Record, column: str) -> bool:
+    """The label of a column: true, or 1, for a desirable completion.
+
+    Raises:
+      ValueError: the column is missing or is another value.
+    """
+    value = value_of(record, column)
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise ValueError(f"column {column!r} is {shown(value)}; it must be true (desirable) or false")
+    return bool(value)
 
 
 def scores_where_present(record: Record, chosen: str, rejected: str) -> dict[str, float]:

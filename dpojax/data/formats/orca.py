@@ -13,7 +13,6 @@ from dpojax.data.formats.base import (
     lacks,
     number_of,
     reply_of,
-    scores_where_present,
     text_of,
 )
 from dpojax.data.formats.chat import system_of, user
@@ -23,9 +22,8 @@ READS = ("system", "question", "input", "chosen", "rejected", "rating", "status"
 
 def _matches(record: Record) -> bool:
     one = has(record, "question") != has(record, "input")
-    return (
-        has(record, "system", "chosen", "rejected") and one and lacks(record, "prompt", "instruction", "conversations")
-    )
+    others = lacks(record, "prompt", "instruction", "conversations", "output")
+    return has(record, "system", "rejected") and isinstance(record.get("chosen"), str) and one and others
 
 
 def _scores(record: Record) -> dict[str, float]:
@@ -36,7 +34,7 @@ def _scores(record: Record) -> dict[str, float]:
     if len(rating) != 2:
         raise ValueError(f"column 'rating' has {len(rating)} items; it must have two, one a reply")
     low, high = sorted([number_of({"rating": value}, "rating") for value in rating])
-    return scores_where_present({"high": high, "low": low}, "high", "low")
+    return {"score_chosen": high, "score_rejected": low}
 
 
 def orca(record: dict[str, Any]) -> dict[str, Any]:

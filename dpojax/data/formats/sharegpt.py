@@ -5,7 +5,7 @@ Source: LLaMA-Factory's data/README.md (its sharegpt format).
 
 from typing import Any
 
-from dpojax.data.formats.base import Format, Record, a, has, lacks, shown, value_of
+from dpojax.data.formats.base import Format, Record, a, has, label_of, lacks, shown, value_of
 from dpojax.data.formats.chat import (
     assistant,
     ended_by_assistant,
@@ -64,9 +64,7 @@ def _label(record: Record) -> dict[str, bool]:
     column = "kto_tag" if not lacks(record, "kto_tag") else "label"
     if lacks(record, column):
         return {}
-    if not isinstance(record[column], bool):
-        raise ValueError(f"column {column!r} is {shown(record[column])}; it must be true (desirable) or false")
-    return {"label": record[column]}
+    return {"label": label_of(record, column)}
 
 
 def sharegpt(record: dict[str, Any]) -> dict[str, Any]:

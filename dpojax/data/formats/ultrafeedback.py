@@ -8,7 +8,7 @@ names and needs no format.
 from typing import Any
 
 from dpojax.data.formats.base import (
-    SCORES,
+    SCORE_NAMES,
     Format,
     Record,
     are_conversations,
@@ -25,6 +25,8 @@ from dpojax.data.formats.base import (
 )
 
 RESPONSES = ("instruction", "chosen_response", "rejected_response")
+KEPT = ("prompt", "system", "tools", "chat_template_kwargs", "margin", "weight")
+"""Fields of ours that a pair may have besides its sides and scores."""
 
 
 def _is_scored(record: Record) -> bool:
@@ -54,8 +56,9 @@ def ultrafeedback_binarized(record: dict[str, Any]) -> dict[str, Any]:
             "rejected": reply_of(record, "rejected_response"),
             **scores_where_present(record, "chosen_avg_rating", "rejected_avg_rating"),
         }
-    prompt = {} if lacks(record, "prompt") else {"prompt": record["prompt"]}
-    return {**prompt, **{name: value_of(record, name) for name in ("chosen", "rejected")}, **scores_of(record)}
+    sides = {name: value_of(record, name) for name in ("chosen", "rejected")}
+    kept = {name: record[name] for name in KEPT if not lacks(record, name)}
+    return {**kept, **sides, **scores_of(record)}
 
 
 ULTRAFEEDBACK = Format("ultrafeedback", "UltraFeedback", ("instruction", "completions"), _is_scored, ultrafeedback)
@@ -64,8 +67,9 @@ BINARIZED = Format(
     "UltraFeedback, binarized (Argilla)",
     (
         *RESPONSES,
-        *("chosen_avg_rating", "rejected_avg_rating", "prompt", "chosen", "rejected", "score_chosen", "score_rejected"),
-        *(name for names in SCORES for name in names),
+        *("chosen_avg_rating", "rejected_avg_rating", "chosen", "rejected"),
+        *KEPT,
+        *SCORE_NAMES,
     ),
     _is_pair,
     ultrafeedback_binarized,
