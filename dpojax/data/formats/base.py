@@ -146,7 +146,7 @@ def object_of(value: Any, where: str) -> dict[str, Any]:
       ValueError: it is none.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {a(value)}; it must be an object")
+        raise ValueError(f"column {where!r} is {a(value)}; it must be an object")
     return value
 
 
@@ -159,7 +159,7 @@ def fields_of(record: Record, column: str, field: str, read: Callable[[Record, s
     values = []
     for i, item in enumerate(items_of(record, column)):
         where = f"{column}[{i}]"
-        fields = object_of(item, f"column {where!r}")
+        fields = object_of(item, where)
         named = {f"{where}.{field}": fields[field]} if field in fields else {}
         values.append(read(named, f"{where}.{field}"))
     return values

@@ -25,7 +25,7 @@ def from_json(value: str, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError(f"{where} is text that is no JSON ({shown(value)}); fix it") from None
+        raise ValueError(f"column {where!r} is text that is no JSON ({shown(value)}); fix it") from None
 
 
 def function_call(value: Any, where: str) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def function_call(value: Any, where: str) -> dict[str, Any]:
     """
     function = object_of(value, where)
     if not isinstance(function.get("name"), str):
-        raise ValueError(f"{where} has no name; a call of a tool has a name and arguments")
+        raise ValueError(f"column {where!r} has no name; a call of a tool has a name and arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = from_json(arguments, f"{where}.arguments") if arguments.strip() else {}
@@ -46,7 +46,7 @@ def function_call(value: Any, where: str) -> dict[str, Any]:
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {a(value)}; it must be a list of calls")
+        raise ValueError(f"column {where!r} is {a(value)}; it must be a list of calls")
     calls = []
     for i, item in enumerate(value):
         call = object_of(item, f"{where}[{i}]")
@@ -65,14 +65,18 @@ def message_of(value: Any, where: str) -> dict[str, Any]:
     """
     message = {name: field for name, field in object_of(value, where).items() if field is not None}
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"{where} has no role; a message has role and content")
+        raise ValueError(f"column {where!r} has no role; a message has role and content")
     if message.get("function_call") is not None:
-        raise ValueError(f"{where} has a function_call, the older form of a tool's call; write it as tool_calls")
+        raise ValueError(
+            f"column {where!r} has a function_call, the older form of a tool's call; write it as tool_calls"
+        )
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
         message.setdefault("content", "")
-    if not isinstance(message.get("content"), str | list):
-        raise ValueError(f"{where}.content is {a(message.get('content'))}; it must be text, or a list of parts")
+    content = message.get("content")
+    if not isinstance(content, str | list):
+        where = f"{where}.content"
+        raise ValueError(f"column {where!r} is {a(content)}; it must be text, or a list of parts")
     return message
 
 
@@ -84,7 +88,7 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     """
     if not isinstance(value, list) or not value:
         shape = "an empty list" if value == [] else a(value)
-        raise ValueError(f"{where} is {shape}; it must be a list of at least one chat message")
+        raise ValueError(f"column {where!r} is {shape}; it must be a list of at least one chat message")
     return [message_of(item, f"{where}[{i}]") for i, item in enumerate(value)]
 
 
@@ -99,7 +103,7 @@ def tools_of(value: Any, where: str) -> dict[str, Any]:
     if value is None or value == [] or value == "" or (isinstance(value, str) and not value.strip()):
         return {}
     if not isinstance(value, list):
-        raise ValueError(f"{where} is {a(value)}; it must be a list of tools, or its JSON text")
+        raise ValueError(f"column {where!r} is {a(value)}; it must be a list of tools, or its JSON text")
     tools = [object_of(tool, f"{where}[{i}]") for i, tool in enumerate(value)]
     return {"tools": [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]}
 
@@ -113,7 +117,7 @@ def system_of(value: Any, where: str) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, str):
-        raise ValueError(f"{where} is {a(value)}; it must be text")
+        raise ValueError(f"column {where!r} is {a(value)}; it must be text")
     return {"system": value} if value.strip() else {}
 
 
@@ -124,7 +128,9 @@ def ended_by_assistant(messages: list[dict[str, Any]], where: str) -> tuple[list
       ValueError: the last message is another's, or none comes before it.
     """
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where} ends with a message of {shown(messages[-1]['role'])}; end it with the assistant's")
+        raise ValueError(
+            f"column {where!r} ends with a message of {shown(messages[-1]['role'])}; end it with the assistant's"
+        )
     if len(messages) < 2:
-        raise ValueError(f"{where} is the assistant's message alone; begin it with the prompt")
+        raise ValueError(f"column {where!r} is the assistant's message alone; begin it with the prompt")
     return messages[:-1], messages[-1]

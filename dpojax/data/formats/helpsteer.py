@@ -35,7 +35,7 @@ def _matches(record: Record) -> bool:
 def helpsteer(record: dict[str, Any]) -> dict[str, Any]:
     """The responses to one prompt, scored by their helpfulness; of a single response, a completion."""
     records = items_of(record, "records") if "records" in record else [record]
-    given = [object_of(one, f"column 'records[{i}]'") for i, one in enumerate(records)]
+    given = [object_of(one, f"records[{i}]") for i, one in enumerate(records)]
     prompt = text_of(given[0], "prompt")
     responses = [reply_of(one, "response") for one in given]
     scores = [number_of(one, "helpfulness") for one in given]
@@ -82,7 +82,7 @@ def helpsteer2_preference(record: dict[str, Any]) -> dict[str, Any]:
 
 def helpsteer3(record: dict[str, Any]) -> dict[str, Any]:
     """The pair of two responses to a conversation with its margin, as a chat."""
-    context = messages_of(value_of(record, "context"), "column 'context'")
+    context = messages_of(value_of(record, "context"), "context")
     return {"prompt": context, **_preferred(record, "response1", "response2", "overall_preference")}
 
 

@@ -30,7 +30,8 @@ def _is_pair(record: Record) -> bool:
 
 def _is_alpacas_pair(record: Record) -> bool:
     """Whether a pair has a column of Alpaca's form besides its instruction."""
-    return _is_pair(record) and "instruction" in record and ("input" in record or not lacks(record, "system"))
+    added = any(name in record for name in ("input", "system", "output"))
+    return _is_pair(record) and "instruction" in record and added
 
 
 def _is_distilabel(record: Record) -> bool:
@@ -39,13 +40,13 @@ def _is_distilabel(record: Record) -> bool:
         return False
     if lacks(record, "chosen", "rejected"):
         return has(record, "generations", "ratings")
-    return _is_pair(record) and not _is_alpacas_pair(record) and lacks(record, "system")
+    return _is_pair(record) and not _is_alpacas_pair(record) and "system" not in record
 
 
 def _is_alpaca(record: Record) -> bool:
     if "instruction" not in record or not lacks(record, "prompt", "conversations", "completions"):
         return False
-    return "output" in record or _is_alpacas_pair(record)
+    return _is_alpacas_pair(record) or ("output" in record and lacks(record, "chosen", "rejected"))
 
 
 def _sides(record: Record) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _sides(record: Record) -> dict[str, Any]:
 def distilabel(record: dict[str, Any]) -> dict[str, Any]:
     """All generations with their ratings; or a pair."""
     name = next((name for name in PROMPTS if name in record), PROMPTS[0])
-    row = {**system_of(record.get("system_prompt"), "column 'system_prompt'"), "prompt": text_of(record, name)}
+    row = {**system_of(record.get("system_prompt"), "system_prompt"), "prompt": text_of(record, name)}
     if not lacks(record, "chosen", "rejected"):
         return {**row, **_sides(record)}
     generations, ratings = items_of(record, "generations"), items_of(record, "ratings")
@@ -76,7 +77,7 @@ def alpaca(record: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("column 'history' holds earlier turns, which are not read; write the record as a chat")
     added = "" if lacks(record, "input") else text_of(record, "input")
     prompt = text_of(record, "instruction") + (f"\n{added}" if added else "")
-    row = {**system_of(record.get("system"), "column 'system'"), "prompt": prompt}
+    row = {**system_of(record.get("system"), "system"), "prompt": prompt}
     if not lacks(record, "chosen", "rejected"):
         return {**row, **_sides(record)}
     label = {} if lacks(record, "kto_tag") else {"label": label_of(record, "kto_tag")}

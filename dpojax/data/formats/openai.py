@@ -28,12 +28,12 @@ def _is_preference(record: Record) -> bool:
 
 def openai(record: dict[str, Any]) -> dict[str, Any]:
     """The pair of a preferred and another output, as chat messages, with the tools of its input."""
-    given = object_of(value_of(record, "input"), "column 'input'")
+    given = object_of(value_of(record, "input"), "input")
     return {
-        "prompt": messages_of(given.get("messages"), "column 'input.messages'"),
-        "chosen": messages_of(value_of(record, "preferred_output"), "column 'preferred_output'"),
-        "rejected": messages_of(value_of(record, "non_preferred_output"), "column 'non_preferred_output'"),
-        **tools_of(given.get("tools"), "column 'input.tools'"),
+        "prompt": messages_of(given.get("messages"), "input.messages"),
+        "chosen": messages_of(value_of(record, "preferred_output"), "preferred_output"),
+        "rejected": messages_of(value_of(record, "non_preferred_output"), "non_preferred_output"),
+        **tools_of(given.get("tools"), "input.tools"),
     }
 
 
@@ -47,16 +47,16 @@ def messages(record: dict[str, Any]) -> dict[str, Any]:
     """A conversation's last message, the assistant's, as the completion of those before it."""
     if record.get("functions"):
         raise ValueError("column 'functions' is the older form of tools; write it as 'tools'")
-    conversation = messages_of(value_of(record, "messages"), "column 'messages'")
-    prompt, reply = ended_by_assistant(conversation, "column 'messages'")
+    conversation = messages_of(value_of(record, "messages"), "messages")
+    prompt, reply = ended_by_assistant(conversation, "messages")
     if reply.get("weight") == 0:
         raise ValueError("column 'messages' ends with a message of weight 0, so that none is trained; leave it out")
     plain = [{name: value for name, value in message.items() if name != "weight"} for message in (*prompt, reply)]
-    kwargs = {} if lacks(record, KWARGS) else {KWARGS: object_of(record[KWARGS], f"column {KWARGS!r}")}
+    kwargs = {} if lacks(record, KWARGS) else {KWARGS: object_of(record[KWARGS], KWARGS)}
     return {
         "prompt": plain[:-1],
         "completion": plain[-1:],
-        **tools_of(record.get("tools"), "column 'tools'"),
+        **tools_of(record.get("tools"), "tools"),
         **kwargs,
     }
 

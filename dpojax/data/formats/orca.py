@@ -43,7 +43,7 @@ def orca(record: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("column 'status' is 'tie', so that neither reply is better; leave the record out")
     question = text_of(record, "input" if "input" in record else "question")
     return {
-        **system_of(record.get("system"), "column 'system'"),
+        **system_of(record.get("system"), "system"),
         "prompt": [user(question)],
         "chosen": reply_of(record, "chosen"),
         "rejected": reply_of(record, "rejected"),

@@ -36,25 +36,26 @@ def _matches(record: Record) -> bool:
 def _message(value: Any, where: str) -> dict[str, Any]:
     """A turn as a chat message: ``from`` and ``value``, or ``role`` and ``content``."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {a(value)}; a turn is an object with from and value")
+        raise ValueError(f"column {where!r} is {a(value)}; a turn is an object with from and value")
     who = value.get("from", value.get("role"))
     said = value.get("value", value.get("content"))
     if not isinstance(who, str) or who not in ROLES:
-        raise ValueError(f"{where} is from {shown(who)}, which is no role; give one of {', '.join(ROLES)}")
+        raise ValueError(f"column {where!r} is from {shown(who)}, which is no role; give one of {', '.join(ROLES)}")
     if who == "function_call":
         calls = from_json(said, where) if isinstance(said, str) else said
         calls = calls if isinstance(calls, list) else [calls]
         made = [function_call(call, f"{where}.value[{i}]") for i, call in enumerate(calls)]
         return {**assistant(""), "tool_calls": made}
     if not isinstance(said, str):
-        raise ValueError(f"{where}.value is {a(said)}; it must be text")
+        where = f"{where}.value"
+        raise ValueError(f"column {where!r} is {a(said)}; it must be text")
     return {"role": ROLES[who], "content": said}
 
 
 def _reply(record: Record, column: str) -> list[dict[str, Any]]:
     """The one message of a side, given as a turn or as text."""
     value = value_of(record, column)
-    message = assistant(value) if isinstance(value, str) else _message(value, f"column {column!r}")
+    message = assistant(value) if isinstance(value, str) else _message(value, column)
     if message["role"] != "assistant":
         raise ValueError(f"column {column!r} is a turn of {shown(message['role'])}; it must be the assistant's")
     return [message]
@@ -75,10 +76,10 @@ def sharegpt(record: dict[str, Any]) -> dict[str, Any]:
     turns = value_of(record, "conversations")
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"column 'conversations' is {shown(turns)}; it must be a list of at least one turn")
-    messages = [_message(turn, f"column 'conversations[{i}]'") for i, turn in enumerate(turns)]
+    messages = [_message(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
     shared = {
-        **system_of(record.get("system"), "column 'system'"),
-        **tools_of(record.get("tools"), "column 'tools'"),
+        **system_of(record.get("system"), "system"),
+        **tools_of(record.get("tools"), "tools"),
     }
     if not lacks(record, "chosen", "rejected"):
         if messages[-1]["role"] == "assistant":
@@ -89,7 +90,7 @@ def sharegpt(record: dict[str, Any]) -> dict[str, Any]:
             "chosen": _reply(record, "chosen"),
             "rejected": _reply(record, "rejected"),
         }
-    prompt, reply = ended_by_assistant(messages, "column 'conversations'")
+    prompt, reply = ended_by_assistant(messages, "conversations")
     return {**shared, "prompt": prompt, "completion": [reply], **_label(record)}
 
 

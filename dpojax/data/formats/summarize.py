@@ -29,7 +29,7 @@ def _matches(record: Record) -> bool:
 
 
 def _prompt(record: Record) -> str:
-    info = object_of(value_of(record, "info"), "column 'info'")
+    info = object_of(value_of(record, "info"), "info")
     named = {f"info.{name}": value for name, value in info.items()}
     if not lacks(named, "info.post"):
         subreddit, title, post = (text_of(named, f"info.{name}") for name in ("subreddit", "title", "post"))
