@@ -24,6 +24,7 @@ def client() -> Any:
     """What reaches the Hub: `list_repo_files` and `hf_hub_download`, as huggingface_hub has them."""
     import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # each of its attempts would be said twice
     return huggingface_hub
 
 
@@ -31,28 +32,26 @@ def _kinds(error: Exception) -> set[str]:
     return {kind.__name__ for kind in type(error).__mro__}
 
 
-def _asked(name: str, ask: Any, *args: Any, **options: Any) -> Any:
-    """The Hub's answer.
+def _refusal(name: str, error: Exception) -> UserError:
+    """What the Hub's answer means: no network, no such set, no permission."""
+    reasons = {
+        "GatedRepoError": "its owner must let you in; ask on its page, then run 'hf auth login'",
+        "RepositoryNotFoundError": "no such set on the Hub, or not for you; check the name, or run 'hf auth login'",
+        "RevisionNotFoundError": "no such revision; check revision=...",
+        "HFValidationError": "not a name of a set on the Hub; give hub:owner/name",
+        "OfflineModeIsEnabled": "the Hub is switched off (HF_HUB_OFFLINE); give the directory of a downloaded set",
+    }
+    why = next((reason for kind, reason in reasons.items() if kind in _kinds(error)), None)
+    said = f"{type(error).__name__}: {first_line(error)}"
+    unknown = f"the Hub does not answer ({said}); try again, or download the set and give its directory"
+    return UserError(f"{name}: {why or unknown}")
 
-    Raises:
-      UserError: there is none: no network, no such set, no permission.
-    """
+
+def _asked(name: str, ask: Any, *args: Any, **options: Any) -> Any:
     try:
         return ask(*args, **options, repo_type="dataset")
     except Exception as error:  # of huggingface_hub, httpx, the system
-        reasons = {
-            "GatedRepoError": "its owner must let you in; ask on its page, then run 'hf auth login'",
-            "RepositoryNotFoundError": "no such set on the Hub, or not for you; check the name, or run 'hf auth login'",
-            "RevisionNotFoundError": "no such revision; check revision=...",
-            "HFValidationError": "not a name of a set on the Hub; give hub:owner/name",
-            "OfflineModeIsEnabled": "the Hub is switched off (HF_HUB_OFFLINE); give the directory of a downloaded set",
-        }
-        kinds = _kinds(error)
-        why = next((reason for kind, reason in reasons.items() if kind in kinds), None)
-        if why is None:
-            said = f"{type(error).__name__}: {first_line(error)}"
-            why = f"the Hub does not answer ({said}); try again, or download the set and give its directory"
-        raise UserError(f"{name}: {why}") from None
+        raise _refusal(name, error) from None
 
 
 def place_of(file: str) -> tuple[str, str]:
@@ -110,7 +109,7 @@ def _from_files(name: str, repo: str, options: dict[str, str]) -> list[Source]:
         except Exception as error:
             # Private sets have no such revision. What else may be wrong is said of the next question.
             if not {"RevisionNotFoundError", "RepositoryNotFoundError"} & _kinds(error):
-                _asked(name, hub.list_repo_files, repo, revision=CONVERTED)
+                raise _refusal(name, error) from None
             found = {}
     else:
         found = {}
@@ -164,11 +163,13 @@ class TableSource:
 def _through_datasets(name: str, repo: str, options: dict[str, str]) -> list[Source]:
     import datasets
 
+    client()  # for its silence
     split = options.get("split", "train")
     try:
         dataset = datasets.load_dataset(repo, options.get("config"), split=split, revision=options.get("revision"))
     except Exception as error:  # of datasets, huggingface_hub, the network; the first line lists configs and splits
-        raise UserError(f"{name}: datasets cannot load it ({type(error).__name__}: {first_line(error)})") from None
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{name}: datasets cannot load it ({said}); check name, config= and split=") from None
     config = f", {options['config']}" if "config" in options else ""
     return [TableSource(f"{HUB}{repo}{config}, {split}", dataset, _beside())]
 
