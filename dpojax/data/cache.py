@@ -76,7 +76,7 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
             # Some templates write the date.
             date=str(datetime.date.today()) if "strftime_now" in template else None,
             # Whoever changes how rows are read or rendered must not meet what the old code made of them.
-            code=[Path(__file__).with_name(name).read_text() for name in ("read.py", "rows.py", "encode.py")],
+            code=[path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))],
         )
     except Exception:  # a tokenizer may be anybody's code
         return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpojax.data.published import rows_of_records
 from dpojax.data.read import BadRow, Row
 from dpojax.data.rows import Dialogue, Form, Message, Notes, RowAnnotations, Text, TokenIds, parse_row
 from dpojax.errors import UserError
@@ -178,7 +179,7 @@ def render_rows(
 ) -> tuple[list[RenderedRow], list[BadRow]]:
     """The rows as text, and those that are unusable; without an encoder, only the fields are checked."""
     rendered, bad = [], []
-    for row in rows:
+    for row in rows_of_records(rows):
         if isinstance(row, BadRow):
             bad.append(row)
             continue
