@@ -99,7 +99,7 @@ def test_these_are_no_published_records(record):
 
 
 def test_a_record_of_two_formats_is_asked_about():
-    with pytest.raises(UserError, match="columns of shp and of piqa; say with --format"):
+    with pytest.raises(UserError, match="columns of shp and of piqa; rename one"):
         detect(first_of("shp") | first_of("piqa"))
 
 

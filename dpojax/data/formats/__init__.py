@@ -31,7 +31,7 @@ FORMATS: dict[str, Format] = {
         *(OPENAI, MESSAGES, SHAREGPT, PIQA, FACTUAL),
     )
 }
-"""The formats by what ``--format`` takes."""
+"""The formats by name."""
 
 
 def detect(record: Record) -> Format | None:
@@ -45,7 +45,7 @@ def detect(record: Record) -> Format | None:
     found = [format for format in FORMATS.values() if format.matches(record)]
     if len(found) > 1:
         names = " and of ".join(format.name for format in found)
-        raise UserError(f"the first row has the columns of {names}; say with --format which it is")
+        raise UserError(f"the first row has the columns of {names}; rename one of the columns")
     return found[0] if found else None
 
 

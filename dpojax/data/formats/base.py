@@ -27,7 +27,7 @@ class Format:
     """A published format of records, and the function that makes a row of ours of one.
 
     Attributes:
-      name: what ``--format`` takes.
+      name: what :func:`~dpojax.data.formats.format_named` takes.
       title: of the data set, or of who writes the format.
       reads: the columns that are read; others are unused. Empty: not known.
       matches: whether a record is of this format, by its columns and their shapes; no two formats match one record.
