@@ -55,8 +55,8 @@ def check_unread(source: RawTensors, family: Family, config: DecoderConfig, *, r
     strange = [name for name in sorted(read) if source.shape(name) and source.dtype(name) not in FULL_PRECISION]
     if strange:
         raise UserError(
-            f"{source.path}: tensor {strange[0]} is of dtype {source.dtype(strange[0])}, which the quantization_config "
-            "of its config.json does not explain; fetch the model again, or use it in full precision"
+            f"{source.path}: tensor {strange[0]} is of dtype {source.dtype(strange[0])}, and its config.json has no "
+            "quantization_config that explains it; fetch the model again, or use it in full precision"
         )
     # A family that is always tied has no unembedding of its own, but its files may hold the embedding twice.
     head = family.tensors["head"].name if "head" in family.tensors else "lm_head.weight"
