@@ -116,13 +116,11 @@ def check_tied(source: RawTensors, head: str, embed: str, rows: int | None = Non
     """
     shape = source.shape(embed)
     same = shape is not None and source.shape(head) == shape
-    if same and shape is not None:
-        for start in range(0, min(rows or shape[0], shape[0]), ROWS):
-            part = (slice(start, min(start + ROWS, shape[0])), slice(0, shape[1]))
-            ours, theirs = (np.asarray(source.read(name, part), np.float32) for name in (embed, head))
-            same = same and np.array_equal(ours, theirs)
-            if not same:
-                break
+    stop = min(rows or shape[0], shape[0]) if same and shape is not None else 0
+    for start in range(0, stop, ROWS):
+        part = (slice(start, min(start + ROWS, stop)), slice(None))
+        ours, theirs = (np.asarray(source.read(name, part), np.float32) for name in (embed, head))
+        same = same and np.array_equal(ours, theirs)
     if not same:
         raise UserError(
             f"{source.path}: tensor {head} differs from {embed}, but its config.json says tie_word_embeddings; set "
