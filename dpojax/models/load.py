@@ -91,7 +91,8 @@ def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[Dec
     raw = {**hf_config, "architectures": [f"{architecture}ForSequenceClassification"], "id2label": {"0": "reward"}}
     raw |= {"label2id": {"reward": 0}, "num_labels": 1}
     if raw.get("pad_token_id") is None:  # transformers finds a row's end by it
-        raw["pad_token_id"] = raw.get("eos_token_id")
+        eos = raw.get("eos_token_id")
+        raw["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
     return dataclasses.replace(config, head="score"), raw
 
 
