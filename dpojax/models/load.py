@@ -18,7 +18,7 @@ from dpojax.models.gguf import GGUFFile, GGUFSource, gguf_tokenizer
 from dpojax.models.params import init_params, param_shardings
 from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, without_quantization
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
-from dpojax.models.unread import check_unread, unknown_fields
+from dpojax.models.unread import check_dtypes, check_unread, unknown_fields
 from dpojax.models.weights import check_source, load_params
 from dpojax.progress import console
 from dpojax.types import PyTree
@@ -187,6 +187,9 @@ def _open_directory(path: Path) -> ModelFiles:
     if adapter.exists():
         raise UserError(f"{adapter}: an adapter is not read; merge it into the model, or remove its files")
     quantization = quantization_of(raw)
+    beside = path / "quantize_config.json"
+    if quantization is None and beside.exists():
+        quantization = {"quant_method": "gptq", **read_json(beside)}  # as AutoGPTQ writes it
     if quantization is not None:
         source = QuantizedSource(source, forms_of(quantization, where))
         raw = without_quantization(raw)
@@ -205,6 +208,7 @@ def _checked(
     raw: dict[str, Any], family: Family, config: DecoderConfig, source: RawTensors, generation: dict[str, Any]
 ) -> ModelFiles:
     """Files of which all is read, or known to change nothing; notes name what is not understood."""
+    check_dtypes(source)
     check_source(source, family, config)
     model_eos_ids(raw, generation, config.vocab_size, source.path)
     notes = check_unread(source, family, config, rows=FIRST_ROWS)

@@ -37,6 +37,21 @@ ROPE_FIELDS = frozenset((
 ))  # fmt: skip
 
 
+def check_dtypes(source: RawTensors) -> None:
+    """Refuse numbers that stand for others, by a scheme that nothing names.
+
+    Raises:
+      UserError: a tensor is of integers or of float8.
+    """
+    for name in sorted(source.names):
+        known = is_buffer(source, name) or ACTIVATIONS.search(name)
+        if not known and source.dtype(name) not in FULL_PRECISION:
+            raise UserError(
+                f"{source.path}: tensor {name} is of dtype {source.dtype(name)}, and its config.json has no "
+                "quantization_config that explains it; fetch the model again, or use it in full precision"
+            )
+
+
 def check_unread(source: RawTensors, family: Family, config: DecoderConfig, *, rows: int | None = None) -> list[str]:
     """Notes of what is not read and changes nothing, after refusing what would change the model.
 
@@ -47,17 +62,10 @@ def check_unread(source: RawTensors, family: Family, config: DecoderConfig, *, r
       rows: how many rows of a tied unembedding to compare with the embedding (default: all).
 
     Raises:
-      UserError: a tensor that nothing reads would make another model, or a weight is of integers that nothing
-        explains.
+      UserError: a tensor that nothing reads would make another model.
     """
     read = {place.name(i) for place in places(family, config).values() for i in range(place.layers or 1)}
     left = sorted(name for name in source.names if name not in read and not is_buffer(source, name))
-    strange = [name for name in sorted(read) if source.shape(name) and source.dtype(name) not in FULL_PRECISION]
-    if strange:
-        raise UserError(
-            f"{source.path}: tensor {strange[0]} is of dtype {source.dtype(strange[0])}, and its config.json has no "
-            "quantization_config that explains it; fetch the model again, or use it in full precision"
-        )
     # A family that is always tied has no unembedding of its own, but its files may hold the embedding twice.
     head = family.tensors["head"].name if "head" in family.tensors else "lm_head.weight"
     if head in left and config.unembedding == "embed":

@@ -240,6 +240,16 @@ def test_an_export_is_in_full_precision(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_model(str(tmp_path / "out")).params, got.params)
 
 
+def test_gptqs_own_file_names_its_scheme(model, tmp_path):
+    quantised, plain = packed_with(SCHEMES["gptq"][1], model)
+    directory = saved(tmp_path / "q", quantised)
+    with pytest.raises(UserError, match="down_proj.g_idx is of dtype I32, and its config.json has no quantization_con"):
+        load_model(directory)
+    (tmp_path / "q" / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16, "desc_act": False}))
+    expected = load_model(saved(tmp_path / "plain", plain)).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), load_model(directory).params, expected)
+
+
 def test_float8_is_torchs(tmp_path):
     torch = pytest.importorskip("torch", reason="parity of every float8 needs torch")
     from dpojax.models.safetensors import SafetensorsSource
