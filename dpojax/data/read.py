@@ -85,6 +85,16 @@ def runs(items: Iterator[T], rows: int) -> Iterator[list[T]]:
         yield run
 
 
+def rows_of(source: Source, rows: int = 1024) -> Iterator[Row | BadRow]:
+    """The rows of a source, of which this many are in memory at once.
+
+    Raises:
+      UserError: the source cannot be read, or has no rows.
+    """
+    for block in source.blocks(rows):
+        yield from block.rows()
+
+
 def read_rows(files: Sequence[str], *, rows: int = 1024) -> Iterator[Row | BadRow]:
     """The rows of all sources of these names, in order; blank lines of JSONL are no rows.
 
@@ -99,8 +109,7 @@ def read_rows(files: Sequence[str], *, rows: int = 1024) -> Iterator[Row | BadRo
 
     for name in files:
         for source in open_sources(name):
-            for block in source.blocks(rows):
-                yield from block.rows()
+            yield from rows_of(source, rows)
 
 
 def rows_in_memory(rows: Sequence[Any]) -> Iterator[Row | BadRow]:
