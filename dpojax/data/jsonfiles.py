@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from dpojax.data.opened import form_suffix, identity_of, lines_of
+from dpojax.data.opened import FileSource, form_suffix, lines_of
 from dpojax.data.read import BadRow, Row, name_of, runs
 from dpojax.errors import UserError
 
@@ -123,19 +122,11 @@ def items_of(document: Any, name: str, *, one_line: bool) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonSource:
+class JsonSource(FileSource):
     """A JSON file in any of its forms; the content says which.
 
     One object a line is read line by line. A document is parsed whole, so that it must fit into memory.
     """
-
-    name: str
-    path: Path
-    beside: str | None
-
-    def identity(self) -> str | None:
-        """A hash of its bytes and suffix."""
-        return identity_of(self.path)
 
     def blocks(self, rows: int) -> Iterator[LineBlock | ItemBlock]:
         """Lines, or items of the document.

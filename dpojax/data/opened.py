@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -127,6 +128,25 @@ def identity_of(path: Path) -> str | None:
     except OSError:
         return None
     return hash_of(content=content, suffix=form_suffix(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """A file that is a source (:class:`~dpojax.data.read.Source`), but for its blocks.
+
+    Attributes:
+      name: as errors and reports name it.
+      path: of the file.
+      beside: where caches are kept; None where they are kept nowhere.
+    """
+
+    name: str
+    path: Path
+    beside: str | None
+
+    def identity(self) -> str | None:
+        """A hash of its bytes and suffix."""
+        return identity_of(self.path)
 
 
 def hash_of(**facts: Any) -> str:

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpojax.data.opened import compression_of, form_suffix, identity_of, open_bytes, open_text, reading
+from dpojax.data.opened import FileSource, compression_of, form_suffix, open_bytes, open_text, reading
 from dpojax.data.read import BadRow, Row, runs
 from dpojax.errors import UserError, first_line
 
@@ -72,16 +71,8 @@ def arrow_blocks(batches: Iterable["pyarrow.RecordBatch"], name: str, rows: int)
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrowSource:
+class ArrowSource(FileSource):
     """A Parquet file, or an Arrow file of any kind; a compressed one is decompressed into memory."""
-
-    name: str
-    path: Path
-    beside: str | None
-
-    def identity(self) -> str | None:
-        """A hash of its bytes and suffix."""
-        return identity_of(self.path)
 
     def blocks(self, rows: int) -> Iterator[ArrowBlock]:
         """Its rows, a part of the file in memory at a time.
@@ -187,16 +178,8 @@ class CellBlock:
 
 
 @dataclasses.dataclass(frozen=True)
-class CsvSource:
+class CsvSource(FileSource):
     """A CSV or TSV file with a header; rows count from 1 below it, and blank lines are no rows."""
-
-    name: str
-    path: Path
-    beside: str | None
-
-    def identity(self) -> str | None:
-        """A hash of its bytes and suffix."""
-        return identity_of(self.path)
 
     def blocks(self, rows: int) -> Iterator[CellBlock]:
         """Its rows of cells.

@@ -58,6 +58,13 @@ def lacks(record: Record, *columns: str) -> bool:
     return all(record.get(column) is None for column in columns)
 
 
+def first_of(record: Record, column: str) -> Record:
+    """The first object of a column that is a list of them; empty where it is none."""
+    value = record.get(column)
+    first = value[0] if isinstance(value, list) and value else None
+    return first if isinstance(first, dict) else {}
+
+
 def has_scores(record: Record) -> bool:
     """Whether a record has the scores of two sides under others' names."""
     return any(has(record, *names) for names in SCORES)

@@ -100,7 +100,7 @@ def tools_of(value: Any, where: str) -> dict[str, Any]:
     """
     if isinstance(value, str) and value.strip():
         value = from_json(value, where)
-    if value is None or value == [] or value == "" or (isinstance(value, str) and not value.strip()):
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return {}
     if not isinstance(value, list):
         raise ValueError(f"column {where!r} is {a(value)}; it must be a list of tools, or its JSON text")

@@ -5,7 +5,18 @@ Source: Zhu et al. 2023 (Starling-7B), the data set berkeley-nest/Nectar.
 
 from typing import Any
 
-from dpojax.data.formats.base import Format, Record, fields_of, has, lacks, never, number_of, reply_of, text_of
+from dpojax.data.formats.base import (
+    Format,
+    Record,
+    fields_of,
+    first_of,
+    has,
+    lacks,
+    never,
+    number_of,
+    reply_of,
+    text_of,
+)
 from dpojax.data.formats.chat import assistant
 from dpojax.data.formats.hh import turns_of
 
@@ -13,11 +24,8 @@ READS = ("prompt", "answers")
 
 
 def _matches(record: Record) -> bool:
-    answers = record.get("answers")
-    first = answers[0] if isinstance(answers, list) and answers else None
-    return (
-        has(record, "prompt") and lacks(record, "question") and isinstance(first, dict) and has(first, "answer", "rank")
-    )
+    ranked = has(first_of(record, "answers"), "answer", "rank")
+    return has(record, "prompt") and lacks(record, "question") and ranked
 
 
 def nectar(record: dict[str, Any]) -> dict[str, Any]:

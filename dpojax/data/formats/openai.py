@@ -5,7 +5,7 @@ Source: OpenAI's guides to direct preference optimization and to supervised fine
 
 from typing import Any
 
-from dpojax.data.formats.base import Format, Record, has, lacks, object_of, value_of
+from dpojax.data.formats.base import Format, Record, first_of, has, lacks, object_of, value_of
 from dpojax.data.formats.chat import ended_by_assistant, messages_of, tools_of
 
 OUTPUTS = ("input", "preferred_output", "non_preferred_output")
@@ -38,9 +38,7 @@ def openai(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_conversation(record: Record) -> bool:
-    value = record.get("messages")
-    first = value[0] if isinstance(value, list) and value else None
-    return isinstance(first, dict) and "role" in first and lacks(record, *OTHERS)
+    return has(first_of(record, "messages"), "role") and lacks(record, *OTHERS)
 
 
 def messages(record: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Source: LLaMA-Factory's data/README.md (its sharegpt format).
 
 from typing import Any
 
-from dpojax.data.formats.base import Format, Record, a, has, label_of, lacks, shown, value_of
+from dpojax.data.formats.base import Format, Record, a, first_of, has, label_of, lacks, shown, value_of
 from dpojax.data.formats.chat import (
     assistant,
     ended_by_assistant,
@@ -27,9 +27,8 @@ READS = ("conversations", "chosen", "rejected", "kto_tag", "label", "system", "t
 
 
 def _matches(record: Record) -> bool:
-    value = record.get("conversations")
-    first = value[0] if isinstance(value, list) and value else None
-    shaped = isinstance(first, dict) and (has(first, "from", "value") or has(first, "role", "content"))
+    first = first_of(record, "conversations")
+    shaped = has(first, "from", "value") or has(first, "role", "content")
     return shaped and lacks(record, "prompt", "prompt_ids", "completion", "completions")
 
 

@@ -6,7 +6,7 @@ and HuggingFaceH4/stack-exchange-preferences, whose scores are those of Askell e
 
 from typing import Any
 
-from dpojax.data.formats.base import Format, Record, fields_of, has, number_of, reply_of, text_of
+from dpojax.data.formats.base import Format, Record, fields_of, first_of, has, number_of, reply_of, text_of
 
 
 def _is_paired(record: Record) -> bool:
@@ -14,9 +14,7 @@ def _is_paired(record: Record) -> bool:
 
 
 def _is_scored(record: Record) -> bool:
-    answers = record.get("answers")
-    first = answers[0] if isinstance(answers, list) and answers else None
-    return has(record, "question") and isinstance(first, dict) and has(first, "text", "pm_score")
+    return has(record, "question") and has(first_of(record, "answers"), "text", "pm_score")
 
 
 def _prompt(record: Record) -> str:

@@ -13,6 +13,7 @@ from dpojax.data.formats.base import (
     Record,
     are_conversations,
     fields_of,
+    first_of,
     has,
     has_scores,
     lacks,
@@ -30,9 +31,8 @@ KEPT = ("prompt", "system", "tools", "chat_template_kwargs", "margin", "weight")
 
 
 def _is_scored(record: Record) -> bool:
-    completions = record.get("completions")
-    first = completions[0] if isinstance(completions, list) and completions else None
-    return has(record, "instruction") and lacks(record, "prompt") and isinstance(first, dict) and "response" in first
+    responses = has(first_of(record, "completions"), "response")
+    return has(record, "instruction") and lacks(record, "prompt") and responses
 
 
 def ultrafeedback(record: dict[str, Any]) -> dict[str, Any]:
