@@ -155,7 +155,7 @@ def _directory(name: str, said: str, options: dict[str, str]) -> str:
     where = f"in {data_dir}" if data_dir else "where TFDS looks (give data_dir=DIR)"
     raise UserError(
         f"{name}: no such prepared data set {where}; prepare it with "
-        f"'tfds build {said} --file_format=array_record', or make one with dpojax make-tfds"
+        f"'tfds build {said} --file_format=array_record', or make one with dpojax.data.tfds.make_tfds"
     )
 
 
@@ -287,7 +287,7 @@ def _write(names: Sequence[str], path: Path, name: str, version: str, split: str
     path.mkdir(parents=True)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(name, tfds.core.Version(version), data_dir=str(path), module_name="dpojax"),
-        description="Rows of dpojax make-tfds.",
+        description="Rows of dpojax.data.tfds.make_tfds.",
         features=tfds.features.FeaturesDict({column: _feature(kind) for column, kind in kinds.items()}),
         metadata=tfds.core.MetadataDict({JSON_COLUMNS: json_columns}),
         disable_shuffling=True,
