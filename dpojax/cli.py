@@ -110,7 +110,7 @@ def run_sample(config: SampleConfig) -> int:
         model.config,
         num_samples=together,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=(encoder.eos,),
+        eos_ids=model.eos_ids(tokenizer),
         temperature=config.temperature,
         top_p=config.top_p,
         dtype=config.dtype,
@@ -122,11 +122,11 @@ def run_sample(config: SampleConfig) -> int:
         batch_size=min(max(1, config.batch_size // together), len(prompts) * rounds),
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
-    ).lists()
+    ).texts(tokenizer)
     for i, prompt in enumerate(config.prompt):
-        completions = [tokens for round in drawn[i * rounds : (i + 1) * rounds] for tokens in round]
-        for tokens in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
-            print(f"{i + 1}. {prompt}|{tokenizer.decode(tokens, skip_special_tokens=True)}")
+        completions = [text for round in drawn[i * rounds : (i + 1) * rounds] for text in round]
+        for text in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
+            print(f"{i + 1}. {prompt}|{text}")
     return 0
 
 

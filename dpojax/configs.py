@@ -56,7 +56,8 @@ class DataOptions:
     """Which rows, and how they become batches."""
 
     data: tuple[str, ...]
-    """JSONL or Parquet files with the fields prompt, chosen and rejected (text or chat messages)."""
+    """Files, directories, patterns, or names of sets (hub:, tfds:) of rows with the fields prompt, chosen and rejected
+    (text or chat messages), or in a published format."""
     max_length: int = 1024
     """Tokens of prompt + completion; longer rows lose the prompt's start first, then the completion's end."""
     batch_size: int = 8
@@ -215,7 +216,7 @@ class CheckDataConfig:
     wrong."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
-    """JSONL or Parquet files."""
+    """Files, directories, patterns, or names of sets (hub:, tfds:)."""
     model: str | None = None
     """Tokenize as this model would, to find rows that are too long (default: check the fields alone)."""
     tokenizer: str | None = None

@@ -111,7 +111,7 @@ class Draws:
     scores: "np.ndarray"
 
 
-def make_draw(config: SentimentConfig, shape: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> Callable:
+def make_draw(config: SentimentConfig, model: "Model", tokenizer: Any, prompts: Sequence[list[int]]) -> Callable:
     """A function ``draw(params, seed, label) -> Draws`` that samples from the prompts, at temperature 1, and scores."""
     import numpy as np
 
@@ -120,7 +120,8 @@ def make_draw(config: SentimentConfig, shape: Any, tokenizer: Any, prompts: Sequ
     from dpojax.progress import track
 
     S = config.samples_per_prompt
-    sampler = make_sampler(shape, num_samples=S, max_new_tokens=config.new_tokens, eos_ids=(tokenizer.eos_token_id,))
+    eos_ids = model.eos_ids(tokenizer)
+    sampler = make_sampler(model.config, num_samples=S, max_new_tokens=config.new_tokens, eos_ids=eos_ids)
 
     def draw(params: Any, seed: int, label: str) -> Draws:
         drawn = sample_all(
@@ -136,7 +137,7 @@ def make_draw(config: SentimentConfig, shape: Any, tokenizer: Any, prompts: Sequ
             Example(np.array(prompt, np.int32), tuple(np.array(row, np.int32) for row in rows))
             for prompt, rows in zip(prompts, tokens, strict=True)
         ]
-        texts = [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in tokens]
+        texts = drawn.texts(tokenizer)
         return Draws(examples, drawn.logps.sum(axis=-1), texts, np.array([vader_scores(row) for row in texts]))
 
     return draw
@@ -163,7 +164,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
     tokenizer = load_policy_tokenizer(str(run))
     pairs, _ = load_examples([config.eval_data], Encoder(tokenizer))
     openings = {pair.prompt.tobytes(): pair.prompt.tolist() for pair in pairs}
-    draw = make_draw(config, base.config, tokenizer, list(openings.values()))
+    draw = make_draw(config, base, tokenizer, list(openings.values()))
     # The reference is the model before training, whose hash the run has; all seeds share the cache.
     key = model_key(base.config, options_of_run(run)["model_hash"], "float32")
     score, cache = make_scorer(base.config, batch_size=16), LogpsCache(config.eval_data, key, 2)

@@ -50,7 +50,7 @@ def main() -> None:
     path = smollm2_path()
     model, tokenizer = load_model(path), load_tokenizer(path)
     sampler = make_sampler(
-        model.config, num_samples=TOGETHER, max_new_tokens=NEW_TOKENS, eos_ids=(tokenizer.eos_token_id,)
+        model.config, num_samples=TOGETHER, max_new_tokens=NEW_TOKENS, eos_ids=model.eos_ids(tokenizer)
     )
     OUT.mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train", openings.TRAIN), ("heldout", openings.HELD_OUT)):

@@ -50,7 +50,7 @@ def test_samplers_log_probabilities_are_the_scorers(config):
     name = resolved(config).model
     model, tokenizer = load_model(name), load_tokenizer(name)
     prompts = [tokenizer(text).input_ids[:-1] for text in ("The film is", "I left", "Honestly")]
-    draws = make_draw(resolved(config), model.config, tokenizer, prompts)(model.params, 0, "test")
+    draws = make_draw(resolved(config), model, tokenizer, prompts)(model.params, 0, "test")
     scored = make_scorer(model.config, batch_size=8)(model.params, draws.examples, "test")
     np.testing.assert_allclose(draws.logps, scored, atol=1e-3)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpojax.cachedir import cache_dir, mention_earlier, write_arrays
 from dpojax.data.encode import Encoder, RenderedRow, TokenizedRow, render_rows, tokenize_rows
-from dpojax.data.read import IN_MEMORY, BadRow, read_rows, rows_in_memory
+from dpojax.data.read import IN_MEMORY, BadRow, Source, rows_in_memory, rows_of
 from dpojax.data.rows import OPTIONAL, Form, Notes, RowAnnotations, RowKind
 
 if TYPE_CHECKING:
@@ -76,37 +76,29 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str | None:
             # Some templates write the date.
             date=str(datetime.date.today()) if "strftime_now" in template else None,
             # Whoever changes how rows are read or rendered must not meet what the old code made of them.
-            code=[Path(__file__).with_name(name).read_text() for name in ("read.py", "rows.py", "encode.py")],
+            code=[path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))],
         )
     except Exception:  # a tokenizer may be anybody's code
         return None
 
 
-def token_path(file: str, form: Form, identity: str | None) -> Path | None:
-    """Where a data file's tokens are kept: the name is a hash of its bytes and of all else that shapes them.
+def token_path(source: Source, form: Form, identity: str | None) -> Path | None:
+    """Where a source's tokens are kept: the name is a hash of its content and of all else that shapes them.
 
     Args:
-      file: the JSONL or Parquet file.
+      source: where the rows are.
       form: of the rows.
       identity: the tokenizer's, from :func:`tokenizer_identity`.
 
     Returns:
-      The path; None where nothing can be kept, or the file cannot be read.
+      The path; None where nothing can be kept, or the source cannot be identified.
     """
-    path = Path(file).expanduser()
-    if identity is None or not path.is_file():
-        return None
-    try:
-        with path.open("rb") as data:
-            content = hashlib.file_digest(data, "sha256").hexdigest()
-    except OSError:
-        return None
-    directory = cache_dir(file)
+    content = None if identity is None else source.identity()
+    directory = None if content is None or source.beside is None else cache_dir(source.beside)
     if directory is None:
         return None
     mention_earlier(directory, EARLIER)
-    # The suffix says how the bytes are read.
-    key = _hash(content=content, suffix=path.suffix, form=form, tokenizer=identity)
+    key = _hash(content=content, form=form, tokenizer=identity)
     return directory / f"{PREFIX}{key[:32]}.npz"
 
 
@@ -171,11 +163,11 @@ def refused(rows: Iterable[RenderedRow | TokenizedRow], kind: RowKind, file: str
 
 
 @dataclasses.dataclass
-class Source:
-    """A data file, or rows in memory, on the way to tokens: cached, or rendered and then tokenized.
+class SourceTokens:
+    """A source, or rows in memory, on the way to tokens: cached, or rendered and then tokenized.
 
     Attributes:
-      name: of the file.
+      name: of the source.
       path: where its tokens are kept; None where they are not.
       cached: the tokens were there.
       rendered: the rows that wait to be tokenized.
@@ -191,19 +183,19 @@ class Source:
     tokens: FileTokens | None
 
     @classmethod
-    def open(cls, name: str, form: Form, encoder: Encoder, identity: str | None) -> "Source":
-        """A file's rows, from the cache or rendered."""
-        path = token_path(name, form, identity)
-        tokens = read_tokens(path, name) if path else None
+    def open(cls, source: Source, form: Form, encoder: Encoder, identity: str | None) -> "SourceTokens":
+        """A source's rows, from the cache or rendered."""
+        path = token_path(source, form, identity)
+        tokens = read_tokens(path, source.name) if path else None
         if tokens:
-            return cls(name, path, True, [], tokens.not_rendered, tokens)
-        rendered, bad = render_rows(read_rows([name]), form, encoder)
-        if path != token_path(name, form, identity):
+            return cls(source.name, path, True, [], tokens.not_rendered, tokens)
+        rendered, bad = render_rows(rows_of(source), form, encoder)
+        if path != token_path(source, form, identity):
             path = None  # the file was written to while it was read
-        return cls(name, path, False, rendered, bad, None)
+        return cls(source.name, path, False, rendered, bad, None)
 
     @classmethod
-    def in_memory(cls, rows: Sequence[Any], form: Form, encoder: Encoder) -> "Source":
+    def in_memory(cls, rows: Sequence[Any], form: Form, encoder: Encoder) -> "SourceTokens":
         """The rows of a list of dicts, rendered."""
         return cls(IN_MEMORY, None, False, *render_rows(rows_in_memory(rows), form, encoder), None)
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from dpojax.data.cache import refused
 from dpojax.data.encode import Encoder, render_rows, tokenize_rows
 from dpojax.data.load import Report, truncate_rows
-from dpojax.data.read import read_rows
+from dpojax.data.read import rows_of
 from dpojax.data.rows import RowKind
+from dpojax.data.sources import open_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ def check_files(
     """A line for every row that would be dropped or truncated, then a summary; and whether any would be dropped.
 
     Args:
-      files: JSONL or Parquet files.
+      files: names of sources (:func:`~dpojax.data.sources.open_sources`).
       tokenizer: finds over-long rows too; None checks the fields alone.
       kind: the form of the rows, and the annotations that they must have.
       max_length: tokens of prompt + completion.
@@ -29,17 +30,17 @@ def check_files(
     """
     report = Report()
     encoder = Encoder(tokenizer) if tokenizer else None
-    for file in files:
-        rendered, bad = render_rows(read_rows([file]), kind.form, encoder)
+    for source in [source for file in files for source in open_sources(file)]:
+        rendered, bad = render_rows(rows_of(source), kind.form, encoder)
         report.rows += len(rendered) + len(bad)
-        lacking = refused(rendered, kind, file)
+        lacking = refused(rendered, kind, source.name)
         bad += lacking
         if encoder:
             numbers = {row.number for row in lacking}
             usable = [row for row in rendered if row.number not in numbers]
-            tokenized, not_encoded = tokenize_rows(usable, encoder, file)
+            tokenized, not_encoded = tokenize_rows(usable, encoder, source.name)
             bad += not_encoded
-            truncate_rows(tokenized, file, kind, max_length, report)
+            truncate_rows(tokenized, source.name, kind, max_length, report)
         report.dropped += sorted(bad, key=lambda row: row.number)
     lines = [f"dropped: {bad}" for bad in report.dropped]
     lines += [f"truncated: {place}: prompt cut at its start" for place in report.prompts_cut]

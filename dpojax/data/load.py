@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeGuard
 
-from dpojax.data.cache import Source, tokenizer_identity
+from dpojax.data.cache import SourceTokens, tokenizer_identity
 from dpojax.data.encode import Encoder, Example, TokenizedRow, truncate
 from dpojax.data.read import BadRow, Place
 from dpojax.data.rows import PAIRS, RowKind
+from dpojax.data.sources import open_sources
 from dpojax.errors import UserError
 
 
@@ -80,7 +81,8 @@ def load_examples(
     back, whatever margins and weights it asks for.
 
     Args:
-      sources: names of JSONL or Parquet files, or of one; or a list of dicts, rows in memory.
+      sources: names of sources (:func:`~dpojax.data.sources.open_sources`), or of one; or a list of dicts, rows in
+        memory.
       encoder: the tokenizer's.
       kind: the form of the rows, and the annotations that they must have.
       max_length: tokens of prompt + completion.
@@ -93,9 +95,10 @@ def load_examples(
     sources = [sources] if isinstance(sources, str) else sources
     if _are_names(sources):
         identity = tokenizer_identity(encoder.tokenizer)
-        opened = [Source.open(name, kind.form, encoder, identity) for name in sources]
+        every = [source for name in sources for source in open_sources(name)]
+        opened = [SourceTokens.open(source, kind.form, encoder, identity) for source in every]
     else:
-        opened = [Source.in_memory(sources, kind.form, encoder)]
+        opened = [SourceTokens.in_memory(sources, kind.form, encoder)]
     _refuse([bad for source in opened for bad in source.bad_rows(kind)], skip_bad_rows)
     waiting = [len(source.rendered) for source in opened]
 

@@ -1,20 +1,20 @@
-"""JSONL files, Parquet files and lists of dicts -> rows, each with its place."""
+"""Rows, each with its place, and what a source of them is: a file, a shard or a list of dicts."""
 
 import dataclasses
-import json
+import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dpojax.errors import UserError
 
+T = TypeVar("T")
 IN_MEMORY = "rows"
 """What rows in memory are called where a file would be named: "rows, row 3"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a row is: the line of a JSONL file, the row of a Parquet file, or the item of a list, from 1."""
+    """Where a row is: the line of a JSONL file, the row of another file, or the item of a list, from 1."""
 
     file: str
     number: int
@@ -40,60 +40,76 @@ class BadRow(Place):
         return f"{super().__str__()}: {self.why}"
 
 
+class Block(Protocol):
+    """A run of consecutive rows of a source, not yet parsed; it can be pickled, so that another process parses it."""
+
+    @property
+    def first(self) -> int:
+        """The number of its first row."""
+
+    def rows(self) -> list[Row | BadRow]:
+        """Its rows, in order."""
+
+
+class Source(Protocol):
+    """One file, or one shard."""
+
+    @property
+    def name(self) -> str:
+        """As errors and reports name it: "pairs.jsonl", "hub:owner/name, train/0001.parquet", "tfds:NAME, train"."""
+
+    @property
+    def beside(self) -> str | None:
+        """A local path beside which caches are kept; None where they are kept nowhere."""
+
+    def identity(self) -> str | None:
+        """A hash of the bytes and of how they are read; None where it cannot be known."""
+
+    def blocks(self, rows: int) -> Iterator[Block]:
+        """All its rows in runs of this many, the last of fewer; the same runs every time.
+
+        Raises:
+          UserError: the source cannot be read, or has no rows.
+        """
+
+
 def name_of(value: object) -> str:
     """The JSON name of a value's type."""
     kinds = {str: "string", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Row | BadRow]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:  # broken JSON or UTF-8, absurd numbers or nesting
-                yield BadRow(name, number, f"broken JSON ({error}); each line must be one JSON object")
-                continue
-            if isinstance(fields, dict):
-                yield Row(name, number, fields)
-            else:
-                yield BadRow(name, number, f"a JSON {name_of(fields)}, not an object with named fields")
+def runs(items: Iterator[T], rows: int) -> Iterator[list[T]]:
+    """The items in lists of this many, the last of fewer."""
+    while run := list(itertools.islice(items, rows)):
+        yield run
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = (fields for batch in file.iter_batches() for fields in batch.to_pylist())
-        for number, fields in enumerate(rows, start=1):
-            yield Row(name, number, fields)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: not a readable Parquet file ({error}); write it again") from None
-
-
-def read_rows(files: Sequence[str]) -> Iterator[Row | BadRow]:
-    """The rows of all files, in order; blank lines of JSONL are no rows.
+def rows_of(source: Source, rows: int = 1024) -> Iterator[Row | BadRow]:
+    """The rows of a source, of which this many are in memory at once.
 
     Raises:
-      UserError: a file is missing, is unreadable or has no rows.
+      UserError: the source cannot be read, or has no rows.
     """
+    for block in source.blocks(rows):
+        yield from block.rows()
+
+
+def read_rows(files: Sequence[str], *, rows: int = 1024) -> Iterator[Row | BadRow]:
+    """The rows of all sources of these names, in order; blank lines of JSONL are no rows.
+
+    Args:
+      files: what :func:`dpojax.data.sources.open_sources` takes.
+      rows: that are in memory at once.
+
+    Raises:
+      UserError: a source is missing, is unreadable or has no rows.
+    """
+    from dpojax.data.sources import open_sources
+
     for name in files:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"{name}: no such file; give a JSONL or Parquet file")
-        empty = True
-        read = _read_parquet if path.suffix in (".parquet", ".pq") else _read_jsonl
-        try:
-            for row in read(path, name):
-                empty = False
-                yield row
-        except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-        if empty:
-            raise UserError(f"{name}: the file is empty; it needs at least one row")
+        for source in open_sources(name):
+            yield from rows_of(source, rows)
 
 
 def rows_in_memory(rows: Sequence[Any]) -> Iterator[Row | BadRow]:

@@ -44,6 +44,19 @@ class Samples(NamedTuple):
             [row[:n] for row, n in zip(rows, ends, strict=True)] for rows, ends in zip(tokens, lengths, strict=True)
         ]
 
+    def texts(self, tokenizer: Any) -> list[list[str]]:
+        """The completions as text, by prompt, without special tokens and without the EOS that ended them.
+
+        Args:
+          tokenizer: a transformers tokenizer, or what decodes as one does.
+        """
+        ended = np.asarray(self.ended).tolist()
+        bare = [
+            [row[:-1] if end else row for row, end in zip(rows, ends, strict=True)]
+            for rows, ends in zip(self.lists(), ended, strict=True)
+        ]
+        return [[tokenizer.decode(row, skip_special_tokens=True) for row in rows] for rows in bare]
+
 
 Sampler = Callable[[PyTree, Int[Array, "B P"], Int[Array, " B"], PRNGKeyArray], Samples]
 

@@ -214,13 +214,17 @@ def llama_fields(config: DecoderConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of models: how its ``config.json`` reads and is written, and its tensors by our paths."""
+    """A family of models: how its ``config.json`` reads and is written, and its tensors by our paths.
+
+    ``fields`` are those that ``read`` understands and ``write`` may leave out.
+    """
 
     model_type: str
     architecture: str  # without ForCausalLM or ForSequenceClassification
     read: Callable[[Mapping[str, Any], str], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
     tensors: Mapping[str, Tensor]
+    fields: frozenset[str] = frozenset()
 
     def hf_config(self, config: DecoderConfig) -> dict[str, Any]:
         """A ``config.json`` with these choices.
@@ -275,7 +279,14 @@ def qwen3_fields(config: DecoderConfig) -> dict[str, Any]:
     return raw
 
 
-QWEN3_FAMILY = Family("qwen3", "Qwen3", qwen3_config, qwen3_fields, QWEN3)
+QWEN3_FAMILY = Family(
+    "qwen3",
+    "Qwen3",
+    qwen3_config,
+    qwen3_fields,
+    QWEN3,
+    frozenset(("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")),
+)
 
 FAMILIES = {family.model_type: family for family in (LLAMA_FAMILY, QWEN3_FAMILY)}
 """``model_type`` -> family."""

@@ -82,6 +82,13 @@ class GGUFFile:
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
 
+    def generation_config(self) -> dict[str, Any]:
+        """The metadata as a ``generation_config.json`` would have it: BOS, and what ends a text or a turn."""
+        ends = [self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        bos, ends = self.get("tokenizer.ggml.bos_token_id"), list(dict.fromkeys(i for i in ends if i is not None))
+        raw = {"bos_token_id": bos, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+        return {name: value for name, value in raw.items() if value is not None}
+
 
 class GGUFSource:
     """A GGUF file's tensors by Hugging Face's name, dequantized slice by slice
@@ -95,12 +102,18 @@ class GGUFSource:
             for layer in range(place.layers or 1):
                 gguf = place.tensor.gguf.format(layer) + kind
                 self.places[place.name(layer)] = (gguf, place)
+        read = {gguf: name for name, (gguf, _) in self.places.items()}
+        self.names = [read.get(gguf, gguf) for gguf in self.tensors]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         gguf, _ = self.places.get(name, ("", None))
         if gguf not in self.tensors:
             return None
         return tuple(int(n) for n in reversed(self.tensors[gguf].shape))
+
+    def dtype(self, name: str) -> str:
+        """What :meth:`read` returns, in safetensors' words."""
+        return "F32"
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor as float32; whole rows are dequantized, those of the slice alone."""

@@ -11,44 +11,73 @@ from jax.sharding import Mesh
 
 from dpojax.errors import UserError, first_line
 from dpojax.models.config import DecoderConfig
+from dpojax.models.dequantize import RawTensors
 from dpojax.models.families import FAMILIES, Family, family_of
+from dpojax.models.generation import model_eos_ids, read_generation_config, with_tokenizer_eos
 from dpojax.models.gguf import GGUFFile, GGUFSource, gguf_tokenizer
 from dpojax.models.params import init_params, param_shardings
+from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, without_quantization
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
-from dpojax.models.weights import TensorSource, load_params
+from dpojax.models.unread import check_dtypes, check_unread, unknown_fields
+from dpojax.models.weights import check_source, load_params
+from dpojax.progress import console
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[float], None]
+FIRST_ROWS = 64  # of a tied unembedding, compared when files are opened; all are when they are loaded
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model: the decoder's choices, its parameters (float32 arrays) and the ``config.json`` to export with."""
+    """A model: the decoder's choices, its parameters (float32 arrays), and the ``config.json`` and
+    ``generation_config.json`` (empty: none) to export with."""
 
     config: DecoderConfig
     params: PyTree
     hf_config: dict[str, Any]
+    generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def family(self) -> Family:
         return family_of(self.hf_config, "config.json")
 
+    def eos_ids(self, tokenizer: "PreTrainedTokenizerBase | None" = None) -> tuple[int, ...]:
+        """Every token that ends a completion: those of ``generation_config.json`` and ``config.json``, and the
+        tokenizer's EOS if it is given.
+
+        Raises:
+          UserError: one of them is no token of the model.
+        """
+        own = model_eos_ids(self.hf_config, self.generation_config, self.config.vocab_size)
+        return own if tokenizer is None else with_tokenizer_eos(own, tokenizer, self.config.vocab_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model's files, opened: its choices and ``config.json``; no tensor has been read."""
+    """A model's files, opened: its choices, ``config.json`` and ``generation_config.json`` (empty: none); the
+    parameters have not been read. ``notes`` are sentences on what is not used of them."""
 
     config: DecoderConfig
     hf_config: dict[str, Any]
-    source: TensorSource
+    source: RawTensors
+    generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def load(self, mesh: Mesh | None = None, progress: Progress = lambda share: None) -> Model:
-        """The model with its parameters born on the mesh (:func:`~dpojax.models.weights.load_params`)."""
+        """The model with its parameters born on the mesh (:func:`~dpojax.models.weights.load_params`).
+
+        Raises:
+          UserError: a tensor does not fit the config, or a tied unembedding differs from the embedding.
+        """
         family = family_of(self.hf_config, str(self.source.path))
-        return Model(self.config, load_params(self.source, family, self.config, mesh, progress), self.hf_config)
+        check_unread(self.source, family, self.config)
+        for note in self.notes:
+            console.print(note)
+        params = load_params(self.source, family, self.config, mesh, progress)
+        return Model(self.config, params, self.hf_config, self.generation_config)
 
 
 def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -62,7 +91,8 @@ def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[Dec
     raw = {**hf_config, "architectures": [f"{architecture}ForSequenceClassification"], "id2label": {"0": "reward"}}
     raw |= {"label2id": {"reward": 0}, "num_labels": 1}
     if raw.get("pad_token_id") is None:  # transformers finds a row's end by it
-        raw["pad_token_id"] = raw.get("eos_token_id")
+        eos = raw.get("eos_token_id")
+        raw["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
     return dataclasses.replace(config, head="score"), raw
 
 
@@ -95,7 +125,7 @@ def new_model(config: DecoderConfig, family: str = "llama", seed: int = 0, mesh:
 
 
 def save_model(model: Model, directory: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a model as a Hugging Face directory, ``config.json`` and safetensors, tensor by tensor.
+    """Write a model as a Hugging Face directory, its configs and safetensors, tensor by tensor.
 
     Args:
       model: what to write.
@@ -107,7 +137,14 @@ def save_model(model: Model, directory: str | Path, *, dtype: str = "float32", s
       UserError: the directory cannot be written, or the disk is full.
     """
     save_directory(
-        model.params, model.config, model.family, model.hf_config, Path(directory), dtype=dtype, shard_bytes=shard_bytes
+        model.params,
+        model.config,
+        model.family,
+        model.hf_config,
+        Path(directory),
+        generation_config=model.generation_config,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
     )
 
 
@@ -137,15 +174,48 @@ def open_model(name: str) -> ModelFiles:
       UserError: no such model, an unsupported or damaged one, or none with weights.
     """
     path = resolve(name)
-    if path.is_dir():
-        raw = read_json(path / "config.json")
-        config = family_of(raw, str(path / "config.json")).read(raw, str(path / "config.json"))
-        return ModelFiles(config, raw, SafetensorsSource(path))
+    return _open_directory(path) if path.is_dir() else _open_gguf(path)
+
+
+def _open_directory(path: Path) -> ModelFiles:
+    where = str(path / "config.json")
+    raw = read_json(path / "config.json")
+    family = family_of(raw, where)
+    config = family.read(raw, where)
+    source: RawTensors = SafetensorsSource(path)
+    adapter = path / "adapter_config.json"
+    if adapter.exists():
+        raise UserError(f"{adapter}: an adapter is not read; merge it into the model, or remove its files")
+    quantization = quantization_of(raw)
+    beside = path / "quantize_config.json"
+    if quantization is None and beside.exists():
+        quantization = {"quant_method": "gptq", **read_json(beside)}  # as AutoGPTQ writes it
+    if quantization is not None:
+        source = QuantizedSource(source, forms_of(quantization, where))
+        raw = without_quantization(raw)
+    return _checked(raw, family, config, source, read_generation_config(path))
+
+
+def _open_gguf(path: Path) -> ModelFiles:
     file = GGUFFile(path)
     raw = file.hf_config()
     family = family_of(raw, str(path))
     config = family.read(raw, str(path))
-    return ModelFiles(config, raw, GGUFSource(file, family, config))
+    return _checked(raw, family, config, GGUFSource(file, family, config), file.generation_config())
+
+
+def _checked(
+    raw: dict[str, Any], family: Family, config: DecoderConfig, source: RawTensors, generation: dict[str, Any]
+) -> ModelFiles:
+    """Files of which all is read, or known to change nothing; notes name what is not understood."""
+    check_dtypes(source)
+    check_source(source, family, config)
+    model_eos_ids(raw, generation, config.vocab_size, source.path)
+    notes = check_unread(source, family, config, rows=FIRST_ROWS)
+    unknown = unknown_fields(raw, family, config)
+    if unknown:
+        notes.append(f"{source.path}: fields of config.json that are not understood and not used: {', '.join(unknown)}")
+    return ModelFiles(config, raw, source, generation, tuple(notes))
 
 
 def load_model(name: str, progress: Progress = lambda share: None, *, mesh: Mesh | None = None) -> Model:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,13 @@ from dpojax.models.families import Family
 from dpojax.models.weights import FileTensor, file_tensors
 from dpojax.types import PyTree
 
+GENERATION = "generation_config.json"
 SHARD_BYTES = 4 << 30  # export: split files above this, as transformers does
+FLOAT8 = {  # NumPy has no such dtypes, and safetensors does not look for them in ml_dtypes
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
 
 
@@ -66,6 +73,9 @@ def _open(path: Path) -> Any:
 class SafetensorsSource:
     """A directory's tensors, read slice by slice (:class:`~dpojax.models.weights.TensorSource`)."""
 
+    names: dict[str, Path]
+    """The file that holds each tensor."""
+
     def __init__(self, directory: Path):
         self.path = directory
         files = tensor_files(directory)
@@ -74,16 +84,34 @@ class SafetensorsSource:
             self.names = dict.fromkeys(handles[files[0]].keys(), files[0])
         else:
             handles = {path: _open(path) for path in sorted(set(files.values()))}
-            self.names = files
+            self.names = {name: path for path, file in handles.items() for name in list(file.keys())} | files
         self.handles = handles
+        self.headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # where the data begins, and the header
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         if name not in self.names:
             return None
         return tuple(self._slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The name that safetensors gives the tensor's dtype."""
+        return self._slice(name).get_dtype()
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._slice(name)[index]
+        dtype = FLOAT8.get(self.dtype(name))
+        return self._slice(name)[index] if dtype is None else self._mapped(name, dtype)[index]
+
+    def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
+        """A tensor's bytes in its file, as an array of this dtype."""
+        file = self.names[name]
+        if file not in self.headers:
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                self.headers[file] = 8 + length, json.loads(opened.read(length))
+        data, header = self.headers[file]
+        shape = tuple(header[name]["shape"])
+        octets = np.memmap(file, np.uint8, "r", data + header[name]["data_offsets"][0], math.prod(shape))
+        return octets.view(dtype).reshape(shape)
 
     def _slice(self, name: str) -> Any:
         from safetensors import SafetensorError
@@ -103,10 +131,12 @@ def save_directory(
     hf_config: Mapping[str, Any],
     directory: Path,
     *,
+    generation_config: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write ``config.json`` and safetensors that transformers loads; the tokenizer is the caller's to save.
+    """Write ``config.json``, ``generation_config.json`` if there is one, and safetensors that transformers loads; the
+    tokenizer is the caller's to save.
 
     Tensors are fetched and written one at a time. All is written to a directory of its own and moved into place at the
     end, so that ``directory`` is never half there.
@@ -132,6 +162,8 @@ def save_directory(
             total = sum(tensor.size * itemsize for shard in shards for tensor in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        if generation_config:
+            (aside / GENERATION).write_text(json.dumps(dict(generation_config), indent=2))
         raw = {**hf_config, "dtype": dtype}
         raw.pop("torch_dtype", None)
         (aside / "config.json").write_text(json.dumps(raw, indent=2))
@@ -168,8 +200,8 @@ def _written_aside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{directory}: cannot be written ({error}); free some space or name another place") from None
     directory.mkdir(parents=True, exist_ok=True)
-    for old in directory.glob("model*.safetensors*"):
+    for old in (*directory.glob("model*.safetensors*"), *directory.glob(GENERATION)):
         old.unlink()
-    for path in sorted(aside.iterdir(), reverse=True):  # config.json last: where it is, all is
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):  # last: where it is, all is
         path.replace(directory / path.name)
     aside.rmdir()

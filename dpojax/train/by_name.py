@@ -19,6 +19,7 @@ from dpojax.models import (
     load_tokenizer,
     open_model,
 )
+from dpojax.models.generation import read_generation_config
 from dpojax.models.load import reward_config
 from dpojax.models.safetensors import read_json
 from dpojax.progress import Stage
@@ -39,6 +40,7 @@ class PolicyFiles:
     name: str
     config: DecoderConfig
     hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
     load: Callable[[Mesh | None], Model]
     """The model with its parameters born on a mesh (default: whole, on JAX's first device)."""
 
@@ -56,10 +58,11 @@ def open_policy(name: str, *, reward: bool = False) -> PolicyFiles:
     if is_run(name):
         hf_config = read_json(Path(name) / "model" / "config.json")
         config = config_from_hf(hf_config, str(Path(name) / "model" / "config.json"))
+        generation = read_generation_config(Path(name) / "model")
         read = lambda mesh: load_run(name, mesh=mesh)[0]  # noqa: E731
     else:
         files = open_model(name)
-        config, hf_config = files.config, files.hf_config
+        config, hf_config, generation = files.config, files.hf_config, files.generation_config
 
         def read(mesh: Mesh | None) -> Model:
             with Stage(f"Loading {Path(name).name}", 1.0) as stage:
@@ -68,9 +71,9 @@ def open_policy(name: str, *, reward: bool = False) -> PolicyFiles:
     if not reward:
         if config.reward:
             raise UserError(f"{name}: is a reward model, which has no vocabulary; use it with --loss reward_model")
-        return PolicyFiles(name, config, hf_config, read)
+        return PolicyFiles(name, config, hf_config, generation, read)
     config, hf_config = reward_config(config, hf_config)
-    return PolicyFiles(name, config, hf_config, lambda mesh: as_reward_model(read(mesh), mesh))
+    return PolicyFiles(name, config, hf_config, {}, lambda mesh: as_reward_model(read(mesh), mesh))
 
 
 def load_policy(name: str, *, reward: bool = False, mesh: Mesh | None = None) -> Model:
@@ -117,7 +120,7 @@ def _load_checkpoint(run: Path, which: str, mesh: Mesh) -> tuple[Model, int]:
         params = restore_params(saved, trained)
     if n is not None:
         params = join(_restore_frozen(run.absolute() / "frozen", frozen), params)
-    return Model(config, params, hf_config), int(step)
+    return Model(config, params, hf_config, read_generation_config(run / "model")), int(step)
 
 
 def _restore_frozen(directory: Path, shapes: PyTree) -> PyTree:

@@ -136,7 +136,7 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
         identities["reference_hash"] = identities["model_hash"] if same else fingerprint(ref_model.params)
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
     claim_directory(config, identities)
-    save_model_files(files.hf_config, data.tokenizer, Path(config.output) / "model")
+    save_model_files(files.hf_config, files.generation_config, data.tokenizer, Path(config.output) / "model")
     return data, model, ref_model, program, identities
 
 

@@ -1,7 +1,7 @@
 """A run's directory: what it holds, and whose it is.
 
 run.json          format, the command's options, content hashes of model, reference and data
-model/            config.json and tokenizer, for export
+model/            config.json, generation_config.json if there is one, and tokenizer, for export
 frozen/           with --train-top-layers: the parameters that no step changes
 metrics.jsonl, tensorboard/
 checkpoints/N/    params (the trained ones) | train (step, optimizer state, random key) | position (of the data),
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
-from dpojax.models.safetensors import read_json
+from dpojax.models.safetensors import GENERATION, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,12 +87,19 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value}
 
 
-def save_model_files(hf_config: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+def save_model_files(
+    hf_config: dict[str, Any],
+    generation_config: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: Path,
+) -> None:
     """Write what export needs beside the weights, once, whole or not at all."""
     if directory.exists():
         return
     partial = directory.with_name(directory.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     (partial / "config.json").write_text(json.dumps(hf_config, indent=2))
+    if generation_config:
+        (partial / GENERATION).write_text(json.dumps(generation_config, indent=2))
     tokenizer.save_pretrained(partial)
     partial.replace(directory)

@@ -96,6 +96,15 @@ def test_another_length_reads_the_same_tokens(make_encoder, file, monkeypatch):
     assert [row.number for row in cached[1].prompts_cut] == [row.number for row in fresh[1].prompts_cut] != []
 
 
+def test_the_shards_of_a_directory_are_kept_one_by_one(make_encoder, tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    for name in ("a", "b"):
+        write(shards / f"{name}.jsonl", GOOD | {"prompt": f"the film {name}"})
+    first = load_examples([str(shards)], make_encoder())
+    second = load_examples([str(shards)], forbid(make_encoder(), monkeypatch))
+    assert plain(first) == plain(second) and second[1].cached == 2
+
+
 def test_changed_data_is_tokenized_again(encoder, file):
     load_examples([file], encoder)
     write(Path(file), GOOD | {"chosen": " was lively"}, CHAT)

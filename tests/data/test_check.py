@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpojax.data import PAIRS
+from dpojax.data import PAIRS, RowKind
 from dpojax.data.check import check_files
 from dpojax.models import load_tokenizer
 from tests.conftest import write_rows
@@ -69,3 +69,17 @@ def test_rows_are_checked_as_the_run_will(tmp_path, capsys):
     assert "--kind pairs: --loss kto reads labels; leave one of them out" in capsys.readouterr().err
     assert main(["check-data", file, "--loss", "odbo"]) == 2
     assert "--loss odbo: " in capsys.readouterr().err
+
+
+def test_rows_of_a_directory_are_told_apart_by_their_shard(tiny_dir, tmp_path):
+    """Each shard counts from 1: what is wrong with the first row of one says nothing of another's."""
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    write_rows(tmp_path / "shards" / "a.jsonl", [pair])  # without the margin that is asked for
+    write_rows(tmp_path / "shards" / "b.jsonl", [pair | {"prompt": "x" * 50, "margin": 1}])
+    shards, kind = tmp_path / "shards", RowKind("pairs", margin=True)
+    lines, wrong = check_files([str(shards)], load_tokenizer(tiny_dir), kind, 20)
+    assert wrong and lines[0].startswith(f"dropped: {shards}/a.jsonl, row 1: no field 'margin'")
+    assert lines[1:] == [
+        f"truncated: {shards}/b.jsonl, row 1: prompt cut at its start",
+        "2 rows: 1 kept, 1 of them truncated to 20 tokens, 1 dropped",
+    ]
