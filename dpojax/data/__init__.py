@@ -1,22 +1,14 @@
 """Preference data: files, or rows in memory -> rows -> tokens -> batches."""
 
-from dpojax.data.batches import Batches, IndexedBatch, collate, completion_lengths, lengths_only
-from dpojax.data.encode import Encoder, Example, fingerprint, truncate
+from dpojax.data.batches import Batches, IndexedBatch, collate, lengths_only
+from dpojax.data.dialogue import COMPLETIONS, LABELS, PAIRS, PROMPTS, Dialogue, RowAnnotations, RowKind, kind_of
+from dpojax.data.encode import Encoder, EncodingOptions
+from dpojax.data.examples import Example, Examples, truncate
+from dpojax.data.filters import parse_filter
 from dpojax.data.load import Report, load_examples
 from dpojax.data.mismatched import with_mismatched
 from dpojax.data.read import BadRow, Row, read_rows
-from dpojax.data.rows import (
-    COMPLETIONS,
-    LABELS,
-    PAIRS,
-    PROMPTS,
-    Dialogue,
-    RowAnnotations,
-    RowKind,
-    completion_of,
-    kind_of,
-    pair_of,
-)
+from dpojax.data.rows import completion_of, pair_of
 
 __all__ = [
     "COMPLETIONS",
@@ -27,20 +19,21 @@ __all__ = [
     "Batches",
     "Dialogue",
     "Encoder",
+    "EncodingOptions",
     "Example",
+    "Examples",
     "IndexedBatch",
     "Report",
     "Row",
     "RowAnnotations",
     "RowKind",
     "collate",
-    "completion_lengths",
     "completion_of",
-    "fingerprint",
     "kind_of",
     "lengths_only",
     "load_examples",
     "pair_of",
+    "parse_filter",
     "read_rows",
     "truncate",
     "with_mismatched",

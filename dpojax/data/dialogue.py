@@ -1,6 +1,8 @@
 """What a row is read as: its dialogue, its annotations, and the kinds of rows that runs read."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, Literal
 
 from dpojax.data.messages import Message
@@ -53,6 +55,12 @@ def fields_read(form: Form) -> frozenset[str]:
         "prompts": set(),
     }
     return frozenset(chat | of_form[form])
+
+
+def hash_of_text(text: Text) -> int:
+    """A hash of a text, of chat messages or of token ids, as 64 bits: equal prompts have equal ones."""
+    said = json.dumps(text, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,11 +41,12 @@ class EncodingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RenderedRow:
-    """A row as text: its prompt and its completions, or their token ids."""
+    """A row as text: its prompt and its completions, or their token ids; ``prompt`` is a hash of the prompt."""
 
     number: int
     parts: list[Rendered | TokenIds]
     truncated: tuple[bool, ...]
+    prompt: int
     notes: Notes
 
 
@@ -57,7 +58,8 @@ class TokenizedRow:
       number: of the row.
       parts: the prompt's tokens, and those of every completion.
       masks: of every completion, which tokens are trained on; empty: all are.
-      blank: how many tokens that say nothing a completion begins with, at most.
+      blank: how many tokens a completion has before the first that is trained on and says something, at most.
+      prompt: a hash of the prompt.
       notes: the row's annotations.
     """
 
@@ -65,6 +67,7 @@ class TokenizedRow:
     parts: tuple[np.ndarray, ...]
     masks: tuple[np.ndarray, ...]
     blank: int
+    prompt: int
     notes: Notes
 
 
@@ -179,9 +182,8 @@ class Encoder:
                 assert isinstance(first, Rendered)
                 mask = np.ones(len(done), bool)
                 mask[: len(ids)] = self.text.loss_mask(first, head, part, ids)[: len(done)]
-            trained = done if mask is None else np.array(done)[mask].tolist()
-            begins = self.text.blank_beginning(trained)
-            if begins == len(trained):
+            begins = self.text.blank_beginning(done, mask)
+            if begins == len(done):
                 raise ValueError(f"an empty completion: the tokens that are trained on say nothing; {EMPTY}")
             parts.append(np.array(done, np.int32))
             masks.append(mask)
@@ -191,7 +193,7 @@ class Encoder:
         known = zip(parts[1:], masks, strict=True)
         filled = tuple([np.ones(len(ids), bool) if mask is None else mask for ids, mask in known])
         some = any(mask is not None for mask in masks)
-        return TokenizedRow(row.number, tuple(parts), filled if some else (), blank, row.notes)
+        return TokenizedRow(row.number, tuple(parts), filled if some else (), blank, row.prompt, row.notes)
 
     def finish_prompt(self, ids: Ids, chat: bool = False) -> Ids:
         """The prompt with one BOS where the tokenizer adds one; an empty prompt becomes the BOS alone.

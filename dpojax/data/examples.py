@@ -80,12 +80,15 @@ class Examples(Sequence[Example]):
     Attributes:
       sources: the tokens that the rows are of.
       source, row: ``[n]``, which of them, and which of its rows.
+      weights: ``[n]``, of the source that an example is of, where batches draw by it; None where every example counts
+        once.
       prompt_len: ``[n]`` tokens kept of the prompt.
       completion_len: ``[n, N]`` tokens kept of the completions; 0 where a row has fewer than others.
       kind: the annotations that are read.
     """
 
     def __init__(self, sources: Sequence[Tokens], source: np.ndarray, row: np.ndarray, cut: Cut, kind: RowKind | None):
+        self.weights: np.ndarray | None = None
         self.sources, self.source, self.row, self.kind = list(sources), source, row, kind
         self.prompt_len, self.completion_len = cut.prompt.astype(np.int32), cut.completions.astype(np.int32)
         self.starts = [tokens.starts for tokens in self.sources]
@@ -96,12 +99,33 @@ class Examples(Sequence[Example]):
         if isinstance(examples, Examples):
             return examples
         rows = [
-            TokenizedRow(i, (e.prompt, *e.completions), e.masks, 0, Notes(e.annotations))
+            TokenizedRow(i, (e.prompt, *e.completions), e.masks, 0, hashed(e.prompt), Notes(e.annotations))
             for i, e in enumerate(examples)
         ]
         tokens = tokens_of(rows)
         cut = Cut(tokens.lengths[:, 0], tokens.lengths[:, 1:])
         return cls([tokens], np.zeros(len(rows), np.int32), np.arange(len(rows)), cut, None)
+
+    @classmethod
+    def of_tokens(
+        cls,
+        sources: Sequence[Tokens],
+        rows: Sequence[np.ndarray],
+        cuts: Sequence[Cut],
+        kind: RowKind,
+        weights: Sequence[float] | None = None,
+    ) -> "Examples":
+        """Some rows of sources, cut, in the order of the sources; ``weights`` are of these."""
+        each = [len(some) for some in rows]
+        cut = Cut(
+            np.concatenate([cut.prompt for cut in cuts]),
+            np.concatenate(widened([cut.completions for cut in cuts], 0)),
+        )
+        source = np.repeat(np.arange(len(sources), dtype=np.int32), each)
+        out = cls(sources, source, np.concatenate(rows), cut, kind)
+        if weights is not None:
+            out.weights = np.repeat(np.array(weights, np.float64), each)
+        return out
 
     def __len__(self) -> int:
         return len(self.row)
@@ -135,8 +159,9 @@ class Examples(Sequence[Example]):
     def select(self, index: np.ndarray) -> "Examples":
         """The examples of these indices, in their order."""
         out = copy.copy(self)
-        for name in ("source", "row", "prompt_len", "completion_len"):
-            setattr(out, name, getattr(self, name)[index])
+        for name in ("source", "row", "prompt_len", "completion_len", "weights"):
+            if getattr(self, name) is not None:
+                setattr(out, name, getattr(self, name)[index])
         return out
 
     def gathered(self, name: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Rows chosen by a column: ``score_chosen>=7``, ``language==en``."""
 
+import contextlib
 import dataclasses
 import operator
 import re
@@ -42,10 +43,8 @@ class Filter:
         if isinstance(self.value, str):
             found = str(found).lower() if isinstance(found, bool) else found
         if isinstance(found, str) and not isinstance(self.value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 found = float(found)  # as CSV has numbers
-            except ValueError:
-                pass
         if isinstance(found, str) != isinstance(self.value, str) or isinstance(found, list | dict):
             raise ValueError(f"field {self.column!r} is a {name_of(found)}, which --filter compares with {self.value}")
         return bool(COMPARISONS[self.comparison](found, self.value))

@@ -16,24 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpojax.data.dialogue import Form, fields_read
+from dpojax.data.dialogue import Form, fields_read, hash_of_text
 from dpojax.data.encode import Encoder, EncodingOptions, RenderedRow, TokenizedRow
 from dpojax.data.filters import Filter
 from dpojax.data.formats import Format, detect, format_named
+from dpojax.data.opened import identity_of
 from dpojax.data.read import BadRow, Block, Row, Source
 from dpojax.data.rows import parse_row
-from dpojax.data.tokens import (
-    FileTokens,
-    Tokens,
-    joined,
-    joined_files,
-    part_tokens,
-    read_part,
-    read_whole,
-    tokens_of,
-    write_part,
-    write_whole,
-)
+from dpojax.data.store import FileTokens, joined_files, part_tokens, read_part, read_whole, write_part, write_whole
+from dpojax.data.tokens import Tokens, joined, tokens_of
 from dpojax.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +41,7 @@ class Reading:
 
     Attributes:
       form: of the rows.
-      format: a published format, a user's own as ``path.py:name``, or auto: found by the first record's fields.
+      format: a published format, a user's own as ``path.py:name``, rows (of ours), or auto: found by the first record.
       filters: of the records.
     """
 
@@ -60,7 +51,15 @@ class Reading:
 
     def format_of(self, fields: dict[str, Any]) -> Format | None:
         """The format of a source whose first record has these fields; None where its records are rows of ours."""
+        if self.format == "rows":
+            return None
         return detect(fields) if self.format == "auto" else format_named(self.format)
+
+    def identity(self) -> dict[str, Any]:
+        """All that it depends on, for JSON: a user's own file by its content."""
+        path, colon, _ = self.format.rpartition(":")
+        own = identity_of(Path(path)) if colon and path.endswith(".py") and Path(path).is_file() else ""
+        return {**dataclasses.asdict(self), "file": own}
 
 
 @dataclasses.dataclass
@@ -84,22 +83,36 @@ def parse_rows(
         try:
             if isinstance(row, BadRow):
                 raise ValueError(row.why)
-            if not all([f.keeps(row.fields) for f in reading.filters]):
+            if not kept(row, reading, format):
                 out.filtered += 1
                 out.rows += 1
                 continue
             if known:  # a user's own format need not say what it reads
-                out.unread |= dict.fromkeys([name for name in row.fields if name not in known])
+                records = row.fields["records"] if format and format.group else [row.fields]
+                there = [name for record in records for name, x in record.items() if x is not None]
+                out.unread |= dict.fromkeys([name for name in there if name not in known])
             fields = format.row(row.fields) if format else row.fields
             parsed = parse_row(Row(row.file, row.number, fields), reading.form)
             texts = [(encoder.render(dialogue) if encoder else []) for dialogue, _ in parsed]
             out.rows += len(parsed)
             for (dialogue, notes), parts in zip(parsed, texts, strict=True):
-                out.rendered.append(RenderedRow(row.number, parts, dialogue.truncated, notes))
+                key = hash_of_text(dialogue.prompt)
+                out.rendered.append(RenderedRow(row.number, parts, dialogue.truncated, key, notes))
         except ValueError as error:
             out.rows += 1
             out.bad.append(BadRow(row.file, row.number, str(error)))
     return out
+
+
+def kept(row: Row, reading: Reading, format: Format | None) -> bool:
+    """Whether the filters leave a record; of a group, whose records they have seen already, whether any is left.
+
+    Raises:
+      ValueError: the record has not what a filter compares.
+    """
+    if format and format.group:
+        return bool(row.fields["records"])
+    return all(f.keeps(row.fields) for f in reading.filters)
 
 
 def tokenize_rows(
@@ -119,15 +132,33 @@ def tokenize_rows(
                 usable.append(got)
     return FileTokens(
         tokens_of(usable),
-        tuple(parsed.bad),
-        tuple(bad),
+        tuple(sorted([*parsed.bad, *bad], key=lambda row: row.number)),
         parsed.rows,
         parsed.filtered,
         (*parsed.unread, *sorted(encoder.template.unread)),
         format.title if format else None,
         tuple(sorted(encoder.spelled)),
+        encoder.options.allow_special_tokens,
         encoder.added_eos,
     )
+
+
+def check_source(source: Source, reading: Reading) -> FileTokens:
+    """What is to be said of a source's rows by their fields alone; those that are usable have no tokens.
+
+    Raises:
+      UserError: the source cannot be read.
+    """
+    format, blocks = format_and_blocks(source, reading)
+    parts = []
+    for block in blocks:
+        parsed = parse_rows(block.rows(), reading, format, None)
+        none = (np.zeros(0, np.int32),)
+        rows = [TokenizedRow(row.number, none, (), 0, row.prompt, row.notes) for row in parsed.rendered]
+        title = format.title if format else None
+        said = (tuple(parsed.bad), parsed.rows, parsed.filtered, tuple(parsed.unread), title)
+        parts.append(FileTokens(tokens_of(rows), *said))
+    return joined_files(parts, joined([part.tokens for part in parts]))
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------
@@ -147,13 +178,18 @@ class Rows:
         return self.held
 
 
-def grouped(blocks: Iterable[Block], column: str) -> Iterator[Block]:
-    """Blocks in which consecutive records that agree in a column are one record, ``{column: ..., "records": [...]}``."""
+def grouped(blocks: Iterable[Block], column: str, filters: Sequence[Filter]) -> Iterator[Block]:
+    """Blocks in which consecutive records that agree in a column are one record, ``{column: ..., "records": [...]}``,
+    with those that the filters leave."""
     held: list[Row] = []
 
-    def group() -> Row:
-        fields = {column: held[0].fields.get(column), "records": [row.fields for row in held]}
-        return Row(held[0].file, held[0].number, fields)
+    def group() -> Row | BadRow:
+        first = held[0]
+        try:
+            records = [row.fields for row in held if all(f.keeps(row.fields) for f in filters)]
+        except ValueError as error:
+            return BadRow(first.file, first.number, str(error))
+        return Row(first.file, first.number, {column: first.fields.get(column), "records": records})
 
     for block in blocks:
         out: list[Row | BadRow] = []
@@ -178,7 +214,7 @@ def format_and_blocks(source: Source, reading: Reading) -> tuple[Format | None, 
     fields = next((row.fields for row in first.rows() if isinstance(row, Row)), {})
     format = reading.format_of(fields)
     every = itertools.chain([first], blocks)
-    return format, (grouped(every, format.group) if format and format.group else every)
+    return format, (grouped(every, format.group, reading.filters) if format and format.group else every)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------
@@ -253,6 +289,7 @@ def tokenize_source(
     encoder: Encoder,
     *,
     path: Path | None = None,
+    still: Callable[[], bool] = lambda: True,
     workers: int = 1,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> FileTokens:
@@ -264,6 +301,7 @@ def tokenize_source(
       encoder: the tokenizer's.
       path: the directory in which the tokens are kept. Until all are there, each block's lie in another beside it, so
         that a run that was stopped goes on. None: they are kept in memory.
+      still: whether the source is still what it was; if it was written to while it was read, nothing is kept.
       workers: processes that share the work.
       progress: called with the number of rows that have been done.
 
@@ -293,7 +331,8 @@ def tokenize_source(
         parts[i], where[i] = (_without_tokens(part), file) if kept else (part, part.tokens)
         progress(sum(part.rows for part in parts.values()))
     order = sorted(parts)
-    return _whole(source, [parts[i] for i in order], [where[i] for i in order], path, aside)
+    kept = path if still() else None
+    return _whole(source, [parts[i] for i in order], [where[i] for i in order], kept, aside)
 
 
 def _without_tokens(part: FileTokens) -> FileTokens:
@@ -314,6 +353,8 @@ def _whole(
                 return whole
         tokens = [part if isinstance(part, Tokens) else part_tokens(part) for part in where]
         return dataclasses.replace(said, tokens=joined(tokens))
+    except OSError:
+        raise UserError(f"{aside}: was removed while {source.name} was tokenised; run the command again") from None
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)

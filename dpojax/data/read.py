@@ -65,6 +65,9 @@ class Source(Protocol):
     def identity(self) -> str | None:
         """A hash of the bytes and of how they are read; None where it cannot be known."""
 
+    def estimated_rows(self) -> int:
+        """Roughly how many rows it has, at least 1; for progress alone."""
+
     def blocks(self, rows: int) -> Iterator[Block]:
         """All its rows in runs of this many, the last of fewer; the same runs every time.
 

@@ -124,6 +124,10 @@ class TfdsSource:
         hashes = [identity_of(path) for path in about if path.exists()] + [identity_of(self.shard)]
         return None if None in hashes else hash_of(tfds=hashes, skip=self.skip, count=self.count)
 
+    def estimated_rows(self) -> int:
+        """How many it has."""
+        return max(1, self.count)
+
     def blocks(self, rows: int) -> Iterator[TfdsBlock]:
         """Places of rows."""
         for i in range(0, self.count, rows):

@@ -187,9 +187,10 @@ class TextTokenizer:
         decode = self.tokenizer.decode
         return functools.cache(lambda i: i in self.special_ids or not decode([i]).strip())
 
-    def blank_beginning(self, ids: Sequence[int]) -> int:
-        """How many tokens that say nothing the ids begin with."""
-        return next((n for n, i in enumerate(ids) if not self.is_blank(i)), len(ids))
+    def blank_beginning(self, ids: Sequence[int], mask: np.ndarray | None = None) -> int:
+        """How many tokens the ids begin with that say nothing, or that the mask leaves out."""
+        said = (n for n, i in enumerate(ids) if (mask is None or mask[n]) and not self.is_blank(i))
+        return next(said, len(ids))
 
     def loss_mask(self, prompt: Rendered, head: Ids, reply: Rendered, ids: Ids) -> np.ndarray:
         """Which of a reply's tokens begin within its trained spans.
