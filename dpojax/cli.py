@@ -97,9 +97,10 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.progress import track
     from dpojax.startup import keep_memory
     from dpojax.train.by_name import load_policy, tokenizer_for
+    from dpojax.train.inputs import encoding_of
 
     tokenizer = tokenizer_for(config)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, encoding_of(config))
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
     model = load_policy(config.model)
     keep_memory()
@@ -156,12 +157,18 @@ def run_export(config: ExportConfig) -> int:
 
 def run_check_data(config: CheckDataConfig) -> int:
     """``dpojax check-data``."""
+    from dpojax.data import Encoder, parse_filter
     from dpojax.data.check import check_files
+    from dpojax.data.prepare import Reading
     from dpojax.progress import console
     from dpojax.train.by_name import load_policy_tokenizer
+    from dpojax.train.inputs import encoding_of, processes
 
     kind, name = kind_to_check(config), config.tokenizer or config.model
-    lines, wrong = check_files(config.data, load_policy_tokenizer(name) if name else None, kind, config.max_length)
+    encoder = Encoder(load_policy_tokenizer(name), encoding_of(config)) if name else None
+    reading = Reading(kind.form, config.format, tuple(map(parse_filter, config.filter)))
+    lengths = config.max_length, config.min_prompt_length
+    lines, wrong = check_files(config.data, encoder, kind, *lengths, reading, processes())
     for line in lines:
         console.print(line)
     return 1 if wrong else 0

@@ -174,6 +174,22 @@ def plan_shapes(
     return best[n][1]
 
 
+def _drawn(examples: Examples, seed: int, epochs: int) -> grain.MapDataset:
+    """The indices of examples in the order of a run."""
+    n = len(examples)
+    if examples.part is None:
+        return grain.MapDataset.range(n).shuffle(seed=seed).repeat(epochs)
+    there = [np.flatnonzero(examples.part == k) for k in range(len(examples.weights))]
+    used = [(rows, weight) for rows, weight in zip(there, examples.weights, strict=True) if len(rows)]
+    # Each part is passed through often enough for the draws that are its share.
+    share = [weight / sum(weight for _, weight in used) for _, weight in used]
+    passes = [int(x * n * epochs / len(rows)) + 2 for x, (rows, _) in zip(share, used, strict=True)]
+    parts = [
+        grain.MapDataset.source(rows).shuffle(seed=seed).repeat(k) for (rows, _), k in zip(used, passes, strict=True)
+    ]
+    return grain.MapDataset.mix(parts, weights=share)[: n * epochs]
+
+
 class Batches:
     """The global batches of a pass or of a run, in order.
 
@@ -183,7 +199,8 @@ class Batches:
       max_shapes: shapes at most; fewer, where they keep padding low.
       sequences: R, packed sequences of a global batch: the devices that split it, times the micro-batches.
       seed: shuffle, each epoch anew; None keeps similar lengths together instead, for passes whose order is free.
-      epochs: passes over the examples. Batches run on over an epoch's end; only the very last may have padding rows.
+      epochs: passes over the examples. Batches run on over an epoch's end; only the very last may have padding rows. Of
+        a mixture, an epoch has as many draws as there are examples, and each part is passed through by itself.
 
     Attributes:
       prompts: ``[n]`` prompt tokens of every example.
@@ -215,7 +232,7 @@ class Batches:
         if seed is None:
             indices = grain.MapDataset.source(self._by_length(max_shapes))
         else:
-            indices = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(epochs)
+            indices = _drawn(self.examples, seed, epochs)
         self.indices = indices.batch(batch_size)
         looked_at = self._looked_at()
         needs = [self._need(self._placed(self.indices[i])) for i in looked_at]
@@ -330,6 +347,8 @@ class Batches:
 
     def first_pass(self, limit: int | None = None) -> int:
         """How many batches, of the first ``limit`` (default: all), can hold an example that no earlier one holds."""
+        if self.examples.part is not None:
+            return min(limit or len(self), len(self))
         return min(limit or len(self), len(self), -(-len(self.examples) // self.batch_size))
 
     def iterator(self) -> grain.DatasetIterator[IndexedBatch]:

@@ -101,11 +101,13 @@ class SourceTokens:
       name: of the source.
       tokens: of all its rows.
       cached: the tokens were there.
+      beside: the file beside which caches are kept; None where they are kept nowhere.
     """
 
     name: str
     tokens: FileTokens
     cached: bool = False
+    beside: str | None = None
 
 
 def source_tokens(
@@ -132,10 +134,10 @@ def source_tokens(
     """
     path = token_path(source, reading, identity)
     if path and (kept := read_whole(path, source.name)):
-        return SourceTokens(source.name, kept, cached=True)
+        return SourceTokens(source.name, kept, cached=True, beside=source.beside)
     still = lambda: path == token_path(source, reading, identity)  # noqa: E731
     tokens = tokenize_source(source, reading, encoder, path=path, still=still, workers=workers, progress=progress)
-    return SourceTokens(source.name, tokens)
+    return SourceTokens(source.name, tokens, beside=source.beside)
 
 
 @dataclasses.dataclass(frozen=True)

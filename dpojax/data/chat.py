@@ -18,6 +18,9 @@ END = "\ue000"  # private use: stands at the end of a reply, or in its place, to
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Noncharacters of Unicode, which no text has use for: one stands inside a special token's spelling that is text."""
 
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""A template's call for today's date, in a form that it writes out."""
+
 Span = tuple[int, int]
 
 
@@ -58,10 +61,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         self.source = json.dumps(self.tokenizer.chat_template)  # some have several, by name
-        if self.dated:
-            # In place of the function by which transformers lets templates write the time.
-            today = datetime.datetime.fromisoformat(self.date or str(datetime.date.today()))
-            self.kwargs = {"strftime_now": today.strftime, **self.kwargs}
+        self.today = datetime.datetime.fromisoformat(self.date or str(datetime.date.today()))
 
     @property
     def dated(self) -> bool:
@@ -77,13 +77,19 @@ class ChatTemplate:
         if self.tokenizer.chat_template is None:
             raise ValueError("the row is a chat but the tokenizer has no chat template; give text, or set a template")
         try:
+            template = self._with_date(kwargs) if self.dated else None
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate, **kwargs
+                list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate, **kwargs
             )
         except Exception as error:  # whatever the template itself raises
             why = " ".join(str(error).split())
             raise ValueError(f"the chat template refuses the messages ({why})") from None
         return unicode_text(text, "the rendered chat")
+
+    def _with_date(self, kwargs: dict[str, Any]) -> str:
+        """The template that transformers would take, with the date in place of the calls that ask for today's."""
+        template = self.tokenizer.get_chat_template(tools=kwargs.get("tools"))
+        return TODAY.sub(lambda call: json.dumps(self.today.strftime(call[2])), template)
 
     def of(self, dialogue: Dialogue, allow_special: bool) -> list[Rendered]:
         """A chat's prompt and completions as text.

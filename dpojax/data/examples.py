@@ -80,15 +80,16 @@ class Examples(Sequence[Example]):
     Attributes:
       sources: the tokens that the rows are of.
       source, row: ``[n]``, which of them, and which of its rows.
-      weights: ``[n]``, of the source that an example is of, where batches draw by it; None where every example counts
-        once.
+      part: ``[n]``, which part of a mixture; None where every example counts once.
+      weights: of the parts of a mixture.
       prompt_len: ``[n]`` tokens kept of the prompt.
       completion_len: ``[n, N]`` tokens kept of the completions; 0 where a row has fewer than others.
       kind: the annotations that are read.
     """
 
     def __init__(self, sources: Sequence[Tokens], source: np.ndarray, row: np.ndarray, cut: Cut, kind: RowKind | None):
-        self.weights: np.ndarray | None = None
+        self.part: np.ndarray | None = None
+        self.weights: tuple[float, ...] = ()
         self.sources, self.source, self.row, self.kind = list(sources), source, row, kind
         self.prompt_len, self.completion_len = cut.prompt.astype(np.int32), cut.completions.astype(np.int32)
         self.starts = [tokens.starts for tokens in self.sources]
@@ -113,9 +114,11 @@ class Examples(Sequence[Example]):
         rows: Sequence[np.ndarray],
         cuts: Sequence[Cut],
         kind: RowKind,
-        weights: Sequence[float] | None = None,
+        part: Sequence[int] = (),
+        weights: Sequence[float] = (),
     ) -> "Examples":
-        """Some rows of sources, cut, in the order of the sources; ``weights`` are of these."""
+        """Some rows of sources, cut, in the order of the sources; ``part`` says of each source which of ``weights`` is
+        its own."""
         each = [len(some) for some in rows]
         cut = Cut(
             np.concatenate([cut.prompt for cut in cuts]),
@@ -123,8 +126,8 @@ class Examples(Sequence[Example]):
         )
         source = np.repeat(np.arange(len(sources), dtype=np.int32), each)
         out = cls(sources, source, np.concatenate(rows), cut, kind)
-        if weights is not None:
-            out.weights = np.repeat(np.array(weights, np.float64), each)
+        if weights:
+            out.part, out.weights = np.repeat(np.array(part, np.int32), each), tuple(weights)
         return out
 
     def __len__(self) -> int:
@@ -159,7 +162,7 @@ class Examples(Sequence[Example]):
     def select(self, index: np.ndarray) -> "Examples":
         """The examples of these indices, in their order."""
         out = copy.copy(self)
-        for name in ("source", "row", "prompt_len", "completion_len", "weights"):
+        for name in ("source", "row", "prompt_len", "completion_len", "part"):
             if getattr(self, name) is not None:
                 setattr(out, name, getattr(self, name)[index])
         return out

@@ -31,6 +31,7 @@ class Report:
       dropped: rows that cannot be used, in order.
       prompts_cut, completions_cut: rows whose prompt, or a completion, was cut.
       remarks: sentences on what was found and what was not read.
+      beside: a file beside which caches of all rows are kept; None where they are kept nowhere.
     """
 
     rows: int = 0
@@ -40,6 +41,7 @@ class Report:
     prompts_cut: int = 0
     completions_cut: int = 0
     remarks: list[str] = dataclasses.field(default_factory=list)
+    beside: str | None = None
 
     @property
     def kept(self) -> int:
@@ -190,7 +192,7 @@ def load_examples(
     skip_bad_rows: bool | None = False,
     format: str = "auto",
     filters: Sequence[Filter] = (),
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] = (),
     workers: int = 1,
     progress: Callable[[float], None] = lambda share: None,
 ) -> tuple[Examples, Report]:
@@ -210,7 +212,7 @@ def load_examples(
       skip_bad_rows: leave out unusable rows, which the report lists; None where the command has no such option.
       format: that the records were published in: a name, ``path.py:name``, or auto, found by their columns.
       filters: of the records.
-      weights: of the sources, by which batches draw from them; None draws every row once.
+      weights: of the sources, by which batches draw from them; without any, every row is drawn once.
       workers: processes that tokenise; with more than one, a script must guard its own beginning
         (``if __name__ == "__main__"``), as others start it again.
       progress: called with the share that is done, from 0 to 1.
@@ -229,6 +231,7 @@ def load_examples(
         prompts_cut=sum(int(one.prompts_cut.sum()) for one in every),
         completions_cut=sum(int(one.completions_cut.sum()) for one in every),
         remarks=remarks_on(read),
+        beside=read[0].beside,
     )
     _refuse(report.dropped, skip_bad_rows)
     if report.kept == 0:
@@ -239,7 +242,8 @@ def load_examples(
         [one.rows for one in every],
         [one.cut for one in every],
         kind,
-        None if weights is None else [weights[i] for i in of],
+        part=of,
+        weights=weights,
     ), report
 
 
