@@ -6,7 +6,6 @@ import json
 from math import inf
 from typing import Any
 
-from dpojax.data.filters import parse_filter
 from dpojax.errors import UserError
 
 # field -> (what it must be, whether a value is)
@@ -29,16 +28,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     name: ("at least 1", lambda v: v >= 1)
     for name in (
         *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
-        *(
-            "min_prompt_length",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-            "save_total_limit",
-            "max_new_tokens",
-            "num_samples",
-        ),
-        "ref_model_sync_steps",
+        *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
+        *("min_prompt_length", "ref_model_sync_steps"),
     )
 }
 
@@ -75,8 +66,11 @@ def check_reading(config: Any) -> None:
     Raises:
       UserError: naming the flag.
     """
-    for text in getattr(config, "filter", ()):
-        parse_filter(text)
+    if filters := getattr(config, "filter", ()):
+        from dpojax.data.filters import parse_filter  # the package that it is in is heavy
+
+        for text in filters:
+            parse_filter(text)
     if getattr(config, "eval_share", 0) and config.eval_data:
         raise UserError(f"--eval-share {config.eval_share}: --eval-data is held out already; leave one of them out")
     if (kwargs := getattr(config, "chat_template_kwargs", None)) is not None:

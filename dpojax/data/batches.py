@@ -135,7 +135,7 @@ def collate(
     packing = pack(*lengths, P, C, sequences, shape.tokens, shape.targets, loss_mask)
     fields = annotation_fields(Examples.of(there)) if fields is None else fields
     annotations = annotations_of(examples, N, fields)
-    return PairBatch(**arrays, packing=packing, annotations=annotations, loss_mask=loss_mask)
+    return PairBatch(**arrays, packing=packing, annotations=annotations, loss_mask=loss_mask)  # type: ignore[arg-type]
 
 
 def plan_shapes(

@@ -44,7 +44,7 @@ class RenderedRow:
     """A row as text: its prompt and its completions, or their token ids; ``prompt`` is a hash of the prompt."""
 
     number: int
-    parts: list[Rendered | TokenIds]
+    parts: list[Any]  # Rendered or TokenIds
     truncated: tuple[bool, ...]
     prompt: int
     notes: Notes
@@ -116,7 +116,7 @@ class Encoder:
         if len(set(texts)) < len(texts):
             again = f"but for the text {self.tokenizer.eos_token!r} behind one" if self._spells_eos(parts) else ""
             raise ValueError(f"two completions are equal {again}; a preference needs different ones".replace(" ;", ";"))
-        return [Rendered(part) if isinstance(part, str) else part for part in parts]  # type: ignore[misc,arg-type]
+        return [Rendered(part) if isinstance(part, str) else part for part in parts]  # type: ignore[misc]
 
     def _without_eos(self, text: str) -> str:
         return text.removesuffix(str(self.tokenizer.eos_token))
@@ -136,16 +136,16 @@ class Encoder:
     def tokenize(self, rows: Sequence[RenderedRow]) -> list[TokenizedRow | str]:
         """The rows in tokens; of one that turns out unusable, the reason."""
         heads = self._heads([row.parts[0] for row in rows])
-        text, chat = [], []  # (row, completion)
+        text, chat = list[tuple[int, int]](), list[tuple[int, int]]()  # (row, completion)
         for i, row in enumerate(rows):
             for k, part in enumerate(row.parts[1:]):
                 if isinstance(part, Rendered):
                     (chat if part.chat else text).append((i, k))
         found: dict[tuple[int, int], Ids] = {}
         said = [rows[i].parts[k + 1] for i, k in text]
-        found |= zip(text, self.text.goes_on([part.text for part in said]), strict=True)  # type: ignore[union-attr]
-        prompts, replies = ([rows[i].parts[at(k)] for i, k in chat] for at in (lambda k: 0, lambda k: k + 1))
-        behind = self.text.behind(prompts, [heads[i] for i, _ in chat], replies)  # type: ignore[arg-type]
+        found |= zip(text, self.text.goes_on([part.text for part in said]), strict=True)
+        prompts, replies = [rows[i].parts[0] for i, _ in chat], [rows[i].parts[k + 1] for i, k in chat]
+        behind = self.text.behind(prompts, [heads[i] for i, _ in chat], replies)
         found |= zip(chat, behind, strict=True)
         out: list[TokenizedRow | str] = []
         for i, row in enumerate(rows):
@@ -168,7 +168,8 @@ class Encoder:
         """A row's tokens, with BOS and EOS."""
         first = row.parts[0]
         prompt = self.finish_prompt(head, chat=first.chat) if isinstance(first, Rendered) else head
-        parts, masks, blank = [np.array(prompt, np.int32)], [], 0
+        parts, blank = [np.array(prompt, np.int32)], 0
+        masks: list[np.ndarray | None] = []
         flags = row.truncated or (False,) * len(completions)
         for part, ids, cut in zip(row.parts[1:], completions, flags, strict=True):
             if ids is None:

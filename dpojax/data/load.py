@@ -107,7 +107,7 @@ def judged(source: SourceTokens, kind: RowKind, max_length: int, min_prompt_leng
     return Judged(
         rows,
         cut,
-        cut.prompt < lengths[rows, 0],
+        np.asarray(cut.prompt < lengths[rows, 0]),
         (cut.completions < lengths[rows, 1:]).any(axis=1),
         sorted([*source.tokens.bad, *bad], key=lambda row: row.number),
     )

@@ -311,7 +311,7 @@ def tokenize_source(
     format, blocks = format_and_blocks(source, reading)
     aside = None if path is None else path.with_name(path.name + ".parts")
     parts: dict[int, FileTokens] = {}
-    where: dict[int, Tokens | Path] = {}
+    where: dict[int, Any] = {}  # tokens, or the path of their part
 
     def todo() -> Iterator[tuple[int, Block]]:
         for i, block in enumerate(blocks):
@@ -327,12 +327,12 @@ def tokenize_source(
             aside.mkdir(exist_ok=True)
     for i, part in tokenized(todo(), reading, format, encoder, workers):
         file = aside and aside / f"{i:06d}.npz"
-        kept = file is not None and write_part(file, part)
-        parts[i], where[i] = (_without_tokens(part), file) if kept else (part, part.tokens)
+        on_disk = file is not None and write_part(file, part)
+        parts[i], where[i] = (_without_tokens(part), file) if on_disk else (part, part.tokens)
         progress(sum(part.rows for part in parts.values()))
     order = sorted(parts)
-    kept = path if still() else None
-    return _whole(source, [parts[i] for i in order], [where[i] for i in order], kept, aside)
+    keep = path if still() else None
+    return _whole(source, [parts[i] for i in order], [where[i] for i in order], keep, aside)
 
 
 def _without_tokens(part: FileTokens) -> FileTokens:

@@ -57,7 +57,7 @@ PLAIN = ("rows", "filtered", "format", "special", "added_eos")
 def file_tokens(tokens: Tokens, facts: dict[str, Any], file: str) -> FileTokens:
     """The inverse of :meth:`FileTokens.facts`, for rows of a file of this name."""
     bad = tuple([BadRow(file, *row) for row in facts["bad"]])
-    lists = {name: tuple(facts[name]) for name in ("unread", "spelled")}
+    lists: dict[str, Any] = {name: tuple(facts[name]) for name in ("unread", "spelled")}
     return FileTokens(tokens, bad, **lists, **{n: facts[n] for n in PLAIN})
 
 
