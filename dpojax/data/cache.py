@@ -5,7 +5,6 @@ bad rows are refused or left out, after they are read back.
 """
 
 import dataclasses
-import datetime
 import hashlib
 import json
 import tempfile
@@ -51,7 +50,7 @@ def encoder_identity(encoder: Encoder) -> str | None:
     import transformers
 
     tokenizer, options = encoder.tokenizer, dataclasses.asdict(encoder.options)
-    date = options.pop("chat_date")
+    del options["chat_date"]  # the template's day
     try:
         return _hash(
             format=FORMAT,
@@ -64,7 +63,7 @@ def encoder_identity(encoder: Encoder) -> str | None:
             eos=tokenizer.eos_token_id,
             special_tokens=tokenizer.special_tokens_map,
             split_special_tokens=getattr(tokenizer, "split_special_tokens", False),
-            date=(date or str(datetime.date.today())) if encoder.template.dated else None,
+            date=str(encoder.template.today) if encoder.template.dated else None,
             options=options,
             # Whoever changes how rows are read or rendered must not meet what the old code made of them.
             code=[path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dpojax.data.dialogue import Dialogue
+from dpojax.data.dialogue import Dialogue, TokenIds
 from dpojax.data.messages import FIELDS, Message, unicode_text
 from dpojax.data.rows import LISTENERS
 
@@ -33,12 +33,14 @@ class Rendered:
       chat: whether a chat template wrote it.
       mark: a character that stands inside the spelling of special tokens that are text; empty where there are none.
       trained: the spans of characters that are trained on; empty: all.
+      truncated: whether a completion was cut before its end.
     """
 
     text: str
     chat: bool = False
     mark: str = ""
     trained: tuple[Span, ...] = ()
+    truncated: bool = False
 
 
 @dataclass
@@ -77,9 +79,10 @@ class ChatTemplate:
         if self.tokenizer.chat_template is None:
             raise ValueError("the row is a chat but the tokenizer has no chat template; give text, or set a template")
         try:
-            template = self._with_date(kwargs) if self.dated else None
+            if self.dated:
+                kwargs = {**kwargs, "chat_template": self._with_date(kwargs)}
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate, **kwargs
+                list(messages), tokenize=False, add_generation_prompt=generate, **kwargs
             )
         except Exception as error:  # whatever the template itself raises
             why = " ".join(str(error).split())
@@ -91,30 +94,35 @@ class ChatTemplate:
         template = self.tokenizer.get_chat_template(tools=kwargs.get("tools"))
         return TODAY.sub(lambda call: json.dumps(self.today.strftime(call[2])), template)
 
-    def of(self, dialogue: Dialogue, allow_special: bool) -> list[Rendered]:
-        """A chat's prompt and completions as text.
+    def of(self, dialogue: Dialogue, allow_special: bool) -> list[Rendered | TokenIds]:
+        """A chat's prompt and completions as text, or as the token ids that completions are.
 
         Raises:
           ValueError: the template refuses the messages, or does not write the reply behind its prompt.
         """
-        prompt, replies = dialogue.prompt, dialogue.completions
+        prompt = dialogue.prompt
         assert isinstance(prompt, list)
+        flags = dialogue.truncated or (False,) * len(dialogue.completions)
+        chats = [(side, cut) for side, cut in zip(dialogue.completions, flags, strict=True) if isinstance(side, list)]
+        replies, cuts = [side for side, _ in chats], [cut for _, cut in chats]
         kwargs = {**self.kwargs, **dialogue.template_kwargs}
         self._note_unread([prompt, *replies], dialogue.template_kwargs)
         mark = "" if allow_special or self.special is None else self._mark_for([prompt, *replies, kwargs])
         if mark:
             prompt, kwargs = self._marked(prompt, mark), self._marked(kwargs, mark)
-            replies = tuple([self._marked(reply, mark) for reply in replies])
-        flags = dialogue.truncated or (False,) * len(replies)
-        wholes = [self._whole(prompt, reply, kwargs, cut) for reply, cut in zip(replies, flags, strict=True)]
+            replies = [self._marked(reply, mark) for reply in replies]
+        wholes = [self._whole(prompt, reply, kwargs, cut) for reply, cut in zip(replies, cuts, strict=True)]
         start = self._start(prompt, wholes, kwargs)
         if mark and any(f"\\u{ord(mark):04x}" in text for text in (start, *wholes)):
             raise ValueError("the chat template escapes what spells a special token; pass --allow-special-tokens")
-        parts = [Rendered(start, True, mark)]
-        for reply, whole in zip(replies, wholes, strict=True):
-            spans = self._spans(prompt, reply, start, whole, kwargs)
-            parts.append(Rendered(whole[len(start) :], True, mark, spans))
-        return parts
+        of_chat = iter(
+            [
+                Rendered(whole[len(start) :], True, mark, self._spans(prompt, reply, start, whole, kwargs), cut)
+                for reply, whole, cut in zip(replies, wholes, cuts, strict=True)
+            ]
+        )
+        parts = [next(of_chat) if isinstance(side, list) else side for side in dialogue.completions]
+        return [Rendered(start, True, mark), *parts]  # type: ignore[list-item]
 
     def _whole(self, prompt: list[Message], reply: Any, kwargs: dict[str, Any], truncated: bool) -> str:
         """Prompt and reply; of a truncated reply, up to its text's end."""

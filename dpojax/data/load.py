@@ -41,7 +41,7 @@ class Report:
     prompts_cut: int = 0
     completions_cut: int = 0
     remarks: list[str] = dataclasses.field(default_factory=list)
-    beside: str | None = None
+    beside: str | None = dataclasses.field(default=None, compare=False)
 
     @property
     def kept(self) -> int:
@@ -108,7 +108,7 @@ def judged(source: SourceTokens, kind: RowKind, max_length: int, min_prompt_leng
         rows,
         cut,
         np.asarray(cut.prompt < lengths[rows, 0]),
-        (cut.completions < lengths[rows, 1:]).any(axis=1),
+        np.asarray((cut.completions < lengths[rows, 1:]).any(axis=1)),
         sorted([*source.tokens.bad, *bad], key=lambda row: row.number),
     )
 

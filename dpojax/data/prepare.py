@@ -97,7 +97,7 @@ def parse_rows(
             out.rows += len(parsed)
             for (dialogue, notes), parts in zip(parsed, texts, strict=True):
                 key = hash_of_text(dialogue.prompt)
-                out.rendered.append(RenderedRow(row.number, parts, dialogue.truncated, key, notes))
+                out.rendered.append(RenderedRow(row.number, parts, key, notes))
         except ValueError as error:
             out.rows += 1
             out.bad.append(BadRow(row.file, row.number, str(error)))
