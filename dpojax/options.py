@@ -66,11 +66,6 @@ def check_reading(config: Any) -> None:
     Raises:
       UserError: naming the flag.
     """
-    if filters := getattr(config, "filter", ()):
-        from dpojax.data.filters import parse_filter  # the package that it is in is heavy
-
-        for text in filters:
-            parse_filter(text)
     if getattr(config, "eval_share", 0) and config.eval_data:
         raise UserError(f"--eval-share {config.eval_share}: --eval-data is held out already; leave one of them out")
     if (kwargs := getattr(config, "chat_template_kwargs", None)) is not None:

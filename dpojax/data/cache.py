@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 4  # of the cache's directories; raise it, and with it the names below, when their layout changes
-PREFIX, EARLIER = "tokens4-", "tokens[-3]*.npz"
+PREFIX, EARLIER = "tokens4-", ("tokens-*.npz", "tokens3-*.npz")
 
 
 def _tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -87,7 +87,7 @@ def token_path(source: Source, reading: Reading, identity: str | None) -> Path |
     directory = None if content is None or source.beside is None else cache_dir(source.beside)
     if directory is None:
         return None
-    mention_earlier(directory, EARLIER)
+    mention_earlier(directory, *EARLIER)
     key = _hash(content=content, reading=reading.identity(), tokenizer=identity)
     return directory / f"{PREFIX}{key[:32]}"
 
