@@ -217,7 +217,8 @@ def run_make_tfds(config: MakeTfdsConfig) -> int:
 
     named = config.name, config.version
     path = make_tfds(config.data, config.output, *named, split=config.split, rows_per_shard=config.rows_per_shard)
-    console.print(f"written to {path}; --data tfds:{path} reads it")
+    split = "" if config.split == "train" else f",split={config.split}"
+    console.print(f"written to {path}; --data tfds:{path}{split} reads it")
     return 0
 
 

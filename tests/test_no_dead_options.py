@@ -34,11 +34,20 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     tokenizer.save_pretrained(root / "model2")
     tokenizer.eos_token = "<unk>"
     tokenizer.save_pretrained(root / "tokenizer2")
+    template = tokenizer.chat_template
+    tokenizer.eos_token, tokenizer.chat_template = "</s>", template + "{{ strftime_now('%Y') }}{{ mood }}"
+    tokenizer.save_pretrained(root / "dated")
+    tokenizer.chat_template = template.replace("</s>", "<pad>")
+    tokenizer.save_pretrained(root / "padded")
     rows = Path(pairs_file).read_text().splitlines(keepends=True)
     (root / "other.jsonl").write_text("".join(rows[:9]))
     (root / "bad.jsonl").write_text("".join([*rows[:9], "{}\n"]))
     completions = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     write_rows(root / "completions.jsonl", completions)
+    chat = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "No</s>", "score": 1}
+    text = {"prompt": "a film " * 9, "chosen": " good", "rejected": " bad " * 5, "score": 3}
+    write_rows(root / "chats.jsonl", [chat, text, chat | {"score": 2}, text | {"margin": 1}])
+    write_rows(root / "hh.jsonl", [{side: f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}])
     run = root / "run"
     flags = ("--batch-size", "8", "--save-steps", "1", "--warmup-steps", "0", "--learning-rate", "0.01")
     base = ("--model", tiny_dir, "--data", pairs_file, "--output", str(run))
@@ -169,6 +178,38 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "max_length": 20,
                 "kind": ("completions", {"data": (str(root / "completions.jsonl"),)}),
                 "loss": "odpo",  # its rows need a margin
+            },
+        ),
+        "ShowDataConfig": (
+            {"data": (str(root / "chats.jsonl"),), "model": w["model"], "max_length": 40},
+            {
+                "data": (w["pairs"],),
+                "model": str(root / "tokenizer2"),
+                "tokenizer": str(root / "tokenizer2"),
+                "kind": "completions",
+                "loss": "odpo",  # its rows need a margin
+                "rows": 1,
+                "row": (4,),
+                "format": ("rows", {"data": (str(root / "hh.jsonl"),)}),
+                "filter": ("score>=2",),
+                "as_chat": True,
+                "max_length": 30,
+                "min_prompt_length": 3,
+                "chat_template_kwargs": ('{"mood": "good"}', {"tokenizer": str(root / "dated")}),
+                "chat_date": ("2001-02-03", {"tokenizer": str(root / "dated")}),
+                "chat_special_tokens": ("tokenizer", {"tokenizer": str(root / "padded")}),
+                "allow_special_tokens": True,
+            },
+        ),
+        "MakeTfdsConfig": (
+            {"data": (w["pairs"],), "output": "sets", "name": "pairs"},
+            {
+                "data": (str(root / "other.jsonl"),),
+                "output": "elsewhere",
+                "name": "others",
+                "version": "1.0.1",
+                "split": "test",
+                "rows_per_shard": 7,
             },
         ),
         "LossesConfig": (

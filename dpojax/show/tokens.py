@@ -116,18 +116,21 @@ class TokenTexts:
 
 def lines_of(pieces: Sequence[Piece | str], indent: int, style: str) -> Iterator[Text]:
     """The pieces with boundaries around them, on as many lines as they need; a text among them is a remark."""
-    start = " " * indent
-    line, fresh = Text(start + BOUNDARY, "dim"), True
+
+    def begin() -> Text:
+        return Text(" " * indent).append(BOUNDARY, "dim")
+
+    line, fresh = begin(), True
     for piece in pieces:
         text = piece.text if isinstance(piece, Piece) else f" … {piece} … "
         if not fresh and line.cell_len + len(text) >= WIDTH:
             yield line
-            line = Text(start + BOUNDARY, "dim")
+            line = begin()
         how = "yellow" if isinstance(piece, str) else "bold magenta" if piece.special else style
         line.append(text, how).append(BOUNDARY, "dim")
         fresh = False
         if text.endswith("⏎"):
             yield line
-            line, fresh = Text(start + BOUNDARY, "dim"), True
+            line, fresh = begin(), True
     if not fresh:
         yield line
