@@ -1,6 +1,7 @@
 """make-tfds: the set that it writes is read back, and bad options are one sentence."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +21,13 @@ def file(tmp_path, monkeypatch) -> str:
 def test_the_set_has_all_rows_in_their_order(file, capsys):
     options = ["--version", "1.2.0", "--split", "test", "--rows-per-shard", "2"]
     assert main(["make-tfds", file, file, "--output", "sets", "--name", "my_pairs", *options]) == 0
-    assert capsys.readouterr().out == "written to sets/my_pairs/1.2.0; --data tfds:sets/my_pairs/1.2.0,split=test reads it\n"
+    assert (
+        capsys.readouterr().out
+        == "written to sets/my_pairs/1.2.0; --data tfds:sets/my_pairs/1.2.0,split=test reads it\n"
+    )
     for name in ("tfds:sets/my_pairs/1.2.0,split=test", "tfds:my_pairs,data_dir=sets,split=test"):
         assert [row.fields for row in read_rows([name])] == ROWS * 2
-    (split,) = json.loads(open("sets/my_pairs/1.2.0/dataset_info.json").read())["splits"]
+    (split,) = json.loads(Path("sets/my_pairs/1.2.0/dataset_info.json").read_text())["splits"]
     assert split["shardLengths"] == ["2"] * 5
 
 
