@@ -275,7 +275,7 @@ class ShowDataConfig(ModelOptions, InspectOptions):
     rows: int | None = None
     """Rows to show, evenly spread (default: 3)."""
     row: tuple[int, ...] = ()
-    """Rows to show whole, by their numbers in their file, in place of --rows."""
+    """Rows to show whole, by their numbers in their file (of several files, in each), in place of --rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,9 @@
 """show-data: rows in tokens with their boundaries, and figures of all rows, legible without colour."""
 
+import re
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -11,6 +15,7 @@ from dpojax.data.prepare import Reading
 from dpojax.models import load_tokenizer
 from dpojax.show.data import histogram, look, spread
 from dpojax.show.tokens import TokenTexts, lines_of, visible
+from experiments.common import smollm2_path
 from tests.conftest import write_rows
 
 PAIR = {"prompt": "ab", "chosen": "c d", "rejected": "c"}
@@ -206,3 +211,14 @@ def test_colour_says_nothing_that_is_not_said_without_it(said, tiny_dir):
         coloured.print(line)
     assert bare.get() == "  │a│«</s>»│\n"
     assert "\x1b[32ma" in drawn.get() and "\x1b[1;35m«</s>»" in drawn.get()
+
+
+def test_the_example_of_the_data_page_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    root, file = Path(__file__).resolve().parent.parent, "experiments/data/sentiment_train.jsonl"
+    example = re.search(r"```text show-data\n(.*?)```", (root / "docs" / "data.md").read_text(), re.DOTALL)
+    (tmp_path / file).parent.mkdir(parents=True)
+    shutil.copy(root / file, tmp_path / file)
+    monkeypatch.chdir(tmp_path)
+    assert main(["show-data", file, "--model", smollm2_path(), "--row", "3"]) == 0
+    said = capsys.readouterr().out
+    assert example and said.split("\n", 1)[1] == example[1]  # but for how long the tokens took
