@@ -55,6 +55,11 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     tokenizer.save_pretrained(root / "model2")
     tokenizer.eos_token = "<unk>"
     tokenizer.save_pretrained(root / "tokenizer2")
+    template = tokenizer.chat_template
+    tokenizer.eos_token, tokenizer.chat_template = "</s>", template + "{{ strftime_now('%Y') }}{{ mood }}"
+    tokenizer.save_pretrained(root / "dated")
+    tokenizer.chat_template = template.replace("</s>", "<pad>")
+    tokenizer.save_pretrained(root / "padded")
     rows = Path(pairs_file).read_text().splitlines(keepends=True)
     (root / "other.jsonl").write_text("".join(rows[:9]))
     (root / "bad.jsonl").write_text("".join([*rows[:9], "{}\n"]))
@@ -223,6 +228,30 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "tokenizer": (str(root / "other.jsonl"), {}),  # refused: it is no tokenizer
                 "kind": ("completions", {"data": (str(root / "completions.jsonl"),)}),
                 "loss": "odpo",  # its rows need a margin
+            },
+        ),
+        "ShowDataConfig": (
+            {"data": (w["pairs"],), "model": w["model"], "max_length": 40},
+            reading_changes(w)
+            | {
+                "data": (str(root / "other.jsonl"),),
+                "model": str(root / "tokenizer2"),
+                "tokenizer": str(root / "tokenizer2"),
+                "kind": "completions",
+                "loss": "odpo",  # its rows need a margin
+                "rows": 1,
+                "row": (4,),
+            },
+        ),
+        "MakeTfdsConfig": (
+            {"data": (w["pairs"],), "output": "sets", "name": "pairs"},
+            {
+                "data": (str(root / "other.jsonl"),),
+                "output": "elsewhere",
+                "name": "others",
+                "version": "1.0.1",
+                "split": "test",
+                "rows_per_shard": 7,
             },
         ),
         "LossesConfig": (

@@ -133,6 +133,20 @@ def remarks_on(sources: Sequence[SourceTokens]) -> list[str]:
     return [f"{named(names)}: {what}" for what, names in said.items()]
 
 
+def report_on(read: Sequence[SourceTokens], every: Sequence[Judged]) -> Report:
+    """What became of the rows of sources that have been judged."""
+    return Report(
+        rows=sum(source.tokens.rows for source in read),
+        cached=sum(source.tokens.rows for source in read if source.cached),
+        filtered=sum(source.tokens.filtered for source in read),
+        dropped=[bad for one in every for bad in one.bad],
+        prompts_cut=sum(int(one.prompts_cut.sum()) for one in every),
+        completions_cut=sum(int(one.completions_cut.sum()) for one in every),
+        remarks=remarks_on(read),
+        beside=read[0].beside,
+    )
+
+
 def named(names: Sequence[str]) -> str:
     """Names of sources, the first of many."""
     others = len(names) - SHOWN
@@ -223,16 +237,7 @@ def load_examples(
     reading = Reading(kind.form, format, tuple(filters))
     read, of = read_tokens(sources, encoder, reading, workers=workers, progress=progress)
     every = [judged(source, kind, max_length, min_prompt_length) for source in read]
-    report = Report(
-        rows=sum(source.tokens.rows for source in read),
-        cached=sum(source.tokens.rows for source in read if source.cached),
-        filtered=sum(source.tokens.filtered for source in read),
-        dropped=[bad for one in every for bad in one.bad],
-        prompts_cut=sum(int(one.prompts_cut.sum()) for one in every),
-        completions_cut=sum(int(one.completions_cut.sum()) for one in every),
-        remarks=remarks_on(read),
-        beside=read[0].beside,
-    )
+    report = report_on(read, every)
     _refuse(report.dropped, skip_bad_rows)
     if report.kept == 0:
         first = f"the first: {report.dropped[0].why}" if report.dropped else "all left out by --filter"

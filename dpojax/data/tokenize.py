@@ -69,6 +69,7 @@ class TextTokenizer:
         self.special = special_tokens(tokenizer)
         self.pattern = pattern_of(self.special)
         self.fast: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        self.first_only = False
         if self.fast is None:
             return
         from tokenizers import Tokenizer as Fast

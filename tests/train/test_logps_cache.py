@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dpojax import cli
-from dpojax.data import Example
 from dpojax.train import reference, scoring
 from dpojax.train.logps_cache import LogpsCache
 
