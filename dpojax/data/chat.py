@@ -164,13 +164,31 @@ class ChatTemplate:
                 continue
             begin = start if k == 0 else self.render([*prompt, *reply[:k]], kwargs, generate=True)
             end = whole if k == len(reply) - 1 else self.render([*prompt, *reply[: k + 1]], kwargs)
-            if not (whole.startswith(begin) and whole.startswith(end)):
+            stop = self._stop(whole, begin, end.rstrip())
+            if stop is None:
                 raise ValueError(
                     f"the chat template writes message {k + 1} of a reply otherwise once others follow, so that what "
                     "the assistant says cannot be told from what tools say; give the row as token ids"
                 )
-            spans.append((len(begin) - len(start), len(end.rstrip()) - len(start)))
+            spans.append((len(begin) - len(start), stop - len(start)))
         return tuple(spans)
+
+    def _stop(self, whole: str, begin: str, end: str) -> int | None:
+        """Where a message stops that goes on from ``begin``, when ``end`` is the chat up to it; None where that cannot
+        be told.
+
+        Some templates begin the last message of a chat by more than they write once others follow, such as an empty
+        thought: of what ``end`` has behind ``begin``, the message is then as much of the rest as stands there.
+        """
+        if not whole.startswith(begin):
+            return None
+        if whole.startswith(end):
+            return len(end)
+        last = _last_special(self.special, end)
+        if last is None or not end.startswith(begin):
+            return None
+        cuts = range(len(begin) + 1, last + 1)
+        return next((len(begin) + len(end) - at for at in cuts if whole.startswith(end[at:], len(begin))), None)
 
     def _note_unread(self, chats: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.unread |= {f"{name} (the chat template does not read it)" for name in kwargs if name not in self.source}
@@ -202,10 +220,15 @@ class ChatTemplate:
                 return self.special.sub(lambda match: _with_mark(match[0], mark, thinks), value)
             if isinstance(value, dict):
                 thinks = value.get("role") == "assistant"
-                return {name: marked(x, thinks) for name, x in value.items()}
+                return {marked(name, False): marked(x, thinks) for name, x in value.items()}
             return [marked(x, thinks) for x in value] if isinstance(value, list) else value
 
         return marked(value, False)
+
+
+def _last_special(special: re.Pattern[str] | None, text: str) -> int | None:
+    """Where the last special token of a text begins."""
+    return max((match.start() for match in special.finditer(text)), default=None) if special else None
 
 
 def _common_beginning(a: str, b: str) -> str:
@@ -218,11 +241,12 @@ def _with_mark(token: str, mark: str, thinks: bool) -> str:
 
 
 def _texts(value: Any) -> Any:
-    """All texts within a value."""
+    """All texts within a value, the names of its fields too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
+        for name, item in value.items():
+            yield from _texts(name)
             yield from _texts(item)
     elif isinstance(value, list | tuple):
         for item in value:

@@ -11,7 +11,7 @@ Message = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold what the assistant thought, by the names that templates give it."""
 
-FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
+FIELDS = ("role", "content", "tool_call_id", "name")
 """Fields of a message that need not be named; of another, it is said whether the chat template reads it."""
 
 

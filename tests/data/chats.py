@@ -10,7 +10,8 @@ LINES = [
     "user assistant system model tool tools function name arguments city response think call result",
     "The capital of France is Paris. Hello there, how are you? I am fine, thank you.",
     '{"name": "weather", "arguments": {"city": "Oslo"}} {"type": "function", "parameters": {}}',
-    "Yes.\nNo.\n\nMaybe.\n\n\nNever  ever   again.",
+    "Yes\nNo\n\nMaybe\n\n\nNever  ever   again",
+    "a\n\nb\n\nc\n\nd\n\ne",
 ]
 
 # --- templates, each in words of our own
@@ -137,7 +138,10 @@ R1 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"""
 
-DATED = "{{ '<|im_start|>system\\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML[CHATML.index("\n{%- for") :]
+DATED = (
+    "{{ '<|im_start|>system\\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"
+    + CHATML[CHATML.index("\n{%- for") :]
+)
 
 # --- tokenizers
 
@@ -185,7 +189,10 @@ def byte_level(
 
     inner = Tokenizer(BPE())
     words = Split(Regex(WORDS), "isolated")
-    inner.pre_tokenizer, inner.decoder = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)]), Decoder()
+    inner.pre_tokenizer, inner.decoder = (
+        Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)]),
+        Decoder(),
+    )
     trainer = BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=ByteLevel.alphabet())
     inner.train_from_iterator(LINES * 3, trainer)
     inner.add_tokens(_added(list(special), list(plain), rstrip=rstrip))
@@ -229,8 +236,8 @@ def sentence_piece(
 
     learnt = Tokenizer(BPE(unk_token="<unk>"))
     learnt.pre_tokenizer = Metaspace(replacement=SPACE)
-    trainer = BpeTrainer(vocab_size=300, show_progress=False, special_tokens=["<unk>"], initial_alphabet=[SPACE, "\n"])
-    learnt.train_from_iterator(LINES * 3, trainer)
+    trainer = BpeTrainer(vocab_size=300, show_progress=False, special_tokens=["<unk>"], initial_alphabet=[SPACE])
+    learnt.train_from_iterator([word for line in LINES for word in line.split("\n")] * 3, trainer)
     content = json.loads(learnt.to_str())
     content["added_tokens"] = []
     vocab = content["model"]["vocab"]
@@ -295,7 +302,13 @@ def dated() -> Any:
 
 
 FAMILIES = {"chatml": chatml, "llama3": llama3, "gemma": gemma, "mistral": mistral, "qwen3": qwen3}
-EOT = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>", "qwen3": "<|im_end|>"}
+EOT = {
+    "chatml": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
+    "mistral": "</s>",
+    "qwen3": "<|im_end|>",
+}
 BOS = {"llama3": "<|begin_of_text|>", "gemma": "<bos>", "mistral": "<s>"}
 
 

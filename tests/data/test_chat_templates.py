@@ -8,11 +8,14 @@ from dpojax.data import COMPLETIONS, PROMPTS, Encoder, EncodingOptions, Example,
 from dpojax.errors import UserError
 from tests.data.chats import (
     BOS,
+    CHATML,
     EOT,
     FAMILIES,
+    IM,
     MISTRAL_LAST,
     WEATHER,
     bot,
+    byte_level,
     call,
     mistral,
     qwen3,
@@ -53,12 +56,13 @@ DIALOGUES: dict[str, tuple[list[dict], list[dict], dict[str, Any]]] = {
 }
 REFUSED = {
     "gemma": {
-        **dict.fromkeys(("system", "empty system", "system and turns", "tools and system"), "System role not supported"),
+        **dict.fromkeys(
+            ("system", "empty system", "system and turns", "tools and system"), "System role not supported"
+        ),
         **dict.fromkeys(("a result", "two results"), "Roles must alternate"),
     }
 }
 """What a template says of dialogues that it cannot write."""
-CALLS = {"a call", "words and a call", "a thoughtful call"}
 MATRIX = [(family, name) for family in FAMILIES for name in DIALOGUES]
 
 
@@ -88,8 +92,8 @@ def test_tokens_are_those_of_transformers(family, name):
         with pytest.raises(UserError, match=rf"row 1: the chat template refuses the messages \({why}"):
             loaded(tokenizer, prompt, reply, kwargs)
         return
-    if family == "gemma" and name in CALLS - {"words and a call"}:
-        # The template writes no calls: nothing would be left of the reply.
+    if family in ("chatml", "gemma") and name in ("a call", "a thoughtful call"):
+        # The template writes no calls, and nothing else is in the reply.
         with pytest.raises(UserError, match="empty completion"):
             loaded(tokenizer, prompt, reply, kwargs)
         return
@@ -142,6 +146,24 @@ def test_a_reply_never_changes_the_tokens_of_its_prompt():
     both = [*example.prompt.tolist(), *example.completions[0].tolist()]
     assert both != whole(tokenizer, "chatml", [*prompt, *reply])
     assert tokenizer.decode(both) == tokenizer.decode(whole(tokenizer, "chatml", [*prompt, *reply]))
+
+
+def test_what_a_template_does_not_write_of_messages_is_said_once():
+    rows = [{"prompt": [user("Hi")], "completion": [call("Let me see.", reasoning_content=THOUGHT)]}] * 3
+    _, report = load_examples(rows, Encoder(FAMILIES["chatml"]()), kind=COMPLETIONS)
+    assert report.remarks == ["rows: not used: columns reasoning_content of messages, tool_calls of messages"]
+    _, report = load_examples(rows, Encoder(qwen3()), kind=COMPLETIONS)
+    assert report.remarks == []
+
+
+@pytest.mark.parametrize("spelled", ["", "<|im_end|>"])
+def test_special_tokens_that_take_the_blanks_behind_them(spelled):
+    """As Phi's do: the line end of the template is no token, whether or not other text spells special tokens."""
+    tokenizer = byte_level(CHATML, IM, "<|im_end|>", rstrip=True)
+    messages = [system("x"), user(f" a{spelled} b"), bot("c")]
+    example = loaded(tokenizer, messages[:2], messages[2:], {})
+    both = [*example.prompt.tolist(), *example.completions[0].tolist()]
+    assert both == whole(tokenizer, "chatml", messages, sanitize_control_tokens=True)
 
 
 # --- templates that write a prompt otherwise once a reply follows
