@@ -3,7 +3,7 @@
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +200,7 @@ class ChatTemplate:
     def _mark_for(self, values: Any) -> str:
         """A character that does not occur in the values, if they spell special tokens; else nothing."""
         assert self.special is not None
-        texts = list(_texts(values))
+        texts = list(texts_of(values))
         if not any(self.special.search(text) for text in texts):
             return ""
         free = [mark for mark in MARKS if not any(mark in text for text in texts)]
@@ -237,17 +237,22 @@ def _common_beginning(a: str, b: str) -> str:
 
 
 def _with_mark(token: str, mark: str, thinks: bool) -> str:
-    return token if thinks and "think" in token.lower() else token[0] + mark + token[1:]
+    return token if thinks and is_thought(token) else token[0] + mark + token[1:]
 
 
-def _texts(value: Any) -> Any:
+def is_thought(token: str) -> bool:
+    """Whether a special token is a tag of thoughts, which an assistant's message writes itself."""
+    return "think" in token.lower()
+
+
+def texts_of(value: Any) -> Iterator[str]:
     """All texts within a value, the names of its fields too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _texts(name)
-            yield from _texts(item)
+            yield from texts_of(name)
+            yield from texts_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_of(item)
