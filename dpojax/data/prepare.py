@@ -98,9 +98,10 @@ def parse_rows(
             for (dialogue, notes), parts in zip(parsed, texts, strict=True):
                 key = hash_of_text(dialogue.prompt)
                 out.rendered.append(RenderedRow(row.number, parts, dialogue.truncated, key, notes))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             out.rows += 1
-            out.bad.append(BadRow(row.file, row.number, str(error)))
+            deep = "its values are nested too deeply; leave the row out"
+            out.bad.append(BadRow(row.file, row.number, deep if isinstance(error, RecursionError) else str(error)))
     return out
 
 

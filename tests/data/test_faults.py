@@ -141,7 +141,7 @@ def test_completions_that_differ_in_an_eos_alone_are_equal(read):
     tokenizer = byte_level(PLAIN, IM, "<|im_end|>")
     rows = [pair("Hi", " x", " x<|im_end|>"), pair([user("Hi")], [bot("x")], [bot("x ")])]
     for allow in (False, True):
-        with pytest.raises(UserError, match="two completions are equal but for the text '<|im_end|>' behind one"):
+        with pytest.raises(UserError, match=r"equal but for the text '<\|im_end\|>' behind one"):
             read(rows[:1], tokenizer, allow_special_tokens=allow, skip_bad_rows=False)
     assert len(read(rows[1:], tokenizer)[0]) == 1
     with pytest.raises(UserError, match="row 1: two completions are equal in tokens"):
@@ -165,7 +165,7 @@ def test_an_empty_reply_is_a_bad_row_however_it_is_written(read, reply, family):
 def test_a_reply_that_a_template_makes_nothing_of_is_a_bad_row(read):
     rows = [pair([user("x")], [bot("a")], [bot("\u00a0", name="x")]), pair([user("x")], [bot("a")], [call()])]
     for row in rows:
-        with pytest.raises(UserError, match="row 1: .*an empty completion"):
+        with pytest.raises(UserError, match=r"row 1: .*an empty completion"):
             read([row], chats.chatml(), skip_bad_rows=False)
 
 
