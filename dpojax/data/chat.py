@@ -120,6 +120,8 @@ class ChatTemplate:
         """Prompt and reply; of a truncated reply, up to its text's end."""
         if not truncated:
             return self.render([*prompt, *reply], kwargs)
+        if "tool_calls" in reply[-1]:
+            raise ValueError("a truncated reply has tool calls, whose end cannot be told; give it as token ids")
         marked = [*reply[:-1], {**reply[-1], "content": reply[-1]["content"] + END}]
         whole = self.render([*prompt, *marked], kwargs)
         if END not in whole:
@@ -137,7 +139,7 @@ class ChatTemplate:
         if all(whole.startswith(start) for whole in wholes):
             return start
         there = self.render([*prompt, {"role": "assistant", "content": END}], kwargs)
-        before = there[: there.index(END)] if END in there else ""
+        before = there[: there.rindex(END)] if END in there else ""
         shared = _common_beginning(start, before)
         if shared != before:  # never in the middle of a word
             ends = [match.end() for match in self.special.finditer(shared)] if self.special else []
@@ -162,7 +164,7 @@ class ChatTemplate:
         for k, message in enumerate(reply):
             if message["role"] in LISTENERS:
                 continue
-            begin = start if k == 0 else self.render([*prompt, *reply[:k]], kwargs, generate=True)
+            begin = start if k == 0 else self._start([*prompt, *reply[:k]], [whole], kwargs)
             end = whole if k == len(reply) - 1 else self.render([*prompt, *reply[: k + 1]], kwargs)
             stop = self._stop(whole, begin, end.rstrip())
             if stop is None:

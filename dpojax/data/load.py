@@ -109,7 +109,7 @@ def judged(source: SourceTokens, kind: RowKind, max_length: int, min_prompt_leng
         rows,
         cut,
         np.asarray(cut.prompt < lengths[rows, 0]),
-        (cut.completions < lengths[rows, 1:]).any(axis=1),
+        np.asarray((cut.completions < lengths[rows, 1:]).any(axis=1)),
         sorted([*source.tokens.bad, *bad], key=lambda row: row.number),
     )
 
@@ -136,7 +136,7 @@ def remarks_on(sources: Sequence[SourceTokens]) -> list[str]:
 
 def _columns(names: Sequence[str]) -> str:
     """Names of columns, the first of many, each as a console can show it."""
-    shown = [name if name.isprintable() and len(name) < LONG else f"{ascii(name)[:LONG]}" for name in names[:COLUMNS]]
+    shown = [name if name.isprintable() and len(name) < LONG else ascii(name)[:LONG] for name in names[:COLUMNS]]
     others = len(names) - COLUMNS
     return ", ".join(shown) + (f" and {others} more" if others > 0 else "")
 

@@ -178,13 +178,14 @@ def test_a_system_message_that_only_the_last_turn_has_is_told_of():
     assert example.prompt.tolist() == served(tokenizer, [user("Hi")], add_generation_prompt=True)
 
 
-def test_a_prompt_that_opens_a_thought_ends_before_it_where_the_reply_has_none():
+@pytest.mark.parametrize("asks", ["Rain?", "\ue000", "Rain\ue000?"])
+def test_a_prompt_that_opens_a_thought_ends_before_it_where_the_reply_has_none(asks):
     tokenizer = r1()
-    example = loaded(tokenizer, [user("Rain?")], [bot("Yes.")], {})
-    assert tokenizer.decode(example.prompt) == "<s><|User|>Rain?<|Assistant|>"
+    example = loaded(tokenizer, [user(asks)], [bot("Yes.")], {})
+    assert tokenizer.decode(example.prompt) == f"<s><|User|>{asks}<|Assistant|>"
     assert tokenizer.decode(example.completions[0]) == "Yes.<eos>"
     both = [*example.prompt.tolist(), *example.completions[0].tolist()]
-    assert both == served(tokenizer, [user("Rain?"), bot("Yes.")])
+    assert both == served(tokenizer, [user(asks), bot("Yes.")])
 
 
 def test_a_prompt_alone_opens_the_thought():
@@ -216,6 +217,14 @@ def test_no_token_of_a_tool_is_trained_on(family, thought):
     assert ("weather" in trained) == (family != "chatml") and first in trained
     assert "rain, 7 degrees" in others and "rain" not in trained.replace(THOUGHT, "")
     assert family != "qwen3" or trained.count("<think>") == 1 + (thought is not None)
+
+
+def test_no_token_of_a_tool_is_trained_on_where_a_thought_is_opened_for_a_reply():
+    tokenizer = r1()
+    example = loaded(tokenizer, ASKED, [bot("Let me see."), tool("rain"), bot("Yes.")], {})
+    ids, mask = example.completions[0], example.masks[0]
+    assert tokenizer.decode(ids) == "Let me see.<eos>rain<|Assistant|>Yes.<eos>"
+    assert tokenizer.decode(ids[mask]) == "Let me see.<eos>Yes.<eos>"
 
 
 def test_without_messages_of_others_all_tokens_are_trained_on():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpojax.data import COMPLETIONS, LABELS, PAIRS, Encoder, EncodingOptions, Examples, RowKind, load_examples
@@ -193,6 +194,46 @@ def test_the_arguments_of_a_call_may_be_json_text(read):
     row = {"prompt": [user("Rain?")], "completion": [said]}
     examples, _ = read([row, row | {"completion": [call()]}], chats.qwen3(), COMPLETIONS)
     assert tokens(examples)[0] == tokens(examples)[1]
+
+
+def test_a_call_that_was_cut_is_a_bad_row(read):
+    rows = [{"prompt": [user("x")], "completion": [call("Let me see.")], "truncated": cut} for cut in (False, True)]
+    _, report = read(rows, chats.qwen3(), COMPLETIONS)
+    assert [(bad.number, bad.why) for bad in report.dropped] == [
+        (2, "a truncated reply has tool calls, whose end cannot be told; give it as token ids")
+    ]
+
+
+# --- values that no tokenizer takes
+
+
+def test_numbers_values_and_names_that_cannot_be_used_are_bad_rows_or_said():
+    deep: dict[str, Any] = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    rows = [
+        CHAT | {"\ud800": 1, "x" * 100: 1},
+        pair("a", "b", "c", margin=10**400),
+        CHAT | {"tools": [{"type": "function", "function": deep}]},
+        CHAT | {"prompt": [user([{"type": "x" * 100}])]},
+        CHAT | {1: 2},
+        CHAT | {"prompt": [{**user("x"), 1: 2}]},
+        CHAT | {"chat_template_kwargs": {1: 2}},
+        {"prompt_ids": np.array(1), "chosen_ids": [1], "rejected_ids": [2]},
+    ]
+    kind = RowKind("pairs", margin=True)
+    rows = [{"margin": 1} | row for row in rows]
+    _, report = load_examples(rows, Encoder(chats.qwen3()), kind=kind, skip_bad_rows=True)
+    assert [(bad.number, bad.why) for bad in report.dropped] == [
+        (2, "field 'margin' is number; it must be a finite number"),
+        (3, "its values are nested too deeply; leave the row out"),
+        (4, f"field 'prompt' has a part of type '{'x' * 59}; only parts of type text are read"),
+        (5, "a dict with a field whose name is not text; name all fields by text"),
+        (6, "field 'prompt' has a message with a field whose name is not text; name all by text"),
+        (7, "field 'chat_template_kwargs' must be an object with the template's arguments by name"),
+        (8, "field 'prompt_ids' must be a list of at least one token id, each a whole number of at least 0"),
+    ]
+    assert report.remarks == [f"rows: not used: columns '\\ud800', '{'x' * 79}"]
 
 
 # --- the prompt's floor
