@@ -99,7 +99,10 @@ def raw_records(name: str, n: int, seed: int) -> list[dict]:
     """n records as a file has them, whole or broken; of a format that groups them, in small groups."""
     rng, group = random.Random(f"raw {name} {seed}"), FORMATS[name].group
     whole = [record for block, given, _ in published() if block == name for record in given]
-    records = [rng.choice(whole) | ({group: f"x{i // 3}"} if group else {}) for i in range(n)]
+    size = len(whole)
+    records = [rng.choice(whole) for _ in range(n)]
+    if group:
+        records = [whole[i % size] | {group: f"x{i // size}"} for i in range(n)]
     return [_broken(record, rng) if rng.random() < (0.2 if group else 0.7) else record for record in records]
 
 
@@ -306,11 +309,12 @@ def check_own(kind: RowKind, n: int, seed: int, file: Path | None = None) -> Rep
 def main(rows: int, at_once: int = 250) -> None:
     """Print what became of this many rows of every format, and of every kind of our own."""
     for name in [*FORMATS, *KINDS]:
-        start, kept, dropped = time.monotonic(), 0, 0
+        start, kept, dropped, refused = time.monotonic(), 0, 0, 0
         for seed in range(-(-rows // at_once)):
             one = check_own(name, at_once, seed) if isinstance(name, RowKind) else check_format(name, at_once, seed)
-            kept, dropped = kept + one.kept, dropped + len(one.dropped)
-        print(f"{name}: {kept} kept, {dropped} named, {time.monotonic() - start:.0f} s", flush=True)
+            kept, dropped, refused = kept + one.kept, dropped + len(one.dropped), refused + (one.rows == 0)
+        batches = f"{refused} batches of {at_once} without a usable row, " if refused else ""
+        print(f"{name}: {kept} kept, {dropped} named, {batches}{time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
