@@ -55,11 +55,6 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     tokenizer.save_pretrained(root / "model2")
     tokenizer.eos_token = "<unk>"
     tokenizer.save_pretrained(root / "tokenizer2")
-    template = tokenizer.chat_template
-    tokenizer.eos_token, tokenizer.chat_template = "</s>", template + "{{ strftime_now('%Y') }}{{ mood }}"
-    tokenizer.save_pretrained(root / "dated")
-    tokenizer.chat_template = template.replace("</s>", "<pad>")
-    tokenizer.save_pretrained(root / "padded")
     rows = Path(pairs_file).read_text().splitlines(keepends=True)
     (root / "other.jsonl").write_text("".join(rows[:9]))
     (root / "bad.jsonl").write_text("".join([*rows[:9], "{}\n"]))

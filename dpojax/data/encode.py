@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dpojax.data.chat import ChatTemplate, Rendered
+from dpojax.data.chat import ChatTemplate, Rendered, is_thought, texts_of
 from dpojax.data.dialogue import Dialogue, Notes, Text, TokenIds
 from dpojax.data.rows import as_chat
 from dpojax.data.tokenize import Ids, TextTokenizer
@@ -136,9 +136,11 @@ class Encoder:
     def _note_spelled(self, dialogue: Dialogue) -> None:
         if self.text.pattern is None:
             return
-        for part in (dialogue.prompt, *dialogue.completions):
-            for text in [part] if isinstance(part, str) else [m["content"] for m in part if isinstance(m, dict)]:
-                self.spelled.update(self.text.pattern.findall(text))
+        for part in (dialogue.prompt, *dialogue.completions, dialogue.template_kwargs):
+            for item in part if isinstance(part, list) else [part]:
+                found = {token for text in texts_of(item) for token in self.text.pattern.findall(text)}
+                says = isinstance(item, dict) and item.get("role") == "assistant"
+                self.spelled |= {token for token in found if not (says and is_thought(token))}
 
     # ---- text to tokens -------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ class Encoder:
         end = self.text.is_end(ids)
         if end is not None and (ids[end - 1] == self.eos or (chat and self.options.chat_special_tokens == "template")):
             return ids[:end]
-        self.added_eos |= chat
+        self.added_eos |= chat and end is None
         return [*ids, self.eos]
 
     def encode_prompt(self, prompt: Text) -> Ids:

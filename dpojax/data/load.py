@@ -18,6 +18,7 @@ from dpojax.errors import UserError
 
 MIN_PROMPT_LENGTH = 64
 SHOWN = 3  # names of sources in one sentence
+COLUMNS, LONG = 20, 80  # names of columns in one sentence, and letters of one
 
 
 @dataclasses.dataclass
@@ -122,7 +123,7 @@ def remarks_on(sources: Sequence[SourceTokens]) -> list[str]:
             said.setdefault(f"read as {tokens.format}", []).append(source.name)
         if tokens.unread:
             are = "columns" if len(tokens.unread) > 1 else "column"
-            said.setdefault(f"not used: {are} {', '.join(tokens.unread)}", []).append(source.name)
+            said.setdefault(f"not used: {are} {_columns(tokens.unread)}", []).append(source.name)
         if tokens.spelled:
             spelled = " ".join(tokens.spelled[:SHOWN]) + (" ..." if len(tokens.spelled) > SHOWN else "")
             how = "are those tokens, by --allow-special-tokens" if tokens.special else "are text, not those tokens"
@@ -145,6 +146,13 @@ def report_on(read: Sequence[SourceTokens], every: Sequence[Judged]) -> Report:
         remarks=remarks_on(read),
         beside=read[0].beside,
     )
+
+
+def _columns(names: Sequence[str]) -> str:
+    """Names of columns, the first of many, each as a console can show it."""
+    shown = [name if name.isprintable() and len(name) < LONG else ascii(name)[:LONG] for name in names[:COLUMNS]]
+    others = len(names) - COLUMNS
+    return ", ".join(shown) + (f" and {others} more" if others > 0 else "")
 
 
 def named(names: Sequence[str]) -> str:
