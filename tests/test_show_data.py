@@ -57,12 +57,11 @@ def test_a_pair_is_shown_with_its_boundaries_and_its_end(said):
 
 def test_what_a_tool_says_is_not_trained_on_and_spelled_special_tokens_are_text(said):
     lines = said([CHAT])
-    at = lines.index("  chosen: 26 tokens, 4 of them trained on, ends in </s> (EOS)")
-    assert lines[at + 1 : at + 11] == [
+    at = lines.index("  chosen: 25 tokens, 4 of them trained on, ends in </s> (EOS)")
+    assert lines[at + 1 : at + 10] == [
         "    trained on",
         "      │a│«</s>»│",
-        "    not trained on",
-        "      │⏎│",
+        "    not trained on",  # ByT5 drops the line end behind </s>
         "      │[│t│o│o│l│]│ │t│⏎│",
         "      │[│a│s│s│i│s│t│a│n│t│]│ │",
         "    trained on",
@@ -70,7 +69,7 @@ def test_what_a_tool_says_is_not_trained_on_and_spelled_special_tokens_are_text(
         "  rejected: 7 tokens, trained on, ends in </s> (EOS)",
         "    │G│o│<│/│s│>│«</s>»│",
     ]
-    assert "a pass computes over 55 tokens: 22 of prompts, 33 of completions, 11 of them trained on" in lines
+    assert "a pass computes over 54 tokens: 22 of prompts, 32 of completions, 11 of them trained on" in lines
     assert lines[-1] == "rows: special tokens spelled in rows (</s>) are text, not those tokens"
 
 

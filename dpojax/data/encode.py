@@ -105,9 +105,9 @@ class Encoder:
         Raises:
           ValueError: the template does not render a completion as a continuation of its prompt.
         """
+        dialogue = self._without_spelled_eos(dialogue)
         if self.options.as_chat:
             dialogue = as_chat(dialogue)
-        dialogue = self._without_spelled_eos(dialogue)
         self._note_spelled(dialogue)
         prompt, completions = dialogue.prompt, dialogue.completions
         if isinstance(prompt, list):
@@ -119,17 +119,14 @@ class Encoder:
         return parts
 
     def _without_spelled_eos(self, dialogue: Dialogue) -> Dialogue:
-        """The dialogue without the EOS that the texts of some completions end with: it is added as a token, also to a
-        text that says that it was cut before its end."""
+        """The dialogue without the EOS that plain texts of completions end with: it is added as a token, also to a text
+        that says that it was cut before its end."""
         flags = dialogue.truncated or (False,) * len(dialogue.completions)
         sides, cuts = [], []
         for side, cut in zip(dialogue.completions, flags, strict=True):
-            text = side if isinstance(side, str) else side[-1]["content"] if isinstance(side, list) else ""
-            bare = text.rstrip().removesuffix(self.eos_text)
-            ended = bare != text.rstrip()
-            if ended:
-                side = bare if isinstance(side, str) else [*side[:-1], {**side[-1], "content": bare}]  # type: ignore[dict-item]
-            sides.append(side)
+            bare = side.rstrip().removesuffix(self.eos_text) if isinstance(side, str) else side
+            ended = isinstance(side, str) and bare != side.rstrip()
+            sides.append(bare if ended else side)
             cuts.append(cut and not ended)
         return dataclasses.replace(dialogue, completions=tuple(sides), truncated=tuple(cuts))
 
@@ -200,7 +197,7 @@ class Encoder:
             masks.append(mask)
             blank = max(blank, begins)
         if any(np.array_equal(a, b) for i, a in enumerate(parts[1:]) for b in parts[1:][:i]):
-            raise ValueError("two completions are equal as tokens; a preference needs different ones")
+            raise ValueError("two completions are equal in tokens; a preference needs different ones")
         known = zip(parts[1:], masks, strict=True)
         filled = tuple([np.ones(len(ids), bool) if mask is None else mask for ids, mask in known])
         some = any(mask is not None for mask in masks)

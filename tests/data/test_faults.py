@@ -142,7 +142,7 @@ def test_completions_that_differ_in_an_eos_alone_are_equal(read):
     tokenizer = byte_level(PLAIN, IM, "<|im_end|>")
     rows = [pair("Hi", " x", " x<|im_end|>"), pair([user("Hi")], [bot("x")], [bot("x ")])]
     for allow in (False, True):
-        with pytest.raises(UserError, match=r"equal but for the text '<\|im_end\|>' behind one"):
+        with pytest.raises(UserError, match="row 1: two completions are equal in tokens"):
             read(rows[:1], tokenizer, allow_special_tokens=allow, skip_bad_rows=False)
     assert len(read(rows[1:], tokenizer)[0]) == 1
     with pytest.raises(UserError, match="row 1: two completions are equal in tokens"):
