@@ -77,11 +77,17 @@ class TextTokenizer:
         # Texts are never cut or padded here, whatever the file says.
         content |= {"truncation": None, "padding": None}
         middle = without_prefix(content)
-        texts = [json.dumps(content), json.dumps(middle)]
-        self.whole, self.start, self.middle = map(Fast.from_str, (texts[0], texts[0], texts[1]))
-        self.first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in texts[0]
+        text = json.dumps(content)
+        # Each is tens of MB, in every process; most tokenizers put no space before a text.
+        self.whole = self.start = Fast.from_str(text)
         if not allow_special:
-            self.start.encode_special_tokens = self.middle.encode_special_tokens = True
+            self.start = Fast.from_str(text)
+            self.start.encode_special_tokens = True
+        self.middle = self.start
+        if middle != content:
+            self.middle = Fast.from_str(json.dumps(middle))
+            self.middle.encode_special_tokens = not allow_special
+        self.first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in text
 
     def starts(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of texts of rows: of prompts."""
