@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from dpojax.data.dialogue import Dialogue, Form, Notes, RowAnnotations, Text, TokenIds, fields_read
+from dpojax.data.dialogue import Dialogue, Form, Notes, RowAnnotations, Text, TokenIds
 from dpojax.data.messages import Message, is_blank, messages_of, template_kwargs_of, tools_of, unicode_text
 from dpojax.data.read import Row, name_of
 

@@ -1,10 +1,11 @@
 """Text -> token ids, as they stand in the middle of a text, and with special tokens as text where they are text."""
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+AT_ONCE = 256  # texts: a fast tokenizer spreads them over the cores, and holds some hundred bytes for every token
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
@@ -68,26 +70,24 @@ class TextTokenizer:
         self.tokenizer, self.allow_special = tokenizer, allow_special
         self.special = special_tokens(tokenizer)
         self.pattern = pattern_of(self.special)
-        self.fast: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-        if self.fast is None:
-            return
-        from tokenizers import Tokenizer as Fast
+        self.is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
 
-        content = json.loads(self.fast.to_str())
-        # Texts are never cut or padded here, whatever the file says.
-        content |= {"truncation": None, "padding": None}
+    @functools.cached_property
+    def _fast(self) -> "tuple[Tokenizer, Tokenizer, bool]":
+        """The fast tokenizer for whole texts and beginnings; for what stands in the middle; and whether they differ at
+        the beginning of a text alone. Made when it is first asked for: each is tens of MB, in every process."""
+        from tokenizers import Tokenizer
+
+        text = self.tokenizer.backend_tokenizer.to_str()
+        content = json.loads(text)
         middle = without_prefix(content)
-        text = json.dumps(content)
-        # Each is tens of MB, in every process; most tokenizers put no space before a text.
-        self.whole = self.start = Fast.from_str(text)
-        if not allow_special:
-            self.start = Fast.from_str(text)
-            self.start.encode_special_tokens = True
-        self.middle = self.start
+        whole = other = Tokenizer.from_str(text)
         if middle != content:
-            self.middle = Fast.from_str(json.dumps(middle))
-            self.middle.encode_special_tokens = not allow_special
-        self.first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in text
+            other = Tokenizer.from_str(json.dumps(middle))
+        for each in (whole, other):  # texts are never cut or padded here, whatever the file says
+            each.no_truncation()
+            each.no_padding()
+        return whole, other, content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in text
 
     def starts(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of texts of rows: of prompts."""
@@ -101,13 +101,16 @@ class TextTokenizer:
         """The tokens of what a chat template wrote, special tokens included: as ``apply_chat_template`` has them."""
         return self._ids(texts, "whole")
 
-    def _ids(self, texts: Sequence[str], kind: str) -> list[Ids]:
+    def _ids(self, texts: Sequence[str], kind: Literal["start", "middle", "whole"]) -> list[Ids]:
         if not texts:
             return []
-        if self.fast is not None:
-            fast: Tokenizer = getattr(self, kind)
-            return [encoding.ids for encoding in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
         split = kind != "whole" and not self.allow_special
+        if self.is_fast:
+            fast = self._fast[1] if kind == "middle" else self._fast[0]
+            fast.encode_special_tokens = split
+            some = (list(texts[at : at + AT_ONCE]) for at in range(0, len(texts), AT_ONCE))
+            encoded = itertools.chain.from_iterable(fast.encode_batch_fast(x, add_special_tokens=False) for x in some)
+            return [encoding.ids for encoding in encoded]
         options = {"split_special_tokens": True} if split and self.pattern else {}
         return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
 
@@ -124,7 +127,7 @@ class TextTokenizer:
             piece = text[at : match.start() if match else None].replace(mark, "")
             if piece:
                 # As the tokenizer itself, which takes a text apart at special tokens.
-                split = self.goes_on if at and self.first_only else self.starts
+                split = self.goes_on if at and self.is_fast and self._fast[2] else self.starts
                 ids += split([piece])[0]
             if match:
                 ids.append(self.special[match[0]])
