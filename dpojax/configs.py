@@ -244,21 +244,57 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckDataConfig(ReadingOptions):
-    """Read data files whole and say what would be kept, truncated and dropped, and why; exit status 1 if anything is
-    wrong."""
+class InspectOptions(ReadingOptions):
+    """What `check-data` and `show-data` share."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
     """Files, directories, patterns, or names of sets (hub:, tfds:)."""
-    model: str | None = None
-    """Tokenize as this model would, to find rows that are too long (default: check the fields alone)."""
-    tokenizer: str | None = None
-    """Where the tokenizer comes from, if not from --model."""
     kind: Literal["pairs", "completions", "labels"] | None = None
     """What the rows are for: `dpo` (pairs, or several completions with scores), `sft` (completions), or `dpo` with an
     unpaired objective such as kto (completions with labels) (default: what --loss reads, or pairs)."""
     loss: str | None = None
-    """An objective, spelled as for `dpo`: its rows are checked as a run would, margins and weights included."""
+    """An objective, spelled as for `dpo`: its rows are read as a run would, margins and weights included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckDataConfig(InspectOptions):
+    """Read data files whole and say what would be kept, truncated and dropped, and why; exit status 1 if anything is
+    wrong."""
+
+    model: str | None = None
+    """Tokenize as this model would, to find rows that are too long (default: check the fields alone)."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from --model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShowDataConfig(ModelOptions, InspectOptions):
+    """A look before a run: some rows in tokens, as the model would see them, and figures of all rows: lengths, what is
+    cut, equal rows and prompts, bad rows."""
+
+    rows: int | None = None
+    """Rows to show, evenly spread (default: 3)."""
+    row: tuple[int, ...] = ()
+    """Rows to show whole, by their numbers in their file (of several files, in each), in place of --rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MakeTfdsConfig:
+    """Write rows as a prepared TFDS data set, in their order; --data tfds:NAME,data_dir=OUTPUT reads it, and TFDS
+    itself in any program."""
+
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Files, directories, patterns, or names of sets (hub:, tfds:); they are read twice."""
+    output: str
+    """TFDS's data_dir; the set is in OUTPUT/NAME/VERSION."""
+    name: str
+    """Name of the set, in lower case, as in my_pairs."""
+    version: str = "1.0.0"
+    """Version of the set, three numbers."""
+    split: str = "train"
+    """Split that the rows are."""
+    rows_per_shard: int = 100_000
+    """Rows of a file, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

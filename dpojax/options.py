@@ -21,6 +21,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
     "temperature": ("at least 0", lambda v: v >= 0),
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "rows": ("at least 0", lambda v: v >= 0),
+    "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),
     "prompt": ("at least one text", len),
     "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
@@ -55,6 +57,8 @@ def check_options(config: Any) -> None:
     check_reading(config)
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
         raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
+    if getattr(config, "row", ()) and config.rows is not None:
+        raise UserError(f"--rows {config.rows}: --row says which rows are shown; leave one of them out")
     if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
         n = config.gradient_accumulation_steps
         raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
@@ -66,11 +70,6 @@ def check_reading(config: Any) -> None:
     Raises:
       UserError: naming the flag.
     """
-    if filters := getattr(config, "filter", ()):
-        from dpojax.data.filters import parse_filter  # the package that it is in is heavy
-
-        for text in filters:
-            parse_filter(text)
     if getattr(config, "eval_share", 0) and config.eval_data:
         raise UserError(f"--eval-share {config.eval_share}: --eval-data is held out already; leave one of them out")
     if (kwargs := getattr(config, "chat_template_kwargs", None)) is not None:

@@ -5,7 +5,6 @@ bad rows are refused or left out, after they are read back.
 """
 
 import dataclasses
-import datetime
 import hashlib
 import json
 import tempfile
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 4  # of the cache's directories; raise it, and with it the names below, when their layout changes
-PREFIX, EARLIER = "tokens4-", "tokens[-3]*.npz"
+PREFIX, EARLIER = "tokens4-", ("tokens-*.npz", "tokens3-*.npz")
 
 
 def _tokenizer_content(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -51,7 +50,7 @@ def encoder_identity(encoder: Encoder) -> str | None:
     import transformers
 
     tokenizer, options = encoder.tokenizer, dataclasses.asdict(encoder.options)
-    date = options.pop("chat_date")
+    del options["chat_date"]  # the template's day
     try:
         return _hash(
             format=FORMAT,
@@ -64,7 +63,7 @@ def encoder_identity(encoder: Encoder) -> str | None:
             eos=tokenizer.eos_token_id,
             special_tokens=tokenizer.special_tokens_map,
             split_special_tokens=getattr(tokenizer, "split_special_tokens", False),
-            date=(date or str(datetime.date.today())) if encoder.template.dated else None,
+            date=str(encoder.template.today) if encoder.template.dated else None,
             options=options,
             # Whoever changes how rows are read or rendered must not meet what the old code made of them.
             code=[path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))],
@@ -88,7 +87,7 @@ def token_path(source: Source, reading: Reading, identity: str | None) -> Path |
     directory = None if content is None or source.beside is None else cache_dir(source.beside)
     if directory is None:
         return None
-    mention_earlier(directory, EARLIER)
+    mention_earlier(directory, *EARLIER)
     key = _hash(content=content, reading=reading.identity(), tokenizer=identity)
     return directory / f"{PREFIX}{key[:32]}"
 

@@ -3,11 +3,11 @@
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dpojax.data.dialogue import Dialogue
+from dpojax.data.dialogue import Dialogue, TokenIds
 from dpojax.data.messages import FIELDS, Message, unicode_text
 from dpojax.data.rows import LISTENERS
 
@@ -33,12 +33,14 @@ class Rendered:
       chat: whether a chat template wrote it.
       mark: a character that stands inside the spelling of special tokens that are text; empty where there are none.
       trained: the spans of characters that are trained on; empty: all.
+      truncated: whether a completion was cut before its end.
     """
 
     text: str
     chat: bool = False
     mark: str = ""
     trained: tuple[Span, ...] = ()
+    truncated: bool = False
 
 
 @dataclass
@@ -77,9 +79,10 @@ class ChatTemplate:
         if self.tokenizer.chat_template is None:
             raise ValueError("the row is a chat but the tokenizer has no chat template; give text, or set a template")
         try:
-            template = self._with_date(kwargs) if self.dated else None
+            if self.dated:
+                kwargs = {**kwargs, "chat_template": self._with_date(kwargs)}
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=template, tokenize=False, add_generation_prompt=generate, **kwargs
+                list(messages), tokenize=False, add_generation_prompt=generate, **kwargs
             )
         except Exception as error:  # whatever the template itself raises
             why = " ".join(str(error).split())
@@ -91,35 +94,42 @@ class ChatTemplate:
         template = self.tokenizer.get_chat_template(tools=kwargs.get("tools"))
         return TODAY.sub(lambda call: json.dumps(self.today.strftime(call[2])), template)
 
-    def of(self, dialogue: Dialogue, allow_special: bool) -> list[Rendered]:
-        """A chat's prompt and completions as text.
+    def of(self, dialogue: Dialogue, allow_special: bool) -> list[Rendered | TokenIds]:
+        """A chat's prompt and completions as text, or as the token ids that completions are.
 
         Raises:
           ValueError: the template refuses the messages, or does not write the reply behind its prompt.
         """
-        prompt, replies = dialogue.prompt, dialogue.completions
+        prompt = dialogue.prompt
         assert isinstance(prompt, list)
+        flags = dialogue.truncated or (False,) * len(dialogue.completions)
+        chats = [(side, cut) for side, cut in zip(dialogue.completions, flags, strict=True) if isinstance(side, list)]
+        replies, cuts = [side for side, _ in chats], [cut for _, cut in chats]
         kwargs = {**self.kwargs, **dialogue.template_kwargs}
         self._note_unread([prompt, *replies], dialogue.template_kwargs)
         mark = "" if allow_special or self.special is None else self._mark_for([prompt, *replies, kwargs])
         if mark:
             prompt, kwargs = self._marked(prompt, mark), self._marked(kwargs, mark)
-            replies = tuple([self._marked(reply, mark) for reply in replies])
-        flags = dialogue.truncated or (False,) * len(replies)
-        wholes = [self._whole(prompt, reply, kwargs, cut) for reply, cut in zip(replies, flags, strict=True)]
+            replies = [self._marked(reply, mark) for reply in replies]
+        wholes = [self._whole(prompt, reply, kwargs, cut) for reply, cut in zip(replies, cuts, strict=True)]
         start = self._start(prompt, wholes, kwargs)
         if mark and any(f"\\u{ord(mark):04x}" in text for text in (start, *wholes)):
             raise ValueError("the chat template escapes what spells a special token; pass --allow-special-tokens")
-        parts = [Rendered(start, True, mark)]
-        for reply, whole in zip(replies, wholes, strict=True):
-            spans = self._spans(prompt, reply, start, whole, kwargs)
-            parts.append(Rendered(whole[len(start) :], True, mark, spans))
-        return parts
+        of_chat = iter(
+            [
+                Rendered(whole[len(start) :], True, mark, self._spans(prompt, reply, start, whole, kwargs), cut)
+                for reply, whole, cut in zip(replies, wholes, cuts, strict=True)
+            ]
+        )
+        parts = [next(of_chat) if isinstance(side, list) else side for side in dialogue.completions]
+        return [Rendered(start, True, mark), *parts]  # type: ignore[list-item]
 
     def _whole(self, prompt: list[Message], reply: Any, kwargs: dict[str, Any], truncated: bool) -> str:
         """Prompt and reply; of a truncated reply, up to its text's end."""
         if not truncated:
             return self.render([*prompt, *reply], kwargs)
+        if "tool_calls" in reply[-1]:
+            raise ValueError("a truncated reply has tool calls, whose end cannot be told; give it as token ids")
         marked = [*reply[:-1], {**reply[-1], "content": reply[-1]["content"] + END}]
         whole = self.render([*prompt, *marked], kwargs)
         if END not in whole:
@@ -137,7 +147,7 @@ class ChatTemplate:
         if all(whole.startswith(start) for whole in wholes):
             return start
         there = self.render([*prompt, {"role": "assistant", "content": END}], kwargs)
-        before = there[: there.index(END)] if END in there else ""
+        before = there[: there.rindex(END)] if END in there else ""
         shared = _common_beginning(start, before)
         if shared != before:  # never in the middle of a word
             ends = [match.end() for match in self.special.finditer(shared)] if self.special else []
@@ -162,15 +172,33 @@ class ChatTemplate:
         for k, message in enumerate(reply):
             if message["role"] in LISTENERS:
                 continue
-            begin = start if k == 0 else self.render([*prompt, *reply[:k]], kwargs, generate=True)
+            begin = start if k == 0 else self._start([*prompt, *reply[:k]], [whole], kwargs)
             end = whole if k == len(reply) - 1 else self.render([*prompt, *reply[: k + 1]], kwargs)
-            if not (whole.startswith(begin) and whole.startswith(end)):
+            stop = self._stop(whole, begin, end.rstrip())
+            if stop is None:
                 raise ValueError(
                     f"the chat template writes message {k + 1} of a reply otherwise once others follow, so that what "
                     "the assistant says cannot be told from what tools say; give the row as token ids"
                 )
-            spans.append((len(begin) - len(start), len(end.rstrip()) - len(start)))
+            spans.append((len(begin) - len(start), stop - len(start)))
         return tuple(spans)
+
+    def _stop(self, whole: str, begin: str, end: str) -> int | None:
+        """Where a message stops that goes on from ``begin``, when ``end`` is the chat up to it; None where that cannot
+        be told.
+
+        Some templates begin the last message of a chat by more than they write once others follow, such as an empty
+        thought: of what ``end`` has behind ``begin``, the message is then as much of the rest as stands there.
+        """
+        if not whole.startswith(begin):
+            return None
+        if whole.startswith(end):
+            return len(end)
+        last = _last_special(self.special, end)
+        if last is None or not end.startswith(begin):
+            return None
+        cuts = range(len(begin) + 1, last + 1)
+        return next((len(begin) + len(end) - at for at in cuts if whole.startswith(end[at:], len(begin))), None)
 
     def _note_unread(self, chats: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.unread |= {f"{name} (the chat template does not read it)" for name in kwargs if name not in self.source}
@@ -182,7 +210,7 @@ class ChatTemplate:
     def _mark_for(self, values: Any) -> str:
         """A character that does not occur in the values, if they spell special tokens; else nothing."""
         assert self.special is not None
-        texts = list(_texts(values))
+        texts = list(texts_of(values))
         if not any(self.special.search(text) for text in texts):
             return ""
         free = [mark for mark in MARKS if not any(mark in text for text in texts)]
@@ -202,10 +230,15 @@ class ChatTemplate:
                 return self.special.sub(lambda match: _with_mark(match[0], mark, thinks), value)
             if isinstance(value, dict):
                 thinks = value.get("role") == "assistant"
-                return {name: marked(x, thinks) for name, x in value.items()}
+                return {marked(name, False): marked(x, thinks) for name, x in value.items()}
             return [marked(x, thinks) for x in value] if isinstance(value, list) else value
 
         return marked(value, False)
+
+
+def _last_special(special: re.Pattern[str] | None, text: str) -> int | None:
+    """Where the last special token of a text begins."""
+    return max((match.start() for match in special.finditer(text)), default=None) if special else None
 
 
 def _common_beginning(a: str, b: str) -> str:
@@ -214,16 +247,22 @@ def _common_beginning(a: str, b: str) -> str:
 
 
 def _with_mark(token: str, mark: str, thinks: bool) -> str:
-    return token if thinks and "think" in token.lower() else token[0] + mark + token[1:]
+    return token if thinks and is_thought(token) else token[0] + mark + token[1:]
 
 
-def _texts(value: Any) -> Any:
-    """All texts within a value."""
+def is_thought(token: str) -> bool:
+    """Whether a special token is a tag of thoughts, which an assistant's message writes itself."""
+    return "think" in token.lower()
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts within a value, the names of its fields too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
+        for name, item in value.items():
+            yield from texts_of(name)
+            yield from texts_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_of(item)

@@ -61,7 +61,10 @@ def fields_read(form: Form) -> frozenset[str]:
 
 def hash_of_text(text: Text) -> int:
     """A hash of a text, of chat messages or of token ids, as 64 bits: equal prompts have equal ones."""
-    said = json.dumps(text, sort_keys=True, default=str).encode()
+    try:
+        said = json.dumps(text, sort_keys=True, default=str).encode()
+    except TypeError:  # names that are not all of one kind, which only rows in memory can have
+        said = repr(text).encode(errors="backslashreplace")
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")
 
 

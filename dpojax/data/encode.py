@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dpojax.data.chat import ChatTemplate, Rendered
+from dpojax.data.chat import ChatTemplate, Rendered, is_thought, texts_of
 from dpojax.data.dialogue import Dialogue, Notes, Text, TokenIds
 from dpojax.data.rows import as_chat
 from dpojax.data.tokenize import Ids, TextTokenizer
@@ -45,7 +45,6 @@ class RenderedRow:
 
     number: int
     parts: list[Any]  # Rendered or TokenIds
-    truncated: tuple[bool, ...]
     prompt: int
     notes: Notes
 
@@ -79,6 +78,7 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no EOS token; set eos_token in its config")
         self.eos: int = tokenizer.eos_token_id
+        self.eos_text: str = tokenizer.decode([self.eos])
         bare, full = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.bos: list[int] = bos if full[:1] == bos != bare[:1] else []
@@ -103,33 +103,44 @@ class Encoder:
         A chat's template is applied once, to prompt and completion together.
 
         Raises:
-          ValueError: the template does not render a completion as a continuation of its prompt; or two completions
-            differ in nothing but a special token that is spelled behind one.
+          ValueError: the template does not render a completion as a continuation of its prompt.
         """
         if self.options.as_chat:
             dialogue = as_chat(dialogue)
+        dialogue = self._without_spelled_eos(dialogue)
         self._note_spelled(dialogue)
-        if isinstance(dialogue.prompt, list):
+        prompt, completions = dialogue.prompt, dialogue.completions
+        if isinstance(prompt, list):
             return [*self.template.of(dialogue, self.options.allow_special_tokens)]
-        parts = [dialogue.prompt, *dialogue.completions]
-        texts = [self._without_eos(side) for side in dialogue.completions if isinstance(side, str)]
-        if len(set(texts)) < len(texts):
-            again = f"but for the text {self.tokenizer.eos_token!r} behind one" if self._spells_eos(parts) else ""
-            raise ValueError(f"two completions are equal {again}; a preference needs different ones".replace(" ;", ";"))
-        return [Rendered(part) if isinstance(part, str) else part for part in parts]  # type: ignore[misc]
+        flags = dialogue.truncated or (False,) * len(completions)
+        parts = [prompt if isinstance(prompt, tuple) else Rendered(prompt)]
+        for side, cut in zip(completions, flags, strict=True):
+            parts.append(Rendered(side, truncated=cut) if isinstance(side, str) else side)  # type: ignore[arg-type]
+        return parts
 
-    def _without_eos(self, text: str) -> str:
-        return text.removesuffix(str(self.tokenizer.eos_token))
-
-    def _spells_eos(self, parts: Sequence[Any]) -> bool:
-        return any(isinstance(part, str) and part != self._without_eos(part) for part in parts)
+    def _without_spelled_eos(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue without the EOS that the texts of some completions end with: it is added as a token, also to a
+        text that says that it was cut before its end."""
+        flags = dialogue.truncated or (False,) * len(dialogue.completions)
+        sides, cuts = [], []
+        for side, cut in zip(dialogue.completions, flags, strict=True):
+            text = side if isinstance(side, str) else side[-1]["content"] if isinstance(side, list) else ""
+            bare = text.rstrip().removesuffix(self.eos_text)
+            ended = bare != text.rstrip()
+            if ended:
+                side = bare if isinstance(side, str) else [*side[:-1], {**side[-1], "content": bare}]  # type: ignore[dict-item]
+            sides.append(side)
+            cuts.append(cut and not ended)
+        return dataclasses.replace(dialogue, completions=tuple(sides), truncated=tuple(cuts))
 
     def _note_spelled(self, dialogue: Dialogue) -> None:
         if self.text.pattern is None:
             return
-        for part in (dialogue.prompt, *dialogue.completions):
-            for text in [part] if isinstance(part, str) else [m["content"] for m in part if isinstance(m, dict)]:
-                self.spelled.update(self.text.pattern.findall(text))
+        for part in (dialogue.prompt, *dialogue.completions, dialogue.template_kwargs):
+            for item in part if isinstance(part, list) else [part]:
+                found = {token for text in texts_of(item) for token in self.text.pattern.findall(text)}
+                says = isinstance(item, dict) and item.get("role") == "assistant"
+                self.spelled |= {token for token in found if not (says and is_thought(token))}
 
     # ---- text to tokens -------------------------------------------------------------------------------------------
 
@@ -170,15 +181,14 @@ class Encoder:
         prompt = self.finish_prompt(head, chat=first.chat) if isinstance(first, Rendered) else head
         parts, blank = [np.array(prompt, np.int32)], 0
         masks: list[np.ndarray | None] = []
-        flags = row.truncated or (False,) * len(completions)
-        for part, ids, cut in zip(row.parts[1:], completions, flags, strict=True):
+        for part, ids in zip(row.parts[1:], completions, strict=True):
             if ids is None:
                 assert isinstance(part, tuple)
                 parts.append(np.array(part, np.int32))
                 masks.append(None)
                 continue
             assert isinstance(part, Rendered)
-            done, mask = self.finish_completion(ids, cut, chat=part.chat), None
+            done, mask = self.finish_completion(ids, part.truncated, chat=part.chat), None
             if part.trained:
                 assert isinstance(first, Rendered)
                 mask = np.ones(len(done), bool)
@@ -190,7 +200,7 @@ class Encoder:
             masks.append(mask)
             blank = max(blank, begins)
         if any(np.array_equal(a, b) for i, a in enumerate(parts[1:]) for b in parts[1:][:i]):
-            raise ValueError("two completions are equal in tokens; a preference needs different ones")
+            raise ValueError("two completions are equal as tokens; a preference needs different ones")
         known = zip(parts[1:], masks, strict=True)
         filled = tuple([np.ones(len(ids), bool) if mask is None else mask for ids, mask in known])
         some = any(mask is not None for mask in masks)
@@ -228,7 +238,7 @@ class Encoder:
         end = self.text.is_end(ids)
         if end is not None and (ids[end - 1] == self.eos or (chat and self.options.chat_special_tokens == "template")):
             return ids[:end]
-        self.added_eos |= chat
+        self.added_eos |= chat and end is None
         return [*ids, self.eos]
 
     def encode_prompt(self, prompt: Text) -> Ids:

@@ -18,6 +18,7 @@ from dpojax.errors import UserError
 
 MIN_PROMPT_LENGTH = 64
 SHOWN = 3  # names of sources in one sentence
+COLUMNS, LONG = 20, 80  # names of columns in one sentence, and letters of one
 
 
 @dataclasses.dataclass
@@ -41,7 +42,7 @@ class Report:
     prompts_cut: int = 0
     completions_cut: int = 0
     remarks: list[str] = dataclasses.field(default_factory=list)
-    beside: str | None = None
+    beside: str | None = dataclasses.field(default=None, compare=False)
 
     @property
     def kept(self) -> int:
@@ -108,7 +109,7 @@ def judged(source: SourceTokens, kind: RowKind, max_length: int, min_prompt_leng
         rows,
         cut,
         np.asarray(cut.prompt < lengths[rows, 0]),
-        (cut.completions < lengths[rows, 1:]).any(axis=1),
+        np.asarray((cut.completions < lengths[rows, 1:]).any(axis=1)),
         sorted([*source.tokens.bad, *bad], key=lambda row: row.number),
     )
 
@@ -122,7 +123,7 @@ def remarks_on(sources: Sequence[SourceTokens]) -> list[str]:
             said.setdefault(f"read as {tokens.format}", []).append(source.name)
         if tokens.unread:
             are = "columns" if len(tokens.unread) > 1 else "column"
-            said.setdefault(f"not used: {are} {', '.join(tokens.unread)}", []).append(source.name)
+            said.setdefault(f"not used: {are} {_columns(tokens.unread)}", []).append(source.name)
         if tokens.spelled:
             spelled = " ".join(tokens.spelled[:SHOWN]) + (" ..." if len(tokens.spelled) > SHOWN else "")
             how = "are those tokens, by --allow-special-tokens" if tokens.special else "are text, not those tokens"
@@ -131,6 +132,27 @@ def remarks_on(sources: Sequence[SourceTokens]) -> list[str]:
             why = "the chat template ends a reply without a special token, and EOS was added"
             said.setdefault(why, []).append(source.name)
     return [f"{named(names)}: {what}" for what, names in said.items()]
+
+
+def report_on(read: Sequence[SourceTokens], every: Sequence[Judged]) -> Report:
+    """What became of the rows of sources that have been judged."""
+    return Report(
+        rows=sum(source.tokens.rows for source in read),
+        cached=sum(source.tokens.rows for source in read if source.cached),
+        filtered=sum(source.tokens.filtered for source in read),
+        dropped=[bad for one in every for bad in one.bad],
+        prompts_cut=sum(int(one.prompts_cut.sum()) for one in every),
+        completions_cut=sum(int(one.completions_cut.sum()) for one in every),
+        remarks=remarks_on(read),
+        beside=read[0].beside,
+    )
+
+
+def _columns(names: Sequence[str]) -> str:
+    """Names of columns, the first of many, each as a console can show it."""
+    shown = [name if name.isprintable() and len(name) < LONG else ascii(name)[:LONG] for name in names[:COLUMNS]]
+    others = len(names) - COLUMNS
+    return ", ".join(shown) + (f" and {others} more" if others > 0 else "")
 
 
 def named(names: Sequence[str]) -> str:
@@ -223,16 +245,7 @@ def load_examples(
     reading = Reading(kind.form, format, tuple(filters))
     read, of = read_tokens(sources, encoder, reading, workers=workers, progress=progress)
     every = [judged(source, kind, max_length, min_prompt_length) for source in read]
-    report = Report(
-        rows=sum(source.tokens.rows for source in read),
-        cached=sum(source.tokens.rows for source in read if source.cached),
-        filtered=sum(source.tokens.filtered for source in read),
-        dropped=[bad for one in every for bad in one.bad],
-        prompts_cut=sum(int(one.prompts_cut.sum()) for one in every),
-        completions_cut=sum(int(one.completions_cut.sum()) for one in every),
-        remarks=remarks_on(read),
-        beside=read[0].beside,
-    )
+    report = report_on(read, every)
     _refuse(report.dropped, skip_bad_rows)
     if report.kept == 0:
         first = f"the first: {report.dropped[0].why}" if report.dropped else "all left out by --filter"

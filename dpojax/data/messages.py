@@ -8,10 +8,12 @@ from dpojax.data.read import name_of
 
 Message = dict[str, Any]
 
+SHOWN = 60  # letters of a value in a sentence
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message that hold what the assistant thought, by the names that templates give it."""
 
-FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
+FIELDS = ("role", "content", "tool_call_id", "name")
 """Fields of a message that need not be named; of another, it is said whether the chat template reads it."""
 
 
@@ -45,6 +47,8 @@ def messages_of(value: list[Any], field: str) -> list[Message]:
 def _message(item: Any, field: str) -> Message:
     if not (isinstance(item, Mapping) and isinstance(item.get("role"), str) and item["role"]):
         raise ValueError(f"field {field!r} has an item that is not a chat message with role and content")
+    if not all(isinstance(name, str) for name in item):
+        raise ValueError(f"field {field!r} has a message with a field whose name is not text; name all by text")
     message: Message = {name: x for name, x in item.items() if x is not None}
     unicode_text(message["role"], f"field {field!r}: a role")
     message["content"] = _content(item.get("content"), field)
@@ -76,7 +80,8 @@ def _content(content: Any, field: str) -> str:
 def _part(part: Any, field: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) else part
     if isinstance(part, Mapping) and part.get("type", "text") != "text":
-        raise ValueError(f"field {field!r} has a part of type {part['type']!r}; only parts of type text are read")
+        kind = ascii(part["type"])[:SHOWN] if isinstance(part["type"], str) else name_of(part["type"])
+        raise ValueError(f"field {field!r} has a part of type {kind}; only parts of type text are read")
     if not isinstance(text, str):
         raise ValueError(f"field {field!r} has a message whose content is not text")
     return text
@@ -136,6 +141,6 @@ def template_kwargs_of(value: Any) -> dict[str, Any]:
             value = "text"
     if value is None:
         return {}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise ValueError("field 'chat_template_kwargs' must be an object with the template's arguments by name")
     return {name: x for name, x in value.items() if x is not None}

@@ -91,14 +91,18 @@ def parse_rows(
                 out.unread |= dict.fromkeys([name for name in there if name not in known])
             fields = format.row(row.fields) if format else row.fields
             parsed = parse_row(Row(row.file, row.number, fields), reading.form)
-            texts = [(encoder.render(dialogue) if encoder else []) for dialogue, _ in parsed]
-            out.rows += len(parsed)
-            for (dialogue, notes), parts in zip(parsed, texts, strict=True):
-                key = hash_of_text(dialogue.prompt)
-                out.rendered.append(RenderedRow(row.number, parts, dialogue.truncated, key, notes))
-        except ValueError as error:
+            rendered = [
+                RenderedRow(
+                    row.number, encoder.render(dialogue) if encoder else [], hash_of_text(dialogue.prompt), notes
+                )
+                for dialogue, notes in parsed
+            ]
+            out.rows += len(rendered)
+            out.rendered += rendered
+        except (ValueError, RecursionError) as error:
             out.rows += 1
-            out.bad.append(BadRow(row.file, row.number, str(error)))
+            deep = "its values are nested too deeply; leave the row out"
+            out.bad.append(BadRow(row.file, row.number, deep if isinstance(error, RecursionError) else str(error)))
     return out
 
 

@@ -124,7 +124,9 @@ def rows_in_memory(rows: Sequence[Any]) -> Iterator[Row | BadRow]:
     if not rows:
         raise UserError(f"{IN_MEMORY}: the list is empty; it needs at least one row")
     for number, fields in enumerate(rows, start=1):
-        if isinstance(fields, dict):
-            yield Row(IN_MEMORY, number, fields)
-        else:
+        if not isinstance(fields, dict):
             yield BadRow(IN_MEMORY, number, f"a {name_of(fields)}, not a dict with named fields")
+        elif not all(isinstance(name, str) for name in fields):
+            yield BadRow(IN_MEMORY, number, "a dict with a field whose name is not text; name all fields by text")
+        else:
+            yield Row(IN_MEMORY, number, fields)

@@ -66,7 +66,7 @@ def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
 
 
 def _token_ids(value: Any, name: str) -> TokenIds:
-    ids = value if isinstance(value, list | tuple | np.ndarray) else ()
+    ids = value if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim) else ()
     if not len(ids) or any(isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < 2**31 for i in ids):
         raise ValueError(f"field {name!r} must be a list of at least one token id, each a whole number of at least 0")
     return tuple(map(int, ids))
@@ -87,10 +87,14 @@ def _flag(value: Any, name: str) -> bool:
 
 def _number(fields: dict[str, Any], name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         shown = name_of(value) if not isinstance(value, float) else str(value)
         raise ValueError(f"field {name!r} is {shown}; it must be a finite number")
-    return float(value)
+    return number
 
 
 # --- dialogues

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import uuid
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class FileTokens:
         return {"bad": bad, **{name: getattr(self, name) for name in plain}, **of_tokens}
 
 
+FLAT, MASKS, ROWS = "flat.bin", "masks.bin", "rows.bin"
+"""Files of a directory of tokens, beside facts.json."""
 PLAIN = ("rows", "filtered", "format", "special", "added_eos")
 
 
@@ -121,13 +124,15 @@ def write_whole(directory: Path, parts: Sequence[Tokens | Path], said: FileToken
     masked = said.tokens.masks is not None
     try:
         aside.mkdir()
-        with (aside / "flat.bin").open("wb") as flat, (aside / "masks.bin").open("wb") as masks:
+        with (aside / FLAT).open("wb") as flat, (aside / MASKS).open("wb") as masks:
             for part in parts:
                 tokens = part if isinstance(part, Tokens) else part_tokens(part)
                 flat.write(np.ascontiguousarray(tokens.flat, np.int32).data)
                 masks.write(np.ascontiguousarray(masks_of(tokens), bool).data if masked else b"")
-        layout = _write_rows(aside / "rows.bin", said.tokens)
-        (aside / "facts.json").write_text(json.dumps({**said.facts(), "masked": masked, "layout": layout}))
+        layout = _write_rows(aside / ROWS, said.tokens)
+        sums = {name: _checksum(_mapped(aside / name, np.uint8)) for name in (FLAT, MASKS, ROWS)}
+        facts = json.dumps({**said.facts(), "masked": masked, "layout": layout, "sums": sums})
+        (aside / "facts.json").write_text(f"{_checksum(facts.encode())}\n{facts}")
         try:
             aside.replace(directory)
         except OSError:
@@ -165,20 +170,28 @@ def part_tokens(path: Path) -> Tokens:
 
 
 def read_whole(directory: Path, file: str) -> FileTokens | None:
-    """What :func:`write_whole` kept, mapped, not read; None where there is nothing, or it is damaged."""
+    """What :func:`write_whole` kept, mapped into memory; None where there is nothing, or it is damaged."""
     try:
-        facts = json.loads((directory / "facts.json").read_text())
-        rows, fields = _mapped(directory / "rows.bin", np.uint8), {}
+        total, _, written = (directory / "facts.json").read_text().partition("\n")
+        facts = json.loads(written)
+        sums = {name: _checksum(_mapped(directory / name, np.uint8)) for name in (FLAT, MASKS, ROWS)}
+        if int(total) != _checksum(written.encode()) or facts["sums"] != sums:
+            return None
+        rows, fields = _mapped(directory / ROWS, np.uint8), {}
         for name in PER_ROW:
             dtype, shape, at = facts["layout"][name]
             size = math.prod(shape) * np.dtype(dtype).itemsize
             fields[name] = rows[at : at + size].view(dtype).reshape(shape)
-        flat = _mapped(directory / "flat.bin", np.int32)
-        masks = _mapped(directory / "masks.bin", bool) if facts["masked"] else None
+        flat = _mapped(directory / FLAT, np.int32)
+        masks = _mapped(directory / MASKS, bool) if facts["masked"] else None
         tokens = Tokens(flat, masks, reasons=tuple(facts["reasons"]), top=facts["top"], **fields)
         return file_tokens(_sound(tokens), facts, file)
     except Exception:  # damage shows in as many ways as there are parsers on the way
         return None
+
+
+def _checksum(data: Any) -> int:
+    return zlib.crc32(data)
 
 
 def _mapped(path: Path, dtype: Any) -> np.ndarray:

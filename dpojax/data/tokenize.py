@@ -27,6 +27,12 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
     return {str(token): int(i) for token, i in {**found, **dict(named)}.items() if token}
 
 
+def stripping(tokenizer: "PreTrainedTokenizerBase", side: Literal["lstrip", "rstrip"]) -> frozenset[str]:
+    """The special tokens that take the white space on this side of them, so that it is no token."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return frozenset([token.content for token in added if getattr(token, side, False)])
+
+
 def pattern_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
     """Matches any of the tokens, the longest first; None where there are none."""
     ordered = sorted(tokens, key=len, reverse=True)
@@ -70,6 +76,7 @@ class TextTokenizer:
         self.tokenizer, self.allow_special = tokenizer, allow_special
         self.special = special_tokens(tokenizer)
         self.pattern = pattern_of(self.special)
+        self.strips_left, self.strips_right = stripping(tokenizer, "lstrip"), stripping(tokenizer, "rstrip")
         self.is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
 
     @functools.cached_property
@@ -126,16 +133,18 @@ class TextTokenizer:
     def _marked(self, text: str, mark: str) -> Ids:
         assert self.pattern is not None
         ids: Ids = []
-        at = 0
+        at, before = 0, ""
         for match in [*self.pattern.finditer(text), None]:
-            piece = text[at : match.start() if match else None].replace(mark, "")
-            if piece:
+            piece = text[at : match.start() if match else None]
+            piece = piece.lstrip() if before in self.strips_right else piece
+            piece = piece.rstrip() if match and match[0] in self.strips_left else piece
+            if piece := piece.replace(mark, ""):
                 # As the tokenizer itself, which takes a text apart at special tokens.
                 split = self.goes_on if at and self.is_fast and self._fast[2] else self.starts
                 ids += split([piece])[0]
             if match:
                 ids.append(self.special[match[0]])
-                at = match.end()
+                at, before = match.end(), match[0]
         return ids
 
     def behind(self, prompts: Sequence[Rendered], heads: Sequence[Ids], replies: Sequence[Rendered]) -> list[Ids]:

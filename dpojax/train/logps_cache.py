@@ -15,7 +15,7 @@ import numpy as np
 from dpojax.cachedir import cache_dir, mention_earlier, write_arrays
 
 VERSION = 3  # of the cache's directories; raise it, and with it the names below, when their layout changes
-PREFIX, EARLIER = "logps3-", "logps[-2]*"
+PREFIX, EARLIER = "logps3-", ("logps-*", "logps2-*")
 SECONDS_BETWEEN_WRITES = 5.0
 
 
@@ -24,7 +24,7 @@ def directory_of(beside: str, model: Mapping[str, str | int], completions: int) 
     parent = cache_dir(beside)
     if parent is None:
         return None
-    mention_earlier(parent, EARLIER)
+    mention_earlier(parent, *EARLIER)
     key = json.dumps({"version": VERSION, "completions": completions, "model": dict(model)}, sort_keys=True)
     return parent / f"{PREFIX}{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}"
 
