@@ -23,15 +23,16 @@ together, sampled every 0.25 s: the sum of their proportional set sizes (PSS), s
 TRL's trainer is given a model of a few thousand weights. `tokens` are all token ids that a library made of a row.
 
 --memory makes the tokens of files of several sizes (--short: of rows of about 40 tokens), and in a process of its own
-loads them from the cache, makes batches of 8 and takes 200 of them: seconds to examples and to the first batch, the
-most memory held (ru_maxrss, mapped pages included), and how much of that grew since the imports.
+loads them from the cache, makes batches of 8, takes 200 of them and hashes all: seconds until then; what is held once
+all is imported, the most held at once from there (VmHWM, mapped pages included), and the most of what is no file's
+(RssAnon) that is held beyond the imports at the end of a stage, in all and by row. `made` is the most that all
+processes held while the tokens were made.
 """
 
 import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -198,32 +199,28 @@ def child_path(spec: dict[str, Any]) -> dict[str, Any]:
     from dpojax.models import load_tokenizer
 
     encoder = Encoder(load_tokenizer(spec["tokenizer"]))
-    held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # noqa: E731
-    before, start = held(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the most memory held is counted from here
+    start, own = time.perf_counter(), status_mib("RssAnon")
+    out: dict[str, Any] = {"imports_mib": status_mib("VmRSS"), "own_mib": 0.0}
+
+    def reached(stage: str) -> None:
+        out[f"{stage}_s"] = time.perf_counter() - start
+        out["own_mib"] = max(out["own_mib"], status_mib("RssAnon") - own)
+
     examples, report = load_examples(spec["data"], encoder, max_length=spec["max_length"], workers=spec["processes"])
-    loaded = time.perf_counter() - start
-    after_load = held()
+    reached("examples")
     batches = Batches(examples, BATCH, seed=0)
-    planned = time.perf_counter() - start
+    reached("batches")
     iterator = iter(batches)
     next(iterator)
-    first = time.perf_counter() - start
+    reached("first")
     for _ in itertools.islice(iterator, BATCHES - 1):
         pass
-    batched = held()
-    hashed = time.perf_counter()
-    _ = examples.content_hash
-    return {
-        "cached": report.cached == len(examples) == spec["rows"],
-        "examples_s": loaded,
-        "planned_s": planned,
-        "first_batch_s": first,
-        "hash_s": time.perf_counter() - hashed,
-        "before_mib": before,
-        "loaded_mib": after_load,
-        "batched_mib": batched,
-        "peak_mib": held(),
-    }
+    reached("many")
+    assert examples.content_hash
+    reached("hash")
+    assert report.cached == len(examples) == spec["rows"]
+    return {**out, "peak_mib": status_mib("VmHWM")}
 
 
 CHILDREN = {"tokenizer": child_tokenizer, "ours": child_ours, "trl": child_trl, "path": child_path}
@@ -253,6 +250,12 @@ def pss_mib(process: int) -> float:
     except OSError:
         return 0.0
     return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith("Pss:")), 0.0)
+
+
+def status_mib(name: str) -> float:
+    """A line of this process's status: VmHWM, the most memory held at once; RssAnon, that which is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{name}:"))
 
 
 class Watch:
@@ -348,31 +351,23 @@ def measure_path(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         for _ in range(args.rounds):
             got = run_child(sys.executable, Path(__file__).resolve(), "path", spec, work)
             out.append({"rows": rows, "tokens": made["tokens"], "made_mib": watch.peak_mib, **got})
-            say(f"  {rows} rows: first batch in {got['first_batch_s']:.2f} s, {got['peak_mib']:.0f} MiB")
+            say(f"  {rows} rows: first batch in {got['first_s']:.2f} s, {got['peak_mib']:.0f} MiB")
     return out
 
 
 def report_path(record: list[dict[str, Any]]) -> str:
     """Medians as markdown."""
     lines = []
-    names = (
-        "examples_s",
-        "planned_s",
-        "first_batch_s",
-        "hash_s",
-        "before_mib",
-        "loaded_mib",
-        "batched_mib",
-        "peak_mib",
-    )
+    seconds, sizes = ("examples_s", "first_s", "many_s", "hash_s"), ("imports_mib", "peak_mib", "own_mib")
     for rows in dict.fromkeys(r["rows"] for r in record):
         turns = [r for r in record if r["rows"] == rows]
-        of = {name: median([r[name] for r in turns]) for name in names}
-        tokens = f"{turns[0]['tokens'] / rows:.0f}"
-        seconds = [f"{of[name]:.2f}" for name in names if name.endswith("_s")]
-        lines.append([str(rows), tokens, *seconds, *[f"{of[name]:.0f}" for name in names if name.endswith("_mib")]])
-    head = ("rows", "tokens a row", "examples s", "batches s", "first batch s", "hash s", "imports MiB", "loaded MiB")
-    return table((*head, f"{BATCHES} batches MiB", "peak MiB"), lines)
+        of = {name: median([r[name] for r in turns]) for name in (*seconds, *sizes)}
+        own = f"{of['own_mib'] * 2**20 / rows:.0f}"
+        made = f"{turns[0]['made_mib']:.0f}"
+        cells = [*[f"{of[name]:.2f}" for name in seconds], *[f"{of[name]:.0f}" for name in sizes]]
+        lines.append([str(rows), f"{turns[0]['tokens'] / rows:.0f}", made, *cells, own])
+    head = ["rows", "tokens a row", "made, MiB", "examples s", "first batch s", f"{BATCHES} batches s", "hash s"]
+    return table([*head, "imports MiB", "peak MiB", "own MiB", "own bytes a row"], lines)
 
 
 def main() -> None:
