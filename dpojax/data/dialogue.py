@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpojax.data.messages import Message
-from dpojax.losses.traits import Traits
+
+if TYPE_CHECKING:
+    from dpojax.losses.traits import Traits
 
 Form = Literal["pairs", "completions", "labels", "prompts"]
 TokenIds = tuple[int, ...]
@@ -34,7 +36,7 @@ PAIRS, COMPLETIONS = RowKind("pairs"), RowKind("completions")
 LABELS, PROMPTS = RowKind("labels"), RowKind("prompts")
 
 
-def kind_of(traits: Traits) -> RowKind:
+def kind_of(traits: "Traits") -> RowKind:
     """The rows that an objective of these traits is trained on."""
     if traits.on == "labels":
         return LABELS

@@ -5,19 +5,21 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dpojax.data.dialogue import Form, fields_read, hash_of_text
-from dpojax.data.encode import Encoder, EncodingOptions, RenderedRow, TokenizedRow
+from dpojax.data.encode import Encoder, RenderedRow, TokenizedRow
 from dpojax.data.filters import Filter
 from dpojax.data.formats import Format, detect, format_named
 from dpojax.data.opened import identity_of
@@ -27,12 +29,8 @@ from dpojax.data.store import FileTokens, joined_files, part_tokens, read_part, 
 from dpojax.data.tokens import Tokens, joined, tokens_of
 from dpojax.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-ROWS_OF_BLOCK = 4096
-ROWS_AT_ONCE = 1024  # a fast tokenizer spreads a list of texts over the cores
-BLOCKS_ALONE = 4  # a source of no more is done in this process: others take seconds to start
+ROWS_OF_BLOCK = 1024
+BLOCKS_ALONE = 8  # a source of no more is done in this process: others take seconds to start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +125,11 @@ def tokenize_rows(
     parsed = parse_rows(rows, reading, format, encoder)
     usable: list[TokenizedRow] = []
     bad: list[BadRow] = []
-    for start in range(0, len(parsed.rendered), ROWS_AT_ONCE):
-        group = parsed.rendered[start : start + ROWS_AT_ONCE]
-        for row, got in zip(group, encoder.tokenize(group), strict=True):
-            if isinstance(got, str):
-                bad.append(BadRow(rows[0].file, row.number, got))
-            else:
-                usable.append(got)
+    for row, got in zip(parsed.rendered, encoder.tokenize(parsed.rendered), strict=True):
+        if isinstance(got, str):
+            bad.append(BadRow(rows[0].file, row.number, got))
+        else:
+            usable.append(got)
     return FileTokens(
         tokens_of(usable),
         tuple(sorted([*parsed.bad, *bad], key=lambda row: row.number)),
@@ -226,10 +222,26 @@ def format_and_blocks(source: Source, reading: Reading) -> tuple[Format | None, 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: "PreTrainedTokenizerBase", options: EncodingOptions, reading: Reading, name: str) -> None:
+def _start_worker(arguments: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    tokenizer, options, reading, name = pickle.loads(arguments.read_bytes())
     encoder = Encoder(tokenizer, options)
     _worker.update(encoder=encoder, reading=reading, format=format_named(name) if name else None)
+
+
+@contextlib.contextmanager
+def _pool(workers: int, *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that tokenise with one thread each."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in the middle of what they do
+    # A process is started once the one before has read what it is given, unless that is little: a tokenizer is not.
+    with tempfile.TemporaryDirectory() as directory, _one_thread_each():
+        file = Path(directory) / "arguments"
+        file.write_bytes(pickle.dumps(arguments))
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (file,))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _work(block: Block) -> FileTokens:
@@ -247,11 +259,8 @@ def tokenized(
         for i, block in every:
             yield i, tokenize_rows(block.rows(), reading, format, encoder)
         return
-    name = format.name if format else ""
-    arguments = (encoder.tokenizer, encoder.options, reading, name)
-    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's threads in the middle of what they do
     waiting: deque[tuple[int, Future[FileTokens]]] = deque()
-    with _one_thread_each(), ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
+    with _pool(workers, encoder.tokenizer, encoder.options, reading, format.name if format else "") as pool:
         try:
             for i, block in every:
                 waiting.append((i, pool.submit(_work, block)))
@@ -265,8 +274,6 @@ def tokenized(
             raise UserError(
                 "a process that tokenises was ended, perhaps for want of memory; the same command goes on"
             ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

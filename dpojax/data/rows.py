@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from dpojax.data.dialogue import Dialogue, Form, Notes, RowAnnotations, Text, TokenIds, fields_read
+from dpojax.data.dialogue import Dialogue, Form, Notes, RowAnnotations, Text, TokenIds
 from dpojax.data.messages import Message, is_blank, messages_of, template_kwargs_of, tools_of, unicode_text
 from dpojax.data.read import Row, name_of
 
@@ -160,9 +160,10 @@ def _reply(side: Text) -> Text:
     return [{"role": "assistant", "content": side}] if isinstance(side, str) else side
 
 
-def _dialogue(fields: dict[str, Any], names: tuple[str, ...], needs: str, truncated: tuple[bool, ...]) -> Dialogue:
-    """The prompt and the completions of these fields, all checked."""
-    sides = [_text(fields, name, needs) for name in names]
+def _dialogue(
+    fields: dict[str, Any], names: tuple[str, ...], sides: list[Text], needs: str, truncated: tuple[bool, ...]
+) -> Dialogue:
+    """The prompt and the completions (``sides``, of the fields of these names), all checked."""
     known = fields.get("prompt") is not None or fields.get("prompt_ids") is not None
     prompt = _text(fields, "prompt", needs) if known else None
     chats = [side for side in sides if isinstance(side, list)]
@@ -208,12 +209,14 @@ def pair_of(row: Row) -> Dialogue:
     sides = [_text(fields, name, needs) for name in names]
     if sides[0] == sides[1] and (cut[0] == cut[1] or isinstance(sides[0], tuple)):
         raise ValueError("chosen and rejected are equal; a pair needs two different completions")
-    return _dialogue(fields, names, needs, cut)
+    return _dialogue(fields, names, sides, needs, cut)
 
 
 def _single_of(fields: dict[str, Any], name: str, needs: str) -> Dialogue:
     flags = [_flag(fields.get(flag), flag) for flag in ("truncated", "chosen_truncated")]
-    return _dialogue(fields, (name,), needs, (flags[0] or (name == "chosen" and flags[1]),))
+    return _dialogue(
+        fields, (name,), [_text(fields, name, needs)], needs, (flags[0] or (name == "chosen" and flags[1]),)
+    )
 
 
 def completion_of(row: Row) -> Dialogue:
@@ -282,10 +285,10 @@ def ranked_of(row: Row) -> tuple[Dialogue, RowAnnotations]:
         if completion in distinct[:i]:
             raise ValueError(f"completion {i + 1} is there twice; leave one out")
     names = tuple([f"completions[{i + 1}]" for i in order])
-    sides = {f"{name}{suffix}": completions[i] for name, i in zip(names, order, strict=True)}
-    prompt = {name: x for name, x in fields.items() if name in fields_read("prompts")}
     needs = "a row has prompt, completions and scores"
-    dialogue = _dialogue(prompt | sides, names, needs, tuple([cut[i] for i in order]))
+    named = {f"{name}{suffix}": completions[i] for name, i in zip(names, order, strict=True)}
+    sides = [_text(named, name, needs) for name in names]
+    dialogue = _dialogue(fields, names, sides, needs, tuple([cut[i] for i in order]))
     ordered = tuple([numbers[i] for i in order])
     return dialogue, RowAnnotations(ranks=tuple([levels.index(score) for score in ordered]), scores=ordered)
 

@@ -1,6 +1,7 @@
 """Text -> token ids, as they stand in the middle of a text, and with special tokens as text where they are text."""
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+AT_ONCE = 256  # texts: a fast tokenizer spreads them over the cores, and holds some hundred bytes for every token
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
@@ -75,21 +77,28 @@ class TextTokenizer:
         self.special = special_tokens(tokenizer)
         self.pattern = pattern_of(self.special)
         self.strips_left, self.strips_right = stripping(tokenizer, "lstrip"), stripping(tokenizer, "rstrip")
-        self.fast: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-        self.first_only = False
-        if self.fast is None:
-            return
-        from tokenizers import Tokenizer as Fast
+        self.is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
 
-        content = json.loads(self.fast.to_str())
-        # Texts are never cut or padded here, whatever the file says.
-        content |= {"truncation": None, "padding": None}
+    @functools.cached_property
+    def _fast(self) -> "tuple[Tokenizer, Tokenizer, bool]":
+        """The fast tokenizer for whole texts and beginnings; for what stands in the middle; and whether they differ at
+        the beginning of a text alone. Made when it is first asked for: each is tens of MB, in every process."""
+        from tokenizers import Tokenizer
+
+        backend = self.tokenizer.backend_tokenizer
+        text = backend.to_str()
+        # As JSON without the vocabulary, which as Python's objects is as large again.
+        steps = {name: getattr(backend, name) for name in ("normalizer", "pre_tokenizer")}
+        content = {name: step and json.loads(step.__getstate__()) for name, step in steps.items()}
         middle = without_prefix(content)
-        texts = [json.dumps(content), json.dumps(middle)]
-        self.whole, self.start, self.middle = map(Fast.from_str, (texts[0], texts[0], texts[1]))
-        self.first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in texts[0]
-        if not allow_special:
-            self.start.encode_special_tokens = self.middle.encode_special_tokens = True
+        whole = other = Tokenizer.from_str(text)
+        if middle != content:
+            other = Tokenizer.from_str(json.dumps(json.loads(text) | middle))
+        for each in (whole, other):  # texts are never cut or padded here, whatever the file says
+            each.no_truncation()
+            each.no_padding()
+        first_only = content["pre_tokenizer"] != middle["pre_tokenizer"] and '"first"' in json.dumps(content)
+        return whole, other, first_only
 
     def starts(self, texts: Sequence[str]) -> list[Ids]:
         """The tokens of texts of rows: of prompts."""
@@ -103,13 +112,16 @@ class TextTokenizer:
         """The tokens of what a chat template wrote, special tokens included: as ``apply_chat_template`` has them."""
         return self._ids(texts, "whole")
 
-    def _ids(self, texts: Sequence[str], kind: str) -> list[Ids]:
+    def _ids(self, texts: Sequence[str], kind: Literal["start", "middle", "whole"]) -> list[Ids]:
         if not texts:
             return []
-        if self.fast is not None:
-            fast: Tokenizer = getattr(self, kind)
-            return [encoding.ids for encoding in fast.encode_batch_fast(list(texts), add_special_tokens=False)]
         split = kind != "whole" and not self.allow_special
+        if self.is_fast:
+            fast = self._fast[1] if kind == "middle" else self._fast[0]
+            fast.encode_special_tokens = split
+            some = (list(texts[at : at + AT_ONCE]) for at in range(0, len(texts), AT_ONCE))
+            encoded = itertools.chain.from_iterable(fast.encode_batch_fast(x, add_special_tokens=False) for x in some)
+            return [encoding.ids for encoding in encoded]
         options = {"split_special_tokens": True} if split and self.pattern else {}
         return self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
 
@@ -128,7 +140,7 @@ class TextTokenizer:
             piece = piece.rstrip() if match and match[0] in self.strips_left else piece
             if piece := piece.replace(mark, ""):
                 # As the tokenizer itself, which takes a text apart at special tokens.
-                split = self.goes_on if at and self.first_only else self.starts
+                split = self.goes_on if at and self.is_fast and self._fast[2] else self.starts
                 ids += split([piece])[0]
             if match:
                 ids.append(self.special[match[0]])
