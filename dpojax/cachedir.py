@@ -62,10 +62,11 @@ def _written(directory: Path) -> Path:
 
 
 @functools.cache  # once a process
-def mention_earlier(directory: Path, pattern: str) -> None:
-    """Say on the console that caches of an earlier version lie in the directory, if there are any of this pattern."""
-    if any(directory.glob(pattern)):
-        console.print(f"{directory}: caches of an earlier version ({pattern}) are not read and can be removed")
+def mention_earlier(directory: Path, *patterns: str) -> None:
+    """Say on the console that caches of an earlier version lie in the directory, if there are any of these patterns."""
+    if any(any(directory.glob(pattern)) for pattern in patterns):
+        said = ", ".join(patterns)
+        console.print(f"{directory}: caches of an earlier version ({said}) are not read and can be removed")
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:

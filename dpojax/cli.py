@@ -15,10 +15,13 @@ from dpojax.configs import (
     DPOConfig,
     EvalConfig,
     ExportConfig,
+    InspectOptions,
     LogpsConfig,
     LossesConfig,
+    MakeTfdsConfig,
     SampleConfig,
     SFTConfig,
+    ShowDataConfig,
     TrainOptions,
 )
 from dpojax.errors import UserError
@@ -26,7 +29,18 @@ from dpojax.errors import UserError
 if TYPE_CHECKING:
     from dpojax.data import Encoder, RowKind
 
-Config = DPOConfig | SFTConfig | LogpsConfig | EvalConfig | SampleConfig | ExportConfig | CheckDataConfig | LossesConfig
+Config = (
+    DPOConfig
+    | SFTConfig
+    | LogpsConfig
+    | EvalConfig
+    | SampleConfig
+    | ExportConfig
+    | CheckDataConfig
+    | ShowDataConfig
+    | MakeTfdsConfig
+    | LossesConfig
+)
 
 
 def run_train(config: TrainOptions) -> int:
@@ -97,9 +111,10 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.progress import track
     from dpojax.startup import keep_memory
     from dpojax.train.by_name import load_policy, tokenizer_for
+    from dpojax.train.inputs import encoding_of
 
     tokenizer = tokenizer_for(config)
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, encoding_of(config))
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
     model = load_policy(config.model)
     keep_memory()
@@ -156,18 +171,58 @@ def run_export(config: ExportConfig) -> int:
 
 def run_check_data(config: CheckDataConfig) -> int:
     """``dpojax check-data``."""
+    from dpojax.data import Encoder, parse_filter
     from dpojax.data.check import check_files
+    from dpojax.data.prepare import Reading
     from dpojax.progress import console
     from dpojax.train.by_name import load_policy_tokenizer
+    from dpojax.train.inputs import encoding_of, processes
 
     kind, name = kind_to_check(config), config.tokenizer or config.model
-    lines, wrong = check_files(config.data, load_policy_tokenizer(name) if name else None, kind, config.max_length)
+    encoder = Encoder(load_policy_tokenizer(name), encoding_of(config)) if name else None
+    reading = Reading(kind.form, config.format, tuple(map(parse_filter, config.filter)))
+    lengths = config.max_length, config.min_prompt_length
+    lines, wrong = check_files(config.data, encoder, kind, *lengths, reading, processes())
     for line in lines:
         console.print(line)
     return 1 if wrong else 0
 
 
-def kind_to_check(config: CheckDataConfig) -> "RowKind":
+def run_show_data(config: ShowDataConfig) -> int:
+    """``dpojax show-data``."""
+    from dpojax.data import Encoder, parse_filter
+    from dpojax.data.load import read_tokens
+    from dpojax.data.prepare import Reading
+    from dpojax.progress import Stage, console
+    from dpojax.show.data import look
+    from dpojax.train.by_name import load_policy_tokenizer
+    from dpojax.train.inputs import encoding_of, processes
+
+    kind = kind_to_check(config)
+    tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
+    encoder = Encoder(tokenizer, encoding_of(config))
+    reading = Reading(kind.form, config.format, tuple(map(parse_filter, config.filter)))
+    with Stage(f"Tokenizing {', '.join(Path(name).name for name in config.data)}", 1.0) as stage:
+        read, _ = read_tokens(config.data, encoder, reading, workers=processes(), progress=stage.reach)
+    lengths = config.max_length, config.min_prompt_length
+    for line in look(read, tokenizer, kind, *lengths, rows=config.rows, numbers=config.row):
+        console.print(line)
+    return 0
+
+
+def run_make_tfds(config: MakeTfdsConfig) -> int:
+    """``dpojax make-tfds``."""
+    from dpojax.data.tfds import make_tfds
+    from dpojax.progress import console
+
+    named = config.name, config.version
+    path = make_tfds(config.data, config.output, *named, split=config.split, rows_per_shard=config.rows_per_shard)
+    split = "" if config.split == "train" else f",split={config.split}"
+    console.print(f"written to {path}; --data tfds:{path}{split} reads it")
+    return 0
+
+
+def kind_to_check(config: InspectOptions) -> "RowKind":
     """The rows that ``--loss`` reads, or those of ``--kind``."""
     from dpojax.data import RowKind, kind_of
     from dpojax.losses import spelled, traits_of
@@ -229,6 +284,8 @@ COMMANDS = {
     "sample": (SampleConfig, run_sample),
     "export": (ExportConfig, run_export),
     "check-data": (CheckDataConfig, run_check_data),
+    "show-data": (ShowDataConfig, run_show_data),
+    "make-tfds": (MakeTfdsConfig, run_make_tfds),
     "losses": (LossesConfig, run_losses),
 }
 
@@ -239,7 +296,7 @@ def run(config: Config) -> int:
 
     def command() -> int:
         check_options(config)
-        if not isinstance(config, ExportConfig | CheckDataConfig):
+        if not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig):
             from dpojax.startup import prepare
 
             prepare()

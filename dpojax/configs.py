@@ -52,14 +52,45 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class ChatOptions:
+    """How chats, and special tokens in rows, become tokens."""
+
+    chat_template_kwargs: str = "{}"
+    """Arguments of the chat template, as a JSON object, as in '{"enable_thinking": false}'; a row's own come first."""
+    chat_date: str | None = None
+    """What a chat template that writes the date takes for today, as in 2026-11-25 (default: the day on which the run
+    began)."""
+    chat_special_tokens: Literal["template", "tokenizer"] = "template"
+    """BOS and EOS of chats: as the chat template writes them, or with those that the tokenizer puts around any text."""
+    allow_special_tokens: bool = False
+    """Take what spells a special token in a row's text for that token; otherwise it is text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadingOptions(ChatOptions):
+    """How records become rows, and rows tokens."""
+
+    format: str = "auto"
+    """Format that the records were published in: a name of docs/formats.md, rows (the fields prompt, chosen, rejected
+    and so on), path/to/file.py:name for one of your own, or auto, found by the columns."""
+    filter: tuple[str, ...] = ()
+    """Records to use, by comparisons of a column, each in quotes: "score_chosen>=7", "language==en"."""
+    as_chat: bool = False
+    """Take plain text for a chat: the prompt is a user's message, a completion the assistant's."""
+    max_length: int = 1024
+    """Tokens of prompt + completion; longer rows lose the prompt's start first, then the completions' ends."""
+    min_prompt_length: int = 64
+    """Tokens of the prompt that are kept before completions are cut, at most half of --max-length."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions(ReadingOptions):
     """Which rows, and how they become batches."""
 
     data: tuple[str, ...]
     """Files, directories, patterns, or names of sets (hub:, tfds:) of rows with the fields prompt, chosen and rejected
-    (text or chat messages), or in a published format."""
-    max_length: int = 1024
-    """Tokens of prompt + completion; longer rows lose the prompt's start first, then the completion's end."""
+    (text or chat messages), or in a published format; for training also with weights, as in a.jsonl=0.7
+    b.parquet=0.3."""
     batch_size: int = 8
     """Pairs per step, over all devices (the paper: 64)."""
     max_shapes: int = 8
@@ -74,6 +105,8 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     """Directory of the run: checkpoints, metrics, config. The same command on it continues the run."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, evaluated before the first step, every --eval-steps and after the last."""
+    eval_share: float = 0.0
+    """Share of the prompts of --data that is held out instead, chosen by a hash: no prompt is on both sides."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and report them, instead of refusing the file."""
     epochs: int = 1
@@ -173,7 +206,7 @@ class EvalConfig(ScoringOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig(ModelOptions):
+class SampleConfig(ModelOptions, ChatOptions):
     """Draw completions."""
 
     prompt: tuple[str, ...]
@@ -211,23 +244,57 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckDataConfig:
-    """Read data files whole and say what would be kept, truncated and dropped, and why; exit status 1 if anything is
-    wrong."""
+class InspectOptions(ReadingOptions):
+    """What `check-data` and `show-data` share."""
 
     data: tyro.conf.Positional[tuple[str, ...]]
     """Files, directories, patterns, or names of sets (hub:, tfds:)."""
-    model: str | None = None
-    """Tokenize as this model would, to find rows that are too long (default: check the fields alone)."""
-    tokenizer: str | None = None
-    """Where the tokenizer comes from, if not from --model."""
-    max_length: int = 1024
-    """Tokens of prompt + completion."""
     kind: Literal["pairs", "completions", "labels"] | None = None
     """What the rows are for: `dpo` (pairs, or several completions with scores), `sft` (completions), or `dpo` with an
     unpaired objective such as kto (completions with labels) (default: what --loss reads, or pairs)."""
     loss: str | None = None
-    """An objective, spelled as for `dpo`: its rows are checked as a run would, margins and weights included."""
+    """An objective, spelled as for `dpo`: its rows are read as a run would, margins and weights included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckDataConfig(InspectOptions):
+    """Read data files whole and say what would be kept, truncated and dropped, and why; exit status 1 if anything is
+    wrong."""
+
+    model: str | None = None
+    """Tokenize as this model would, to find rows that are too long (default: check the fields alone)."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, if not from --model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShowDataConfig(ModelOptions, InspectOptions):
+    """A look before a run: some rows in tokens, as the model would see them, and figures of all rows: lengths, what is
+    cut, equal rows and prompts, bad rows."""
+
+    rows: int | None = None
+    """Rows to show, evenly spread (default: 3)."""
+    row: tuple[int, ...] = ()
+    """Rows to show whole, by their numbers in their file (of several files, in each), in place of --rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MakeTfdsConfig:
+    """Write rows as a prepared TFDS data set, in their order; --data tfds:NAME,data_dir=OUTPUT reads it, and TFDS
+    itself in any program."""
+
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Files, directories, patterns, or names of sets (hub:, tfds:); they are read twice."""
+    output: str
+    """TFDS's data_dir; the set is in OUTPUT/NAME/VERSION."""
+    name: str
+    """Name of the set, in lower case, as in my_pairs."""
+    version: str = "1.0.0"
+    """Version of the set, three numbers."""
+    split: str = "train"
+    """Split that the rows are."""
+    rows_per_shard: int = 100_000
+    """Rows of a file, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

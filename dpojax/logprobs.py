@@ -19,6 +19,7 @@ from dpojax.packing import (
     model_input,
     packing_of,
     predictor_index,
+    target_len,
 )
 from dpojax.types import STATISTICS, CompletionStats, LabelledLogps, PairLogps, PyTree, ReferenceOutput, Sides
 
@@ -193,8 +194,11 @@ def completion_stats(
         for name, statistic in TOKEN_STATISTICS.items()
         if name in reads
     }
+    sums = jnp.sum(tokens, axis=-1)
+    if batch.loss_mask is not None:  # objectives find a completion's tokens by its length, from the left
+        tokens = jnp.take_along_axis(tokens, jnp.argsort(~completion_mask(batch), axis=-1, stable=True), axis=-1)
     stats |= {name: x for name, x in (("tokens", tokens), ("hidden", h_RZD)) if name in reads}
-    return CompletionStats(jnp.sum(tokens, axis=-1), **stats)
+    return CompletionStats(sums, **stats)
 
 
 def completion_rewards(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
@@ -226,7 +230,7 @@ def pair_up(stats: CompletionStats, batch: PairBatch) -> PairLogps:
         return Sides(*(x[:, k].reshape(-1, *x.shape[2:]) for k in (i, j)))
 
     notes = batch.annotations
-    chosen_len, rejected_len = sides(batch.completion_len)
+    chosen_len, rejected_len = sides(target_len(batch))
     valid = (chosen_len > 0) & (rejected_len > 0) & (batch.valid.repeat(len(i), axis=0) > 0)
     if notes.rank is not None:
         better, worse = sides(notes.rank)
@@ -245,7 +249,7 @@ def labelled_logps(stats: CompletionStats, batch: PairBatch) -> LabelledLogps:
     """Each row's completion with its label; a second completion is the mismatched one."""
     mismatched = stats.sums[:, 1] if stats.sums.shape[1] > 1 else None
     assert batch.annotations.label is not None
-    lengths = batch.completion_len[:, 0] * (batch.valid > 0)
+    lengths = target_len(batch)[:, 0] * (batch.valid > 0)
     return LabelledLogps(stats.sums[:, 0], lengths, batch.annotations.label, mismatched)
 
 

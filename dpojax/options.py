@@ -1,6 +1,8 @@
 """Ranges of every command's options; a value outside is refused in one sentence before anything is read."""
 
 import dataclasses
+import datetime
+import json
 from math import inf
 from typing import Any
 
@@ -15,9 +17,12 @@ RANGES: dict[str, tuple[str, Any]] = {
     "max_grad_norm": ("above 0", lambda v: v > 0),
     "weight_decay": ("at least 0", lambda v: v >= 0),
     "warmup_steps": ("at least 0", lambda v: v >= 0),
+    "eval_share": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
     "temperature": ("at least 0", lambda v: v >= 0),
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "rows": ("at least 0", lambda v: v >= 0),
+    "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),
     "prompt": ("at least one text", len),
     "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
@@ -26,7 +31,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     for name in (
         *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
         *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
-        "ref_model_sync_steps",
+        *("min_prompt_length", "ref_model_sync_steps"),
     )
 }
 
@@ -49,8 +54,34 @@ def check_options(config: Any) -> None:
             if not holds(value):
                 shown = "" if value == () else f" {value}"
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
+    check_reading(config)
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
         raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
+    if getattr(config, "row", ()) and config.rows is not None:
+        raise UserError(f"--rows {config.rows}: --row says which rows are shown; leave one of them out")
     if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
         n = config.gradient_accumulation_steps
         raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
+
+
+def check_reading(config: Any) -> None:
+    """Refuse options of data that say nothing, or two things at once.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if getattr(config, "eval_share", 0) and config.eval_data:
+        raise UserError(f"--eval-share {config.eval_share}: --eval-data is held out already; leave one of them out")
+    if (kwargs := getattr(config, "chat_template_kwargs", None)) is not None:
+        try:
+            known = isinstance(json.loads(kwargs), dict)
+        except (ValueError, RecursionError):
+            known = False
+        if not known:
+            must = """must be a JSON object, as in '{"enable_thinking": false}'"""
+            raise UserError(f"--chat-template-kwargs {kwargs}: {must}")
+    if (date := getattr(config, "chat_date", None)) is not None:
+        try:
+            datetime.date.fromisoformat(date)
+        except ValueError:
+            raise UserError(f"--chat-date {date}: must be a day, as in 2026-11-25") from None

@@ -64,7 +64,9 @@ class PairBatch:
     Prompts are padded on the left and completions on the right. Lengths, never token ids, say what is padding
     (pad == eos is normal). ``valid`` is 1 for a row of the data and 0 for padding rows at the end of the last batch.
     ``packing`` is how the model reads it (None: the padded rows as they are). ``hidden`` are packed activations of
-    frozen lower layers, from which the layers above go on. ``key`` is a random key for every row.
+    frozen lower layers, from which the layers above go on. ``key`` is a random key for every row. ``loss_mask`` is true
+    of the completion tokens that are trained on, where a completion also holds others, such as the results of tools
+    (None: all are).
     """
 
     prompt: Int[Array, "B P"]
@@ -76,6 +78,7 @@ class PairBatch:
     annotations: Annotations = struct.field(default_factory=Annotations)
     hidden: Float[Array, "R T D"] | None = None
     key: PRNGKeyArray | None = None
+    loss_mask: Bool[Array, "B N C"] | None = None
 
 
 @struct.dataclass
@@ -116,7 +119,16 @@ def inverse(index: Int[Array, "R n"], size: int) -> Int[Array, "R size"]:
     return nowhere.at[jnp.arange(R)[:, None], index].set(jnp.arange(n, dtype=jnp.int32)[None], mode="drop")
 
 
-def pack(prompt_len: np.ndarray, completion_len: np.ndarray, P: int, C: int, sequences: int, T: int, Z: int) -> Packing:
+def pack(
+    prompt_len: np.ndarray,
+    completion_len: np.ndarray,
+    P: int,
+    C: int,
+    sequences: int,
+    T: int,
+    Z: int,
+    loss_mask: np.ndarray | None = None,
+) -> Packing:
     """The indices of a padded batch's tokens, row after row without gaps, as NumPy arrays.
 
     Args:
@@ -125,6 +137,7 @@ def pack(prompt_len: np.ndarray, completion_len: np.ndarray, P: int, C: int, seq
       P, C: padded lengths of prompts and of completions, tokens.
       sequences: R, which divides B.
       T, Z: tokens and targets of a packed sequence; at least as many as any of them has.
+      loss_mask: ``[B, N, C]``, which completion tokens are targets (default: all).
     """
     B, N = completion_len.shape
     prompt = np.arange(P)[None] >= P - prompt_len[:, None]
@@ -138,7 +151,8 @@ def pack(prompt_len: np.ndarray, completion_len: np.ndarray, P: int, C: int, seq
             sequence[: len(at)] = at
         return out
 
-    return Packing(indices(np.concatenate([prompt, completions], axis=1), T), indices(completions, Z))
+    targets = completions if loss_mask is None else completions & loss_mask.reshape(B, N * C)
+    return Packing(indices(np.concatenate([prompt, completions], axis=1), T), indices(targets, Z))
 
 
 def packing_of(batch: PairBatch) -> Packing:
@@ -152,9 +166,17 @@ def packing_of(batch: PairBatch) -> Packing:
 
 
 def completion_mask(batch: PairBatch) -> Bool[Array, "B N C"]:
-    """True where a completion column holds a token."""
+    """True where a completion column holds a token that is trained on."""
     C = batch.completions.shape[-1]
-    return jax.numpy.arange(C)[None, None, :] < batch.completion_len[:, :, None]
+    there = jax.numpy.arange(C)[None, None, :] < batch.completion_len[:, :, None]
+    return there if batch.loss_mask is None else there & batch.loss_mask
+
+
+def target_len(batch: PairBatch) -> Int[Array, "B N"]:
+    """How many tokens of every completion are trained on; arrays may be JAX's or NumPy's."""
+    if batch.loss_mask is None:
+        return batch.completion_len
+    return completion_mask(batch).sum(axis=-1, dtype=batch.completion_len.dtype)
 
 
 def model_input(batch: PairBatch) -> ModelInput:

@@ -153,7 +153,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
       base: the reference.
       policy: parameters of the trained policy.
     """
-    from dpojax.data import Encoder, completion_lengths, load_examples
+    from dpojax.data import Encoder, load_examples
     from dpojax.evaluate import estimate, preference_estimates, sampled_kl, win_rate
     from dpojax.evaluate.scoring import make_scorer
     from dpojax.train.by_name import load_policy_tokenizer
@@ -174,7 +174,7 @@ def measure(config: SentimentConfig, run: Path, seed: int, base: "Model", policy
     drawn = draw(policy, 3 * seed + 2, "policy")
     ref_logps = score(base.params, drawn.examples, "Samples of the policy, under the reference")
 
-    lengths, groups = completion_lengths(pairs), [pair.prompt.tobytes() for pair in pairs]
+    lengths, groups = pairs.completion_len, [pair.prompt.tobytes() for pair in pairs]
     of_openings = [opening for opening in openings for _ in range(config.samples_per_prompt)]
     figures = {}
     for when, of_pairs, draws, theirs in (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpojax.data import Encoder, RowKind, fingerprint, load_examples
+from dpojax.data import Encoder, RowKind, load_examples
 from dpojax.losses import LOSSES
 from dpojax.models import load_tokenizer
 from dpojax.progress import console
@@ -50,7 +50,8 @@ def test_every_row_of_the_data_page_is_read(tiny_dir, tmp_path):
         for row in rows:
             from_file, _ = load_examples([write_rows(tmp_path / "rows.jsonl", [row])], encoder, kind=kind)
             in_memory, report = load_examples([row], encoder, kind=kind)
-            assert fingerprint(from_file) == fingerprint(in_memory) and report.rows == 1
+            assert from_file.content_hash == in_memory.content_hash
+            assert report.rows == len(in_memory) == 1 + (kind.form == "labels" and "rejected" in row)
             cut = "truncated" in str(row) or "_ids" in str(row)
             assert cut or all(c[-1] == encoder.eos for c in in_memory[0].completions), row
 

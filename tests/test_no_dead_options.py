@@ -20,6 +20,27 @@ from dpojax.losses import spelled
 COMMANDS = {kind.__name__: kind for kind, _ in cli.COMMANDS.values()}
 
 
+CHATTY = (
+    "{{ strftime_now('%B') }}{% for m in messages %}{{ m.content }}{{ m.content if twice }}</s>{% endfor %}"
+    "{{ '>' if add_generation_prompt }}"
+)
+
+
+def chatty():
+    """A tokenizer of bytes that puts a BOS before any text, which its chat template does not write."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: i + 2 for i, letter in enumerate(letters)} | {"<s>": 0, "</s>": 1}, []))
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHATTY
+    return tokenizer
+
+
 @pytest.fixture(scope="module")
 def world(tiny_dir, pairs_file, tmp_path_factory):
     """Files that base and changed configs name."""
@@ -39,6 +60,12 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     (root / "bad.jsonl").write_text("".join([*rows[:9], "{}\n"]))
     completions = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     write_rows(root / "completions.jsonl", completions)
+    chat = {"prompt": [{"role": "user", "content": "the </s> film"}], "chosen": "good", "rejected": "bad"}
+    write_rows(root / "chats.jsonl", [chat, chat | {"chosen": "so good"}])
+    # Pairs, or published records of another format by their columns.
+    write_rows(root / "published.jsonl", [{"sol1": "a", "sol2": "b", "goal": "c", "label": 0}])
+    write_rows(root / "rated.jsonl", [json.loads(row) | {"stars": i % 5} for i, row in enumerate(rows)])
+    chatty().save_pretrained(root / "chatty")
     run = root / "run"
     flags = ("--batch-size", "8", "--save-steps", "1", "--warmup-steps", "0", "--learning-rate", "0.01")
     base = ("--model", tiny_dir, "--data", pairs_file, "--output", str(run))
@@ -59,14 +86,39 @@ def train_base(w) -> dict:
     }
 
 
+def chat_changes(w, base: dict) -> dict:
+    """What all commands that may be given chats share; ``base`` are options with which there is one."""
+    spelled = base | {"chat_template_kwargs": '{"spelled": true}'}
+    return {
+        "chat_template_kwargs": ('{"twice": true}', base),
+        "chat_date": ("2020-09-01", base | {"chat_date": "2020-05-01"}),
+        "chat_special_tokens": ("tokenizer", base),
+        "allow_special_tokens": (True, spelled),
+    }
+
+
+def reading_changes(w, data: str = "data") -> dict:
+    """What the commands that read records share."""
+    root = w["root"]
+    # The longest row has as many tokens with the shortest month, and without a BOS.
+    dated = {"chat_date": "2020-05-01", "max_length": 25}
+    chats = {data: (str(root / "chats.jsonl"),), "tokenizer": str(root / "chatty"), **dated}
+    return chat_changes(w, chats) | {
+        "format": ("rows", {data: (str(root / "published.jsonl"),)}),
+        "filter": (("stars>=3",), {data: (str(root / "rated.jsonl"),)}),
+        "as_chat": True,
+        "max_length": 20,
+        "min_prompt_length": (2, {"max_length": 20}),
+    }
+
+
 def shared_changes(w) -> dict:
     """What the commands that read pairs share."""
-    return {
+    return reading_changes(w) | {
         "model": str(w["root"] / "model2"),
         "tokenizer": str(w["root"] / "tokenizer2"),
         "dtype": "bfloat16",
         "data": (str(w["root"] / "other.jsonl"),),
-        "max_length": 20,
         "batch_size": 16,
         "logprob_chunk_tokens": 16,
         "attention": "splash",  # refused: this is no TPU
@@ -81,6 +133,7 @@ def train_changes(w) -> dict:
         "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
         "output": "elsewhere",
         "eval_data": (w["pairs"],),
+        "eval_share": 0.3,
         "epochs": (2, {"steps": None}),
         "steps": 3,
         "optim": "adamw",
@@ -137,7 +190,8 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
         ),
         "SampleConfig": (
             {"model": w["model"], "prompt": ("the film",), "max_new_tokens": 12, "num_samples": 3},
-            {
+            chat_changes(w, {"chat": True, "tokenizer": str(root / "chatty"), "prompt": ("hm </s> hm",)})
+            | {
                 "model": str(root / "model2"),
                 "tokenizer": (str(root / "tokenizer2"), {"max_new_tokens": 400}),
                 "dtype": "bfloat16",
@@ -162,13 +216,37 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
         ),
         "CheckDataConfig": (
             {"data": (w["pairs"],), "model": w["model"], "max_length": 30},
-            {
+            reading_changes(w)
+            | {
                 "data": (str(root / "bad.jsonl"),),
                 "model": None,
                 "tokenizer": (str(root / "other.jsonl"), {}),  # refused: it is no tokenizer
-                "max_length": 20,
                 "kind": ("completions", {"data": (str(root / "completions.jsonl"),)}),
                 "loss": "odpo",  # its rows need a margin
+            },
+        ),
+        "ShowDataConfig": (
+            {"data": (w["pairs"],), "model": w["model"], "max_length": 40},
+            reading_changes(w)
+            | {
+                "data": (str(root / "other.jsonl"),),
+                "model": str(root / "tokenizer2"),
+                "tokenizer": str(root / "tokenizer2"),
+                "kind": "completions",
+                "loss": "odpo",  # its rows need a margin
+                "rows": 1,
+                "row": (4,),
+            },
+        ),
+        "MakeTfdsConfig": (
+            {"data": (w["pairs"],), "output": "sets", "name": "pairs"},
+            {
+                "data": (str(root / "other.jsonl"),),
+                "output": "elsewhere",
+                "name": "others",
+                "version": "1.0.1",
+                "split": "test",
+                "rows_per_shard": 7,
             },
         ),
         "LossesConfig": (

@@ -10,11 +10,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from dpojax.data.encode import Example
+from dpojax.data.examples import Example, Examples
 from dpojax.packing import Annotations, PairBatch, pack
 
 MULTIPLE = 8  # of packed sequences' lengths, so that the shapes are few from the start
 ENOUGH = 0.925  # real tokens among those computed, for which no further shape is compiled
+PLANNED = 4096  # batches that shapes are planned for; looking at millions would delay the first step
 
 FIELD_OF = {"ranks": "rank", "scores": "score", "margin": "score", "weight": "weight", "label": "label"}
 """The batch's annotation that a row's becomes."""
@@ -45,17 +46,19 @@ class IndexedBatch:
     batch: PairBatch
 
 
-def completion_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """``[n, N]`` completion tokens; 0 where an example has fewer completions than others."""
-    N = max(len(example.completions) for example in examples)
-    lengths = [[len(completion) for completion in example.completions] for example in examples]
-    return np.array([each + [0] * (N - len(each)) for each in lengths], np.int32)
+def target_lengths(examples: Examples) -> np.ndarray:
+    """``[n, N]`` completion tokens that are trained on; 0 where an example has fewer completions than others."""
+    if not examples.masked:
+        return examples.completion_len
+    out = examples.completion_len.copy()
+    for i, example in enumerate(examples):
+        out[i, : len(example.masks)] = [mask.sum() for mask in example.masks]
+    return out
 
 
-def annotation_fields(examples: Iterable[Example]) -> frozenset[str]:
+def annotation_fields(examples: Examples) -> frozenset[str]:
     """The fields of :class:`~dpojax.packing.Annotations` that some example has values for."""
-    present = {name for example in examples for name in example.annotations.present()}
-    return frozenset({FIELD_OF[name] for name in present})
+    return frozenset({FIELD_OF[name] for name in examples.reads})
 
 
 def annotations_of(examples: Sequence[Example | None], N: int, fields: Iterable[str]) -> Annotations:
@@ -80,14 +83,14 @@ def annotations_of(examples: Sequence[Example | None], N: int, fields: Iterable[
 
 def lengths_only(examples: Sequence[Example]) -> PairBatch:
     """All examples as one batch that has their lengths and annotations, and none of their tokens."""
-    lengths = completion_lengths(examples)
-    n, N = lengths.shape
-    annotations = annotations_of(examples, N, annotation_fields(examples))
+    examples = Examples.of(examples)
+    n, N = examples.completion_len.shape
+    annotations = annotations_of(list(examples) if examples.reads else [], N, annotation_fields(examples))
     arrays: Any = {
         "prompt": np.zeros((n, 0), np.int32),
         "prompt_len": np.zeros((n,), np.int32),
         "completions": np.zeros((n, N, 0), np.int32),
-        "completion_len": lengths,
+        "completion_len": target_lengths(examples),
         "valid": np.ones((n,), np.float32),
     }
     return PairBatch(**arrays, annotations=annotations)
@@ -99,11 +102,12 @@ def collate(
     sequences: int = 1,
     completions_each: int | None = None,
     fields: Iterable[str] | None = None,
+    masked: bool | None = None,
 ) -> PairBatch:
     """A batch of these examples, padded to ``shape``; None becomes a padding row.
 
-    ``completions_each`` is N, where it is more than these examples have. ``fields`` are those of the annotations
-    (default: those that these examples have).
+    ``completions_each`` is N, where it is more than these examples have. ``fields`` are those of the annotations, and
+    ``masked`` says whether there is a loss mask (default: those, and if, these examples have).
     """
     P, C = shape.prompt, shape.completion
     there = [example for example in examples if example is not None]
@@ -115,6 +119,8 @@ def collate(
         "completion_len": np.zeros((B, N), np.int32),
         "valid": np.array([example is not None for example in examples], np.float32),
     }
+    masked = any(example.masks for example in there) if masked is None else masked
+    loss_mask = np.ones((B, N, C), bool) if masked else None
     for i, example in enumerate(examples):
         if example is None:
             continue
@@ -123,9 +129,13 @@ def collate(
         for n, completion in enumerate(example.completions):
             arrays["completion_len"][i, n] = len(completion)
             arrays["completions"][i, n, : len(completion)] = completion
-    packing = pack(arrays["prompt_len"], arrays["completion_len"], P, C, sequences, shape.tokens, shape.targets)
-    annotations = annotations_of(examples, N, annotation_fields(there) if fields is None else fields)
-    return PairBatch(**arrays, packing=packing, annotations=annotations)
+            if loss_mask is not None and example.masks:
+                loss_mask[i, n, : len(completion)] = example.masks[n]
+    lengths = arrays["prompt_len"], arrays["completion_len"]
+    packing = pack(*lengths, P, C, sequences, shape.tokens, shape.targets, loss_mask)
+    fields = annotation_fields(Examples.of(there)) if fields is None else fields
+    annotations = annotations_of(examples, N, fields)
+    return PairBatch(**arrays, packing=packing, annotations=annotations, loss_mask=loss_mask)  # type: ignore[arg-type]
 
 
 def plan_shapes(
@@ -164,6 +174,22 @@ def plan_shapes(
     return best[n][1]
 
 
+def _drawn(examples: Examples, seed: int, epochs: int) -> grain.MapDataset:
+    """The indices of examples in the order of a run."""
+    n = len(examples)
+    if examples.part is None:
+        return grain.MapDataset.range(n).shuffle(seed=seed).repeat(epochs)
+    there = [np.flatnonzero(examples.part == k) for k in range(len(examples.weights))]
+    used = [(rows, weight) for rows, weight in zip(there, examples.weights, strict=True) if len(rows)]
+    # Each part is passed through often enough for the draws that are its share.
+    share = [weight / sum(weight for _, weight in used) for _, weight in used]
+    passes = [int(x * n * epochs / len(rows)) + 2 for x, (rows, _) in zip(share, used, strict=True)]
+    parts = [
+        grain.MapDataset.source(rows).shuffle(seed=seed).repeat(k) for (rows, _), k in zip(used, passes, strict=True)
+    ]
+    return grain.MapDataset.mix(parts, weights=share)[: n * epochs]
+
+
 class Batches:
     """The global batches of a pass or of a run, in order.
 
@@ -173,11 +199,13 @@ class Batches:
       max_shapes: shapes at most; fewer, where they keep padding low.
       sequences: R, packed sequences of a global batch: the devices that split it, times the micro-batches.
       seed: shuffle, each epoch anew; None keeps similar lengths together instead, for passes whose order is free.
-      epochs: passes over the examples. Batches run on over an epoch's end; only the very last may have padding rows.
+      epochs: passes over the examples. Batches run on over an epoch's end; only the very last may have padding rows. Of
+        a mixture, an epoch has as many draws as there are examples, and each part is passed through by itself.
 
     Attributes:
       prompts: ``[n]`` prompt tokens of every example.
       completions: ``[n, N]`` completion tokens.
+      targets: ``[n]`` tokens of all completions.
       tokens: ``[n]`` all tokens.
       indices: the examples of every batch, by their index.
       shapes: those that batches are padded to.
@@ -195,20 +223,23 @@ class Batches:
         seed: int | None = None,
         epochs: int = 1,
     ):
-        self.examples, self.batch_size, self.sequences = examples, batch_size, sequences
+        self.examples, self.batch_size, self.sequences = Examples.of(examples), batch_size, sequences
         self.hidden: Callable[[int], np.ndarray] | None = None
-        self.prompts = np.array([len(e.prompt) for e in examples])
-        self.completions = completion_lengths(examples)
-        self.tokens = self.prompts + self.completions.sum(axis=1)
-        self.fields = annotation_fields(examples)
+        self.prompts, self.completions = self.examples.prompt_len, self.examples.completion_len
+        self.targets = self.completions.sum(axis=1, dtype=np.int32)
+        self.tokens = self.prompts + self.targets
+        self.fields = annotation_fields(self.examples)
         if seed is None:
             indices = grain.MapDataset.source(self._by_length(max_shapes))
         else:
-            indices = grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat(epochs)
+            indices = _drawn(self.examples, seed, epochs)
         self.indices = indices.batch(batch_size)
-        needs = [self._need(self._placed(self.indices[i])) for i in range(len(self.indices))]
-        real = sum(int(self.tokens[self.indices[i]].sum()) for i in range(len(self.indices)))
+        looked_at = self._looked_at()
+        needs = [self._need(self._placed(self.indices[i])) for i in looked_at]
+        real = sum(int(self.tokens[self.indices[i]].sum()) for i in looked_at)
         self.shapes = plan_shapes(needs, max_shapes, self._cost, real / sequences)
+        if len(looked_at) < len(self.indices):
+            self.shapes.append(self._largest())
         self.valid_share = real / sum(self._fit(need).tokens * sequences for need in needs)
 
     def __len__(self) -> int:
@@ -226,9 +257,23 @@ class Batches:
         scores = shape.prompt**2 + N * shape.completion * (shape.prompt + shape.completion)
         return shape.tokens + TARGET_COST * shape.targets + ATTENTION_COST * each * scores
 
+    def _looked_at(self) -> np.ndarray:
+        """The batches that shapes are planned for: all, or of very many some, evenly spread."""
+        n = len(self.indices)
+        return np.arange(n) if n <= PLANNED else np.linspace(0, n - 1, PLANNED).astype(int)
+
+    def _largest(self) -> Shape:
+        """A shape that holds any batch of these examples."""
+        each = self.batch_size // self.sequences
+        # Sequences are filled so that none holds more than its examples' share of the longest ones.
+        most = lambda lengths: int(np.sort(lengths)[-each:].sum(dtype=np.int64))  # noqa: E731
+        up = lambda n, multiple: -(-n // multiple) * multiple  # noqa: E731
+        longest = int(self.prompts.max()), int(self.completions.max())
+        return Shape(up(most(self.tokens), MULTIPLE), up(most(self.targets), MULTIPLE), *(up(n, 2) for n in longest))
+
     def _by_length(self, groups: int) -> list[int]:
         """All examples, longest first, in groups of whole batches; the batches of a group have like token counts."""
-        ordered = sorted(range(len(self.examples)), key=lambda i: (-int(self.tokens[i]), i))
+        ordered = np.argsort(-self.tokens, kind="stable").tolist()
         batches = -(-len(ordered) // self.batch_size)
         size = -(-batches // groups) * self.batch_size
         order = []
@@ -264,7 +309,7 @@ class Batches:
         kept = placed[placed >= 0]
         even = lambda lengths: -(-int(lengths[kept].max()) // 2) * 2  # noqa: E731  # as cuDNN's attention wants them
         prompt, completion = even(self.prompts), even(self.completions)
-        return Shape(longest(self.tokens), longest(self.completions.sum(axis=1)), prompt, completion)
+        return Shape(longest(self.tokens), longest(self.targets), prompt, completion)
 
     def _fit(self, need: Shape) -> Shape:
         return min((s for s in self.shapes if s.cover(need) == s), key=self._cost)
@@ -274,7 +319,7 @@ class Batches:
         placed = self._placed(index)
         examples = [self.examples[i] if i >= 0 else None for i in placed]
         shape = self._fit(self._need(placed))
-        batch = collate(examples, shape, self.sequences, self.completions.shape[1], self.fields)
+        batch = collate(examples, shape, self.sequences, self.completions.shape[1], self.fields, self.examples.masked)
         if self.hidden is not None:
             first = self.hidden(int(index[0]))
             hidden = np.zeros((self.sequences, shape.tokens, first.shape[1]), first.dtype)
@@ -302,6 +347,8 @@ class Batches:
 
     def first_pass(self, limit: int | None = None) -> int:
         """How many batches, of the first ``limit`` (default: all), can hold an example that no earlier one holds."""
+        if self.examples.part is not None:
+            return min(limit or len(self), len(self))
         return min(limit or len(self), len(self), -(-len(self.examples) // self.batch_size))
 
     def iterator(self) -> grain.DatasetIterator[IndexedBatch]:

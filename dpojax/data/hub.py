@@ -147,6 +147,10 @@ class TableSource:
         fingerprint = getattr(self.dataset, "_fingerprint", None)
         return hash_of(hub=self.name, fingerprint=fingerprint) if fingerprint else None
 
+    def estimated_rows(self) -> int:
+        """How many it has."""
+        return max(1, len(self.dataset))
+
     def blocks(self, rows: int) -> Iterator[ArrowBlock]:
         """Its rows, a part of the table at a time.
 

@@ -1,13 +1,48 @@
 """Completions of other prompts, from which KTO estimates its KL divergence."""
 
-import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
-from dpojax.data.encode import Example
+import numpy as np
+
+from dpojax.data.examples import Example, Examples
+from dpojax.data.tokens import hashed
 from dpojax.errors import UserError
 
 
-def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+class Mismatched(Examples):
+    """Labelled examples, each with the completion of another one after its own.
+
+    Attributes:
+      inner: the examples.
+      other: ``[n]``, whose completion it is.
+    """
+
+    inner: Examples
+    other: np.ndarray
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        example, n = super().__getitem__(index), int(self.completion_len[index, 1])
+        theirs = self.inner[int(self.other[index])]
+        masks = (*example.masks, *[mask[:n] for mask in theirs.masks]) if example.masks and theirs.masks else ()
+        return Example(example.prompt, (*example.completions, theirs.completions[0][:n]), example.annotations, masks)
+
+    def select(self, index: np.ndarray) -> "Mismatched":
+        """The examples of these indices, in their order."""
+        out: Any = super().select(index)
+        out.other = self.other[index]
+        return out
+
+    @property
+    def keys(self) -> np.ndarray:
+        """``[n]``, a hash of every example's tokens, and of the other completion's."""
+        keys, theirs = super().keys, self.inner.keys[self.other]
+        both = zip(keys, theirs, self.completion_len[:, 1], strict=True)
+        return np.array([hashed(np.array([a, b, n], np.uint64)) for a, b, n in both], np.uint64)
+
+
+def with_mismatched(examples: Examples, max_length: int) -> Mismatched:
     """Labelled examples, each with the completion of another prompt after its own.
 
     The other completion is that of the last example before it, counted round the end, whose prompt is different, as in
@@ -16,14 +51,16 @@ def with_mismatched(examples: Sequence[Example], max_length: int) -> list[Exampl
     Raises:
       UserError: all prompts are equal.
     """
-    prompts = [example.prompt.tobytes() for example in examples]
-    if len(set(prompts)) == 1:
+    prompts = examples.prompts
+    if (prompts == prompts[0]).all():
         raise UserError("the objective compares completions of different prompts, and the data has one; see --loss bco")
-    out, other = [], next(i for i in range(len(examples) - 1, -1, -1) if prompts[i] != prompts[0])
-    for i, example in enumerate(examples):
-        if i and prompts[i - 1] != prompts[i]:
-            other = i - 1
-        room = max(1, max_length - len(example.prompt))
-        mismatched = examples[other].completions[0][:room]
-        out.append(dataclasses.replace(example, completions=(example.completions[0], mismatched)))
+    changes = np.concatenate([[False], prompts[1:] != prompts[:-1]])
+    last = np.maximum.accumulate(np.where(changes, np.arange(len(prompts)) - 1, -1))  # of another prompt, before it
+    other = np.where(last < 0, np.flatnonzero(prompts != prompts[0])[-1], last)
+    out = Mismatched.__new__(Mismatched)
+    out.__dict__.update(vars(examples))
+    room = np.maximum(1, max_length - examples.prompt_len)
+    mine = examples.completion_len[:, 0]
+    out.completion_len = np.stack([mine, np.minimum(mine[other], room)], axis=1)
+    out.inner, out.other = examples, other
     return out

@@ -65,6 +65,9 @@ class Source(Protocol):
     def identity(self) -> str | None:
         """A hash of the bytes and of how they are read; None where it cannot be known."""
 
+    def estimated_rows(self) -> int:
+        """Roughly how many rows it has, at least 1; for progress alone."""
+
     def blocks(self, rows: int) -> Iterator[Block]:
         """All its rows in runs of this many, the last of fewer; the same runs every time.
 
@@ -121,7 +124,9 @@ def rows_in_memory(rows: Sequence[Any]) -> Iterator[Row | BadRow]:
     if not rows:
         raise UserError(f"{IN_MEMORY}: the list is empty; it needs at least one row")
     for number, fields in enumerate(rows, start=1):
-        if isinstance(fields, dict):
-            yield Row(IN_MEMORY, number, fields)
-        else:
+        if not isinstance(fields, dict):
             yield BadRow(IN_MEMORY, number, f"a {name_of(fields)}, not a dict with named fields")
+        elif not all(isinstance(name, str) for name in fields):
+            yield BadRow(IN_MEMORY, number, "a dict with a field whose name is not text; name all fields by text")
+        else:
+            yield Row(IN_MEMORY, number, fields)

@@ -9,8 +9,11 @@ Forms of rows (:class:`RowKind`), by their fields:
 - ``labels``: ``prompt``, ``completion``, ``label`` (true: desirable).
 - ``prompts``: ``prompt``.
 
-Other fields are ignored. A text is plain text or a list of chat messages with ``role`` and ``content``. Completions
-that are whole conversations may leave the prompt out: it is then the beginning that they share.
+A pair is also two labelled rows, and a list with scores is also the completion of the highest score. A text is plain
+text or a list of chat messages (:mod:`dpojax.data.messages`). Completions that are whole conversations may leave the
+prompt out: it is then the beginning that they share. A chat may have ``system``, a text that becomes its system message
+and makes a chat of plain text; ``tools``; and ``chat_template_kwargs``. :func:`fields_read` names all fields of a form;
+whoever reads rows says which others there are.
 
 Token ids may stand in the place of any text: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``completion_ids``, each
 a list of ints (in memory also a NumPy array), and ``completions_ids``, a list of such lists. They are used exactly as
@@ -25,157 +28,54 @@ a message is added to it. A text that ends in EOS already stays as it is. It cha
 import dataclasses
 import math
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from dpojax.data.dialogue import Dialogue, Form, Notes, RowAnnotations, Text, TokenIds
+from dpojax.data.messages import Message, is_blank, messages_of, template_kwargs_of, tools_of, unicode_text
 from dpojax.data.read import Row, name_of
-from dpojax.losses.traits import Traits
-
-Form = Literal["pairs", "completions", "labels", "prompts"]
-Message = dict[str, str]
-TokenIds = tuple[int, ...]
-Text = str | list[Message] | TokenIds  # plain text, chat messages, or token ids
 
 PROMPT_AND_COMPLETION = "a row has prompt and completion, or is a pair"
-
-
-@dataclasses.dataclass(frozen=True)
-class RowKind:
-    """What rows a run reads: their form, and the numbers that its objective asks of every pair.
-
-    Raises:
-      ValueError: a margin or a weight is asked of what are no pairs.
-    """
-
-    form: Form
-    margin: bool = False
-    weight: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.margin or self.weight) and self.form != "pairs":
-            raise ValueError(f"rows of form {self.form!r} have no margin and no weight; only pairs have")
-
-
-PAIRS, COMPLETIONS = RowKind("pairs"), RowKind("completions")
-LABELS, PROMPTS = RowKind("labels"), RowKind("prompts")
-
-
-def kind_of(traits: Traits) -> RowKind:
-    """The rows that an objective of these traits is trained on."""
-    if traits.on == "labels":
-        return LABELS
-    return RowKind("pairs", margin="margin" in traits.reads, weight="weight" in traits.reads)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dialogue:
-    """A prompt and its completions, the best first, all as text, or all as chat messages, or as token ids.
-
-    ``truncated`` is true of each completion that was cut before its end; it is empty where none was.
-    """
-
-    prompt: Text
-    completions: tuple[Text, ...]
-    truncated: tuple[bool, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class RowAnnotations:
-    """The numbers of a row; None, or empty, where it has none.
-
-    Attributes:
-      ranks: of every completion, 0 the best; two of one rank are no pair. Empty: in the order of the completions.
-      scores: of every completion.
-      margin: by how much a pair's chosen side is better.
-      weight: how much the row counts.
-      label: 1 for a desirable completion, 0 for an undesirable one.
-    """
-
-    ranks: tuple[int, ...] = ()
-    scores: tuple[float, ...] = ()
-    margin: float | None = None
-    weight: float | None = None
-    label: float | None = None
-
-    def present(self) -> dict[str, Any]:
-        """The fields that the row has, by name."""
-        return {name: x for name, x in vars(self).items() if x not in (None, ())}
-
-
-OPTIONAL = ("margin", "weight")
-"""The annotations that rows must have only where an objective asks for them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Notes:
-    """All annotations of a row, and why it lacks a margin or a weight, for runs that ask for one."""
-
-    annotations: RowAnnotations = RowAnnotations()  # frozen
-    missing: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def of_kind(self, kind: RowKind) -> RowAnnotations:
-        """The annotations that a run of this kind reads.
-
-        Raises:
-          ValueError: the run asks for one that is missing.
-        """
-        for name in OPTIONAL:
-            if getattr(kind, name) and name in self.missing:
-                raise ValueError(self.missing[name])
-        unread = [name for name in OPTIONAL if not getattr(kind, name)]
-        return dataclasses.replace(self.annotations, **dict.fromkeys(unread))  # type: ignore[arg-type]
+LISTENERS = ("user", "system", "developer", "tool", "function", "ipython")
+"""Roles whose messages are no completions."""
 
 
 # --- one field
 
 
 def _has(fields: dict[str, Any], name: str) -> bool:
-    return name in fields or fields.get(f"{name}_ids") is not None
+    """Whether a row has a field; Parquet fills rows with nulls for the fields that they lack."""
+    return fields.get(name) is not None or fields.get(f"{name}_ids") is not None
 
 
 def _text(fields: dict[str, Any], name: str, needs: str) -> Text:
     """The field's token ids where it has them, or else its text or chat messages, checked."""
     if fields.get(f"{name}_ids") is not None:
         return _token_ids(fields[f"{name}_ids"], f"{name}_ids")
-    if name not in fields:
+    if fields.get(name) is None:
         raise ValueError(f"no field {name!r}; {needs}")
     value = fields[name]
     if isinstance(value, str):
-        return _unicode(value, name)
+        return unicode_text(value, f"field {name!r}")
+    if isinstance(value, dict) and "role" in value:
+        value = [value]  # a single message
     if not isinstance(value, list):
         raise ValueError(f"field {name!r} is a {name_of(value)}; it must be text or a list of chat messages")
-    if not value:
-        raise ValueError(f"field {name!r} is an empty list; give it at least one chat message")
-    for message in value:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-            raise ValueError(f"field {name!r} has an item that is not a chat message with role and content")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"field {name!r} has a message whose content is not text")
-        _unicode(message["content"], name)
-    return value
+    return messages_of(value, name)
 
 
 def _token_ids(value: Any, name: str) -> TokenIds:
-    ids = value if isinstance(value, list | tuple | np.ndarray) else ()
+    ids = value if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim) else ()
     if not len(ids) or any(isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) < 2**31 for i in ids):
         raise ValueError(f"field {name!r} must be a list of at least one token id, each a whole number of at least 0")
     return tuple(map(int, ids))
 
 
-def _unicode(text: str, name: str) -> str:
-    # JSON can spell half of a surrogate pair, which no tokenizer takes.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"field {name!r} is not valid Unicode (a lone surrogate); fix its escapes") from None
-    return text
-
-
 def _is_empty(text: Text) -> bool:
     if isinstance(text, str):
         return not text.strip()
-    return all(isinstance(message, dict) and not message["content"].strip() for message in text)
+    return isinstance(text, list) and is_blank(text)
 
 
 def _flag(value: Any, name: str) -> bool:
@@ -187,10 +87,14 @@ def _flag(value: Any, name: str) -> bool:
 
 def _number(fields: dict[str, Any], name: str) -> float:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
         shown = name_of(value) if not isinstance(value, float) else str(value)
         raise ValueError(f"field {name!r} is {shown}; it must be a finite number")
-    return float(value)
+    return number
 
 
 # --- dialogues
@@ -206,6 +110,8 @@ def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Dialogue:
     """Completions as chat messages: after a prompt given as messages, or after the beginning they share."""
     if isinstance(prompt, tuple):
         raise ValueError("prompt_ids are token ids and the completions are chats; give them as text or token ids")
+    if isinstance(prompt, str) and all(side[0]["role"] not in LISTENERS for side in sides):
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         if all(side[: len(prompt)] == prompt for side in sides):
             sides = [side[len(prompt) :] for side in sides]
@@ -218,16 +124,46 @@ def _conversations(prompt: Text | None, sides: list[list[Message]]) -> Dialogue:
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
     if any(not side for side in sides):
         raise ValueError("an empty completion: one conversation ends where the other goes on; add the reply")
+    for side in sides:
+        if (role := side[0]["role"]) in LISTENERS:
+            raise ValueError(f"a completion begins with a message of role {role!r}; it must begin with the assistant's")
     return Dialogue(prompt, tuple(sides))
 
 
-def _dialogue(fields: dict[str, Any], names: tuple[str, ...], needs: str, truncated: tuple[bool, ...]) -> Dialogue:
-    """The prompt and the completions of these fields, all checked."""
-    sides = [_text(fields, name, needs) for name in names]
-    for name, side in zip(names, sides, strict=True):
-        if _is_empty(side):
-            say = "give it text, leave the row out, or give an empty reply that was sampled as token ids"
-            raise ValueError(f"field {name!r} is an empty completion; {say}")
+def _with_system(dialogue: Dialogue, system: Any) -> Dialogue:
+    """The dialogue, as a chat, after a system message."""
+    if system is None or system == "":
+        return dialogue
+    if not isinstance(system, str):
+        raise ValueError(f"field 'system' is a {name_of(system)}; it must be text")
+    if isinstance(dialogue.prompt, tuple):
+        raise ValueError("prompt_ids are used as they are; leave out the field 'system'")
+    chat = as_chat(dialogue)
+    assert isinstance(chat.prompt, list)
+    message = {"role": "system", "content": unicode_text(system, "field 'system'")}
+    if chat.prompt[0]["role"] != "system":
+        return dataclasses.replace(chat, prompt=[message, *chat.prompt])
+    if chat.prompt[0]["content"] != system:
+        raise ValueError("field 'system' differs from the system message that the chat begins with; leave one out")
+    return chat
+
+
+def as_chat(dialogue: Dialogue) -> Dialogue:
+    """A dialogue in plain text as a user's message and an assistant's replies; any other as it is."""
+    if not isinstance(dialogue.prompt, str):
+        return dialogue
+    replies = tuple([_reply(side) for side in dialogue.completions])
+    return dataclasses.replace(dialogue, prompt=[{"role": "user", "content": dialogue.prompt}], completions=replies)
+
+
+def _reply(side: Text) -> Text:
+    return [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+
+
+def _dialogue(
+    fields: dict[str, Any], names: tuple[str, ...], sides: list[Text], needs: str, truncated: tuple[bool, ...]
+) -> Dialogue:
+    """The prompt and the completions (``sides``, of the fields of these names), all checked."""
     known = fields.get("prompt") is not None or fields.get("prompt_ids") is not None
     prompt = _text(fields, "prompt", needs) if known else None
     chats = [side for side in sides if isinstance(side, list)]
@@ -238,11 +174,25 @@ def _dialogue(fields: dict[str, Any], names: tuple[str, ...], needs: str, trunca
     elif prompt is None:
         raise ValueError(f"no field 'prompt'; {needs}")
     elif isinstance(prompt, list):
-        reply = lambda side: [{"role": "assistant", "content": side}] if isinstance(side, str) else side  # noqa: E731
-        dialogue = Dialogue(prompt, tuple(map(reply, sides)))
+        dialogue = Dialogue(prompt, tuple(map(_reply, sides)))
     else:
         dialogue = Dialogue(prompt, tuple(sides))
-    return dataclasses.replace(dialogue, truncated=truncated) if any(truncated) else dialogue
+    for name, side in zip(names, dialogue.completions, strict=True):
+        if _is_empty(side):
+            say = "give it text, leave the row out, or give an empty reply that was sampled as token ids"
+            raise ValueError(f"field {name!r} is an empty completion; {say}")
+    return _with_template(dataclasses.replace(dialogue, truncated=truncated if any(truncated) else ()), fields)
+
+
+def _with_template(dialogue: Dialogue, fields: dict[str, Any]) -> Dialogue:
+    """The dialogue with the fields that shape its prompt: system, tools, arguments of the chat template."""
+    dialogue = _with_system(dialogue, fields.get("system"))
+    kwargs = template_kwargs_of(fields.get("chat_template_kwargs"))
+    if (tools := tools_of(fields.get("tools"))) is not None:
+        kwargs["tools"] = tools
+    if kwargs and not isinstance(dialogue.prompt, list):
+        raise ValueError(f"field {'tools' if tools else 'chat_template_kwargs'!r} is for chats, and the row is none")
+    return dataclasses.replace(dialogue, template_kwargs=kwargs) if kwargs else dialogue
 
 
 def pair_of(row: Row) -> Dialogue:
@@ -259,12 +209,14 @@ def pair_of(row: Row) -> Dialogue:
     sides = [_text(fields, name, needs) for name in names]
     if sides[0] == sides[1] and (cut[0] == cut[1] or isinstance(sides[0], tuple)):
         raise ValueError("chosen and rejected are equal; a pair needs two different completions")
-    return _dialogue(fields, names, needs, cut)
+    return _dialogue(fields, names, sides, needs, cut)
 
 
 def _single_of(fields: dict[str, Any], name: str, needs: str) -> Dialogue:
     flags = [_flag(fields.get(flag), flag) for flag in ("truncated", "chosen_truncated")]
-    return _dialogue(fields, (name,), needs, (flags[0] or (name == "chosen" and flags[1]),))
+    return _dialogue(
+        fields, (name,), [_text(fields, name, needs)], needs, (flags[0] or (name == "chosen" and flags[1]),)
+    )
 
 
 def completion_of(row: Row) -> Dialogue:
@@ -273,13 +225,23 @@ def completion_of(row: Row) -> Dialogue:
     Raises:
       ValueError: the row has neither; the message says why.
     """
+    if _is_ranked(row.fields):
+        best = ranked_of(row)[0]
+        return dataclasses.replace(best, completions=best.completions[:1], truncated=best.truncated[:1])
     if _has(row.fields, "completion") or not _has(row.fields, "chosen"):
         return _single_of(row.fields, "completion", PROMPT_AND_COMPLETION)
     if not _has(row.fields, "rejected"):
         return _single_of(row.fields, "chosen", PROMPT_AND_COMPLETION)
-    pair = pair_of(row)  # whole conversations say by their two sides where the prompt ends
-    cut = pair.truncated[:1]
-    return Dialogue(pair.prompt, pair.completions[:1], cut if any(cut) else ())
+    return _side(pair_of(row), 0)  # whole conversations say by their two sides where the prompt ends
+
+
+def _side(pair: Dialogue, i: int) -> Dialogue:
+    cut = pair.truncated[i : i + 1]
+    return dataclasses.replace(pair, completions=pair.completions[i : i + 1], truncated=cut if any(cut) else ())
+
+
+def _is_ranked(fields: dict[str, Any]) -> bool:
+    return _has(fields, "completions") and not _has(fields, "chosen") and not _has(fields, "completion")
 
 
 def prompt_of(row: Row) -> Dialogue:
@@ -288,7 +250,7 @@ def prompt_of(row: Row) -> Dialogue:
     Raises:
       ValueError: the row has none; the message says why.
     """
-    return Dialogue(_text(row.fields, "prompt", "a row has a prompt"), ())
+    return _with_template(Dialogue(_text(row.fields, "prompt", "a row has a prompt"), ()), row.fields)
 
 
 def _truncated_of(fields: dict[str, Any], n: int) -> tuple[bool, ...]:
@@ -323,10 +285,10 @@ def ranked_of(row: Row) -> tuple[Dialogue, RowAnnotations]:
         if completion in distinct[:i]:
             raise ValueError(f"completion {i + 1} is there twice; leave one out")
     names = tuple([f"completions[{i + 1}]" for i in order])
-    sides = {f"{name}{suffix}": completions[i] for name, i in zip(names, order, strict=True)}
-    prompt = {name: x for name, x in fields.items() if name in ("prompt", "prompt_ids")}
     needs = "a row has prompt, completions and scores"
-    dialogue = _dialogue(prompt | sides, names, needs, tuple([cut[i] for i in order]))
+    named = {f"{name}{suffix}": completions[i] for name, i in zip(names, order, strict=True)}
+    sides = [_text(named, name, needs) for name in names]
+    dialogue = _dialogue(fields, names, sides, needs, tuple([cut[i] for i in order]))
     ordered = tuple([numbers[i] for i in order])
     return dialogue, RowAnnotations(ranks=tuple([levels.index(score) for score in ordered]), scores=ordered)
 
@@ -336,9 +298,9 @@ def ranked_of(row: Row) -> tuple[Dialogue, RowAnnotations]:
 
 def _margin(fields: dict[str, Any]) -> float:
     """By how much chosen is better: the field margin, or the difference of the sides' scores."""
-    if "margin" in fields:
+    if fields.get("margin") is not None:
         margin = _number(fields, "margin")
-    elif "score_chosen" in fields and "score_rejected" in fields:
+    elif fields.get("score_chosen") is not None and fields.get("score_rejected") is not None:
         margin = _number(fields, "score_chosen") - _number(fields, "score_rejected")
     else:
         raise ValueError("no field 'margin'; the objective asks for it, or for score_chosen and score_rejected")
@@ -348,7 +310,7 @@ def _margin(fields: dict[str, Any]) -> float:
 
 
 def _weight(fields: dict[str, Any]) -> float:
-    if "weight" not in fields:
+    if fields.get("weight") is None:
         raise ValueError("no field 'weight'; the objective asks for it")
     weight = _number(fields, "weight")
     if weight < 0:
@@ -358,7 +320,7 @@ def _weight(fields: dict[str, Any]) -> float:
 
 def _preference_of(row: Row) -> tuple[Dialogue, Notes]:
     fields, missing = row.fields, {}
-    if _has(fields, "completions") and not _has(fields, "chosen"):
+    if _is_ranked(fields):
         (dialogue, annotations), read = ranked_of(row), {"weight": _weight}
     else:
         dialogue, annotations, read = pair_of(row), RowAnnotations(), {"margin": _margin, "weight": _weight}
@@ -370,22 +332,26 @@ def _preference_of(row: Row) -> tuple[Dialogue, Notes]:
     return dialogue, Notes(annotations, missing)
 
 
-def _labelled_of(row: Row) -> tuple[Dialogue, Notes]:
-    needs = "a row has prompt, completion and label"
-    dialogue, label = _single_of(row.fields, "completion", needs), row.fields.get("label")
+def _labelled_of(row: Row) -> list[tuple[Dialogue, Notes]]:
+    """A completion with its label; of a pair, the chosen side as desirable and the rejected one as undesirable."""
+    fields, needs = row.fields, "a row has prompt, completion and label"
+    if not _has(fields, "completion") and _has(fields, "chosen") and _has(fields, "rejected"):
+        pair = pair_of(row)
+        return [(_side(pair, i), Notes(RowAnnotations(label=1.0 - i))) for i in (0, 1)]
+    dialogue, label = _single_of(fields, "completion", needs), fields.get("label")
     if label not in (True, False):  # 1 and 0 too
         raise ValueError("field 'label' must be true (desirable) or false; " + needs)
-    return dialogue, Notes(RowAnnotations(label=float(label)))
+    return [(dialogue, Notes(RowAnnotations(label=float(label))))]
 
 
-def parse_row(row: Row, form: Form) -> tuple[Dialogue, Notes]:
-    """A row's dialogue and all of its annotations, whatever an objective asks for.
+def parse_row(row: Row, form: Form) -> list[tuple[Dialogue, Notes]]:
+    """A row's dialogue and all of its annotations, whatever an objective asks for; a pair is two labelled dialogues.
 
     Raises:
       ValueError: the row is not usable; the message says why.
     """
     if form == "pairs":
-        return _preference_of(row)
+        return [_preference_of(row)]
     if form == "labels":
         return _labelled_of(row)
-    return (completion_of(row) if form == "completions" else prompt_of(row)), Notes()
+    return [(completion_of(row) if form == "completions" else prompt_of(row), Notes())]

@@ -1,6 +1,7 @@
 """Parquet, Arrow, CSV and TSV files -> rows."""
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import json
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 PARQUET, ARROW, FEATHER = b"PAR1", b"ARROW1", b"FEA1"
+BYTES_A_ROW = 2000  # of an Arrow file, to guess by
 MOST_CELL = 2**31 - 1  # characters of a cell of CSV
 NUMBERS = {
     *("label", "labels", "margin", "weight", "score", "scores", "rank", "rating", "truncated", "id", "is", "safe"),
@@ -73,6 +75,17 @@ def arrow_blocks(batches: Iterable["pyarrow.RecordBatch"], name: str, rows: int)
 @dataclasses.dataclass(frozen=True)
 class ArrowSource(FileSource):
     """A Parquet file, or an Arrow file of any kind; a compressed one is decompressed into memory."""
+
+    def estimated_rows(self) -> int:
+        """How many a Parquet file says that it has; of another, a guess by its size."""
+        import pyarrow
+        import pyarrow.parquet
+
+        with contextlib.suppress(pyarrow.ArrowException, OSError, ValueError):
+            return max(1, pyarrow.parquet.read_metadata(self.path).num_rows)
+        with contextlib.suppress(OSError):
+            return max(1, self.path.stat().st_size // BYTES_A_ROW)
+        return 1
 
     def blocks(self, rows: int) -> Iterator[ArrowBlock]:
         """Its rows, a part of the file in memory at a time.

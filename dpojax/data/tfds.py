@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from dpojax.data.opened import hash_of, identity_of
-from dpojax.data.read import BadRow, Row, Source, read_rows
+from dpojax.data.read import BadRow, Row, Source, read_rows, runs
 from dpojax.data.sources import TFDS, options_of
 from dpojax.errors import UserError, first_line
 
 JSON_COLUMNS = "json_columns"
+ROWS_AT_ONCE = 1024  # TFDS writes its metadata again after every call that adds rows
 ABSENT = ""  # in a column of JSON text: the row does not have the field
 
 
@@ -124,6 +125,10 @@ class TfdsSource:
         hashes = [identity_of(path) for path in about if path.exists()] + [identity_of(self.shard)]
         return None if None in hashes else hash_of(tfds=hashes, skip=self.skip, count=self.count)
 
+    def estimated_rows(self) -> int:
+        """How many it has."""
+        return max(1, self.count)
+
     def blocks(self, rows: int) -> Iterator[TfdsBlock]:
         """Places of rows."""
         for i in range(0, self.count, rows):
@@ -155,7 +160,7 @@ def _directory(name: str, said: str, options: dict[str, str]) -> str:
     where = f"in {data_dir}" if data_dir else "where TFDS looks (give data_dir=DIR)"
     raise UserError(
         f"{name}: no such prepared data set {where}; prepare it with "
-        f"'tfds build {said} --file_format=array_record', or make one with dpojax.data.tfds.make_tfds"
+        f"'tfds build {said} --file_format=array_record', or make one with dpojax make-tfds"
     )
 
 
@@ -287,17 +292,20 @@ def _write(names: Sequence[str], path: Path, name: str, version: str, split: str
     path.mkdir(parents=True)
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(name, tfds.core.Version(version), data_dir=str(path), module_name="dpojax"),
-        description="Rows of dpojax.data.tfds.make_tfds.",
+        description="Rows of dpojax make-tfds.",
         features=tfds.features.FeaturesDict({column: _feature(kind) for column, kind in kinds.items()}),
         metadata=tfds.core.MetadataDict({JSON_COLUMNS: json_columns}),
         disable_shuffling=True,
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=rows_per_shard, file_format="array_record")
     writer.initialize_splits([split])
-    for row in read_rows(names):
-        if isinstance(row, BadRow):
-            raise UserError(f"{row}; the file was written to while it was read")
-        writer.add_examples({split: [_example(row.fields, kinds)]})
+    for run in runs(read_rows(names), ROWS_AT_ONCE):
+        examples = []
+        for row in run:
+            if isinstance(row, BadRow):
+                raise UserError(f"{row}; the file was written to while it was read")
+            examples.append(_example(row.fields, kinds))
+        writer.add_examples({split: examples})
     writer.close_all()
 
 

@@ -1,5 +1,7 @@
 """The exact divergence of a policy from its reference, along completions that are given."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jaxtyping import Array, Float
@@ -19,7 +21,7 @@ def exact_kl(
     config: DecoderConfig,
     policy: PyTree,
     ref: PyTree,
-    examples: list[Example],
+    examples: Sequence[Example],
     *,
     dtype: str = "float32",
     attention: str = "auto",

@@ -1,6 +1,6 @@
 """Log-probabilities of any examples under any parameters of one model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpojax.configs import MeshConfig, ScoringOptions
-from dpojax.data import PAIRS, Batches, Encoder, Example, completion_lengths, lengths_only
+from dpojax.data import PAIRS, Batches, Encoder, Example, lengths_only
+from dpojax.data.batches import target_lengths
 from dpojax.logprobs import pair_up
 from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
 from dpojax.packing import ApplyFn
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
-from dpojax.train.inputs import check_fit, read_examples
+from dpojax.train.inputs import check_fit, encoding_of, read_examples
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
 from dpojax.types import CompletionStats, PyTree
@@ -51,7 +52,7 @@ def make_scorer(
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
     step = make_logps_step(apply_fn, mesh, config, chunk_tokens=chunk_tokens)
 
-    def score(params: PyTree, examples: list[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
+    def score(params: PyTree, examples: Sequence[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
         on_mesh = lambda: place_params(params, mesh, config)  # noqa: E731
         batches = Batches(examples, batch_size, max_shapes=max_shapes, sequences=batch_shards(mesh))
         return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
@@ -65,22 +66,22 @@ class FileScores:
     def __init__(self, config: ScoringOptions):
         tokenizer = tokenizer_for(config)
         self.config = config
-        self.examples = read_examples(config.data, Encoder(tokenizer), PAIRS, config)
-        self.lengths = completion_lengths(self.examples)
+        encoder = Encoder(tokenizer, encoding_of(config))
+        self.examples, self.beside = read_examples(config.data, encoder, PAIRS, config)
+        self.lengths = target_lengths(self.examples)
 
-    def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+    def pairs(self, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """``[n, N]`` log-probabilities as those of pairs (chosen, rejected): ``[pairs, 2]``, their lengths, prompts."""
         both = pair_up(CompletionStats(sums), lengths_only(self.examples))  # type: ignore[arg-type]  # NumPy's
         there = np.asarray(both.chosen_len) > 0
         logps = np.stack([both.chosen, both.rejected], axis=1)[there]
         lengths = np.stack([both.chosen_len, both.rejected_len], axis=1)[there]
         each = len(there) // len(self.examples)
-        prompts = [example.prompt.tobytes() for example in self.examples for _ in range(each)]
-        return logps, lengths, [prompt for prompt, kept in zip(prompts, there, strict=True) if kept]
+        return logps, lengths, np.repeat(self.examples.prompts, each)[there].tolist()
 
     def line(self, i: int, sums: np.ndarray) -> dict[str, Any]:
         """What `dpojax logps` writes of row i: of a pair, or of several completions, the best first."""
-        n = len(self.examples[i].completions)
+        n = int((self.examples.completion_len[i] > 0).sum())
         logps, lengths = sums[:n].tolist(), self.lengths[i, :n].tolist()
         if n > 2:
             return {"logps": logps, "len": lengths}
@@ -90,7 +91,7 @@ class FileScores:
     def of(self, name: str) -> np.ndarray:
         """``[n, N]`` log-probabilities of the completions under the model of this name, nats."""
         config, files = self.config, open_policy(name)
-        check_fit(files.config, self.examples, config.tokenizer or name)
+        check_fit(files.config, [self.examples], config.tokenizer or name)
         model = files.load(make_mesh(MeshConfig()))
         keep_memory()
         scorer = make_scorer(
@@ -102,5 +103,5 @@ class FileScores:
             chunk_tokens=config.logprob_chunk_tokens,
         )
         key = model_key(model.config, fingerprint(model.params), config.dtype)
-        cache = LogpsCache(config.data[0], key, self.lengths.shape[1])
+        cache = LogpsCache(self.beside, key, self.lengths.shape[1])
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

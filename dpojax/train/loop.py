@@ -135,6 +135,8 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
         same = ref_model is model
         identities["reference_hash"] = identities["model_hash"] if same else fingerprint(ref_model.params)
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
+    if data.today is not None:
+        identities["today"] = data.today
     claim_directory(config, identities)
     save_model_files(files.hf_config, files.generation_config, data.tokenizer, Path(config.output) / "model")
     return data, model, ref_model, program, identities
@@ -148,7 +150,7 @@ def references(
     choice, traits = task.reference, task.traits
     key = model_key(model.config, content, config.dtype)
 
-    def cached(batches: Batches, file: str, label: str, limit: int | None = None) -> Reference:
+    def cached(batches: Batches, file: str | None, label: str, limit: int | None = None) -> Reference:
         cache = LogpsCache(file, key, batches.completions.shape[1])
         return cached_reference(program, model.params, batches, label=label, limit=limit, cache=cache)
 
@@ -162,10 +164,10 @@ def references(
         reference: Reference = live_reference(program, model.params)
     else:
         # First, and so in the run's own batches, whose rounding is then the steps' own.
-        reference = cached(data.batches, config.data[0], "Reference log-probabilities", data.total_steps)
+        reference = cached(data.batches, data.beside[0], "Reference log-probabilities", data.total_steps)
     if data.eval_batches is None or (choice.form == "live" and traits.needs_forward_pass):
         return reference, None
-    return reference, cached(data.eval_batches, config.eval_data[0], "Reference log-probabilities, held-out")
+    return reference, cached(data.eval_batches, data.beside[1], "Reference log-probabilities, held-out")
 
 
 def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.logprobs import completion_rewards, completion_stats, labelled_logps, pair_up
 from dpojax.losses import Objective, Traits, at_beta, log_ratios, per_token, traits_of, without_reference
-from dpojax.packing import ApplyFn, PairBatch
+from dpojax.packing import ApplyFn, PairBatch, target_len
 from dpojax.types import (
     CompletionStats,
     LabelledLogps,
@@ -66,7 +66,7 @@ def logps_of(stats: CompletionStats, batch: PairBatch, traits: Traits) -> Logps:
 
 def chosen_logps(stats: CompletionStats, batch: PairBatch) -> PairLogps:
     """Log-probabilities of rows of one completion, which is the chosen side; the rejected side has length 0."""
-    lengths = batch.completion_len[:, 0] * (batch.valid > 0)
+    lengths = target_len(batch)[:, 0] * (batch.valid > 0)
     return PairLogps(stats.sums[:, 0], jnp.zeros_like(stats.sums[:, 0]), lengths, 0 * lengths)
 
 

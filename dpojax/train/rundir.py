@@ -21,7 +21,7 @@ from dpojax.models.safetensors import GENERATION, read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 3
 """Of run.json and checkpoints; runs of an earlier format are read, but not continued."""
 
 
@@ -56,11 +56,11 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
       UserError: the directory holds another run, a run of an earlier format, or files that are no run.
     """
     directory = Path(config.output)
-    mine = {"format": FORMAT, "command": type(config).__name__, **_flat(dataclasses.asdict(config)), **identities}
+    mine = {"run_format": FORMAT, "command": type(config).__name__, **_flat(dataclasses.asdict(config)), **identities}
     del mine["output"]
     if is_run(directory):
         theirs = read_json(directory / "run.json")
-        if theirs.get("format") != FORMAT:
+        if theirs.get("run_format") != FORMAT:
             raise UserError(
                 f"--output {directory}: holds a run of another version of dpojax, which cannot be continued (eval, "
                 "sample and export still read it); name another directory to start anew"

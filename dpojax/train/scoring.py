@@ -87,9 +87,11 @@ def collect_logps(
       cache: log-probabilities that are known; new ones are added.
     """
     n, N = batches.completions.shape
-    sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(batches.examples)
+    keys = batches.examples.keys
+    sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(keys)
     by_batch = batch_sharding(mesh)
-    todo = [i for i in range(batches.first_pass(limit)) if np.isnan(sums[batches.indices[i]]).any()]
+    unknown = lambda i: bool(np.isnan(sums[batches.indices[i]]).any())  # noqa: E731
+    todo = [i for i in range(batches.first_pass(limit)) if unknown(i)] if np.isnan(sums).any() else []
     if cache is not None and np.isfinite(sums).any():
         console.print(f"{label}: {np.isfinite(sums[:, 0]).sum()} of {n} rows from the cache")
     if not todo:
@@ -97,13 +99,15 @@ def collect_logps(
     on_mesh = params() if callable(params) else params
     try:
         for i in track(todo, label):
+            if not unknown(i):  # a mixture draws rows of a small part again and again
+                continue
             item = batches.collate(batches.indices[i])
             got = np.asarray(step(on_mesh, put_global(item.batch, by_batch)))
             # A batch may run over the epoch's end, or over rows of the cache.
             new = (item.index >= 0) & np.isnan(sums[item.index, 0])
             sums[item.index[new]] = got[new]
             if cache is not None:
-                cache.add([batches.examples[i] for i in item.index[new]], got[new])
+                cache.add(keys[item.index[new]], got[new])
     finally:
         if cache is not None:
             cache.write()

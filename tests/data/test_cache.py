@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import errno
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,12 +12,24 @@ import pytest
 
 from dpojax import cachedir
 from dpojax.cachedir import cache_dir
-from dpojax.data import COMPLETIONS, Encoder, RowAnnotations, RowKind, cache, load_examples
+from dpojax.data import (
+    COMPLETIONS,
+    Encoder,
+    EncodingOptions,
+    RowAnnotations,
+    RowKind,
+    cache,
+    chat,
+    load_examples,
+    prepare,
+    store,
+)
 from dpojax.errors import UserError
 from dpojax.models import load_tokenizer
 from tests.conftest import write_rows
 
 GOOD = {"prompt": "the film", "chosen": " was lovely", "rejected": " was slow"}
+FILES = ("facts.json", "flat.bin", "rows.bin")
 CHAT = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "Go away"}
 
 
@@ -84,16 +97,15 @@ def test_a_second_load_is_equal_and_needs_no_tokenizer(make_encoder, file, monke
     assert (first[1].cached, second[1].cached) == (0, 3)
     assert second[1].sentence() == first[1].sentence() + " (tokens from the cache)"
     assert reached[-1] == 1.0
-    assert [path.suffix for path in kept_beside(file)] == [".npz"]
+    assert [path.name[:8] for path in kept_beside(file)] == ["tokens4-"]
 
 
 def test_another_length_reads_the_same_tokens(make_encoder, file, monkeypatch):
-    load_examples([file], make_encoder(), max_length=8)
+    load_examples([file], make_encoder(), max_length=8, skip_bad_rows=True)
     cached = load_examples([file], forbid(make_encoder(), monkeypatch), max_length=12)
-    kept_beside(file)[0].unlink()
+    shutil.rmtree(kept_beside(file)[0])
     fresh = load_examples([file], make_encoder(), max_length=12)
-    assert plain(cached) == plain(fresh)
-    assert [row.number for row in cached[1].prompts_cut] == [row.number for row in fresh[1].prompts_cut] != []
+    assert plain(cached) == plain(fresh) and cached[1].prompts_cut > 0
 
 
 def test_the_shards_of_a_directory_are_kept_one_by_one(make_encoder, tmp_path, monkeypatch):
@@ -155,8 +167,12 @@ def test_a_template_that_writes_the_date_does_so_every_day(encoder, file, monkey
         def today(cls):
             return datetime.date(2200, 1, 1)
 
-    monkeypatch.setattr(cache.datetime, "date", Tomorrow)
-    assert load_examples([file], encoder)[1].cached == 0
+    monkeypatch.setattr(chat.datetime, "date", Tomorrow)
+    assert load_examples([file], Encoder(encoder.tokenizer))[1].cached == 0
+    dated = Encoder(encoder.tokenizer, EncodingOptions(chat_date="2020-05-17"))
+    assert load_examples([file], dated)[1].cached == 0
+    examples, _ = load_examples([file], dated)
+    assert encoder.tokenizer.decode(examples[1].prompt).startswith("17[user] Hi")
 
 
 def test_kinds_are_kept_apart(encoder, file):
@@ -196,8 +212,7 @@ def test_a_sweep_over_objectives_tokenizes_once(encoder, tmp_path, monkeypatch):
         load_examples([file], encoder, kind=kinds[1])
 
 
-def test_a_missing_margin_is_refused_before_anything_is_tokenized(encoder, file, monkeypatch):
-    monkeypatch.setattr(encoder, "tokenize", lambda texts: pytest.fail("the tokenizer was used"))
+def test_a_missing_margin_is_refused(encoder, file):
     with pytest.raises(UserError, match=r"row 1: no field 'margin'.*\(2 more bad rows\)"):
         load_examples([file], encoder, kind=RowKind("pairs", margin=True))
 
@@ -208,7 +223,7 @@ def test_caches_of_an_earlier_version_are_mentioned_once_and_not_read(encoder, f
     (earlier / f"tokens-{'0' * 32}.npz").write_bytes(b"of an earlier version")
     for _ in range(2):
         load_examples([file], encoder)
-    said = f"{earlier}: caches of an earlier version (tokens-*.npz) are not read and can be removed"
+    said = f"{earlier}: caches of an earlier version (tokens-*.npz, tokens3-*.npz) are not read and can be removed"
     assert capsys.readouterr().out.splitlines() == [said]
 
 
@@ -220,7 +235,7 @@ def test_the_suffixes_are_kept_apart(encoder, file):
 
 
 def test_bad_rows_are_kept_with_their_sentences(encoder, tmp_path, monkeypatch):
-    # Row 3 is refused as tokens (no BOS), after all that are refused as text.
+    # Row 3 is refused as tokens (no BOS), others as text.
     file = write(tmp_path / "f.jsonl", GOOD, {"prompt": "a"}, GOOD | {"prompt": ""}, "", "{broken", GOOD)
     first = load_examples([file], encoder, skip_bad_rows=True)
     with pytest.raises(UserError) as fresh:
@@ -228,7 +243,7 @@ def test_bad_rows_are_kept_with_their_sentences(encoder, tmp_path, monkeypatch):
     forbid(encoder, monkeypatch)
     second = load_examples([file], encoder, skip_bad_rows=True)
     assert plain(first) == plain(second)
-    assert [bad.number for bad in second[1].dropped] == [2, 5, 3] and second[1].rows == 5
+    assert [bad.number for bad in second[1].dropped] == [2, 3, 5] and second[1].rows == 5
     with pytest.raises(UserError) as cached:
         load_examples([file], encoder)
     assert str(cached.value) == str(fresh.value).replace("other/", "")
@@ -255,23 +270,63 @@ def test_files_are_kept_one_by_one(encoder, file, tmp_path):
     assert reached == sorted(reached) and reached[-1] == 1.0
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "lengths"])
-def test_a_damaged_cache_is_made_again(encoder, file, damage):
-    first = load_examples([file], encoder)
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "twice", "gone"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_cache_is_made_again(encoder, file, name, damage):
+    first = plain(load_examples([file], encoder))
     (kept,) = kept_beside(file)
-    content = kept.read_bytes()
-    arrays = dict(np.load(kept))
-    if damage == "lengths":
-        with kept.open("wb") as out:
-            np.savez(out, **arrays | {"lengths": arrays["lengths"] + 1})
+    content = (kept / name).read_bytes()
+    for other in FILES:
+        (kept / f"{other}.new").write_bytes((kept / other).read_bytes())
+        (kept / f"{other}.new").replace(kept / other)  # the old one is mapped
+    if damage == "gone":
+        (kept / name).unlink()
+    elif damage == "twice":
+        (kept / name).write_bytes(content + content)
     elif damage == "flipped":
-        middle = content.index(arrays["flat"].tobytes())
-        kept.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+        (kept / name).write_bytes(content[:9] + bytes([content[9] ^ 255]) + content[10:])
     else:
-        kept.write_bytes({"cut": content[:-40], "empty": b"", "other": b"PK not a zip"}[damage])
+        (kept / name).write_bytes({"cut": content[:-40], "empty": b"", "other": b"PK not a zip"}[damage])
     again = load_examples([file], encoder)
-    assert plain(again) == plain(first) and again[1].cached == 0
+    assert plain(again) == first and again[1].cached == 0
     assert load_examples([file], encoder)[1].cached == 3
+
+
+def test_what_was_tokenised_before_an_interruption_is_not_done_again(encoder, tmp_path, monkeypatch):
+    """A block is kept as soon as it is done, and read back as it was."""
+    monkeypatch.setattr(prepare, "ROWS_OF_BLOCK", 2)
+    rows = [GOOD | {"prompt": f"film {i}"} for i in range(7)]
+    file, whole = write(tmp_path / "a" / "f.jsonl", *rows), write(tmp_path / "b" / "f.jsonl", *rows)
+    render, done = encoder.render, []
+
+    def stopping(dialogue):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(dialogue.prompt)
+        return render(dialogue)
+
+    monkeypatch.setattr(encoder, "render", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        load_examples([file], encoder)
+    (aside,) = kept_beside(file)
+    assert aside.name.endswith(".parts") and len(list(aside.iterdir())) == 2
+    again = []
+    monkeypatch.setattr(encoder, "render", lambda dialogue: again.append(dialogue.prompt) or render(dialogue))
+    resumed = load_examples([file], encoder)
+    assert again == ["film 4", "film 5", "film 6"] and len(kept_beside(file)) == 1
+    assert plain(resumed) == plain(load_examples([whole], encoder))
+
+
+def test_processes_share_the_work(encoder, tmp_path, monkeypatch):
+    """Tokens, their order and what is said of rows are those of one process."""
+    monkeypatch.setattr(prepare, "ROWS_OF_BLOCK", 8)
+    rows = [GOOD | {"prompt": f"film {i}", "extra": 1} if i % 9 else {"prompt": i} for i in range(60)]
+    file, other = write(tmp_path / "a" / "f.jsonl", *rows), write(tmp_path / "b" / "f.jsonl", *rows)
+    alone, shared = (load_examples([f], encoder, skip_bad_rows=True, workers=n) for f, n in ((file, 1), (other, 2)))
+    assert plain(alone)[0] == plain(shared)[0]
+    said = [[(bad.number, bad.why) for bad in report.dropped] for _, report in (alone, shared)]
+    assert said[0] == said[1] and len(said[0]) == 7
+    assert shared[1].remarks == [f"{other}: not used: column extra"]
 
 
 def test_without_a_place_beside_the_data_it_is_the_users(encoder, file, tmp_path, monkeypatch):
@@ -299,11 +354,11 @@ def test_without_any_place_it_does_without(encoder, file, tmp_path, monkeypatch)
 
 
 def test_a_full_disk_leaves_nothing_and_fails_nothing(encoder, file, monkeypatch):
-    def full(out, **arrays):
-        out.write(b"half")
+    def full(*args, **arrays):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.np, "savez", full)
+    monkeypatch.setattr(store.np, "savez", full)
+    monkeypatch.setattr(store, "_write_rows", full)
     examples, _ = load_examples([file], encoder)
     assert len(examples) == 3 and kept_beside(file) == []
 
@@ -332,7 +387,7 @@ def test_loads_at_the_same_time(tiny_dir, file, monkeypatch):
     def load(encoder):
         loaded.append(load_examples([file], encoder))
 
-    monkeypatch.setattr(cache.np, "savez", all_at_once)
+    monkeypatch.setattr(store.np, "savez", all_at_once)
 
     threads = [threading.Thread(target=load, args=(encoder,)) for encoder in encoders]
     for thread in threads:

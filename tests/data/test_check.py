@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from dpojax.data import PAIRS, RowKind
+from dpojax.data import PAIRS, Encoder, RowKind
 from dpojax.data.check import check_files
+from dpojax.data.prepare import Reading
 from dpojax.models import load_tokenizer
 from tests.conftest import write_rows
 
@@ -25,14 +26,14 @@ def file(tmp_path):
 
 
 def test_fields_alone(file):
-    lines, wrong = check_files([file], None, PAIRS, 20)
+    lines, wrong = check_files([file], None, PAIRS, 20, 64, Reading())
     assert wrong
     assert [line.split(": ")[1] for line in lines[:-1]] == [f"{file}, row 2", f"{file}, row 4"]
     assert lines[-1] == "5 rows: 3 kept, lengths not looked at (give --model), 2 dropped"
 
 
 def test_with_a_tokenizer(file, tiny_dir):
-    lines, wrong = check_files([file], load_tokenizer(tiny_dir), PAIRS, 20)
+    lines, wrong = check_files([file], Encoder(load_tokenizer(tiny_dir)), PAIRS, 20, 64, Reading())
     assert wrong
     assert [line.split(": ")[0] + line.split(", ")[1][:5] for line in lines[:-1]] == [
         *("droppedrow 2", "droppedrow 4", "droppedrow 5"),
@@ -42,7 +43,7 @@ def test_with_a_tokenizer(file, tiny_dir):
 
 
 def test_a_clean_file_is_clean(pairs_file, tiny_dir):
-    lines, wrong = check_files([pairs_file], load_tokenizer(tiny_dir), PAIRS, 512)
+    lines, wrong = check_files([pairs_file], Encoder(load_tokenizer(tiny_dir)), PAIRS, 512, 64, Reading())
     assert not wrong
     assert lines == ["24 rows: 24 kept, 0 of them truncated to 512 tokens, 0 dropped"]
 
@@ -60,7 +61,7 @@ def test_rows_are_checked_as_the_run_will(tmp_path, capsys):
 
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     file = write_rows(tmp_path / "f.jsonl", [row | {"margin": 1}, row | {"weight": 2, "margin": 0}])
-    for loss, wrong in (("sigmoid", []), ("odpo", []), ("with_weights(odpo)", [1]), ("kto", [1, 2])):
+    for loss, wrong in (("sigmoid", []), ("odpo", []), ("with_weights(odpo)", [1]), ("kto", [])):
         assert main(["check-data", file, "--loss", loss]) == bool(wrong)
         dropped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dropped")]
         assert [line.split(":")[1].split("row ")[1] for line in dropped] == [str(number) for number in wrong]
@@ -77,7 +78,7 @@ def test_rows_of_a_directory_are_told_apart_by_their_shard(tiny_dir, tmp_path):
     write_rows(tmp_path / "shards" / "a.jsonl", [pair])  # without the margin that is asked for
     write_rows(tmp_path / "shards" / "b.jsonl", [pair | {"prompt": "x" * 50, "margin": 1}])
     shards, kind = tmp_path / "shards", RowKind("pairs", margin=True)
-    lines, wrong = check_files([str(shards)], load_tokenizer(tiny_dir), kind, 20)
+    lines, wrong = check_files([str(shards)], Encoder(load_tokenizer(tiny_dir)), kind, 20, 64, Reading())
     assert wrong and lines[0].startswith(f"dropped: {shards}/a.jsonl, row 1: no field 'margin'")
     assert lines[1:] == [
         f"truncated: {shards}/b.jsonl, row 1: prompt cut at its start",

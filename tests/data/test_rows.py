@@ -34,7 +34,7 @@ def row(**fields) -> Row:
 
 def used(fields: dict, kind: RowKind) -> tuple[Dialogue, RowAnnotations]:
     """A row as a run of this kind reads it."""
-    dialogue, notes = parse_row(row(**fields), kind.form)
+    ((dialogue, notes),) = parse_row(row(**fields), kind.form)
     return dialogue, notes.of_kind(kind)
 
 
@@ -68,7 +68,7 @@ def test_every_spelling_of_a_chat_is_the_same_pair(fields):
         ({"chosen": "b", "rejected": "c"}, "no field 'prompt'"),
         (GOOD | {"rejected": "b"}, "chosen and rejected are equal"),
         (GOOD | {"chosen": 3}, "field 'chosen' is a number"),
-        (GOOD | {"rejected": None}, "field 'rejected' is a null"),
+        (GOOD | {"rejected": None}, "no field 'rejected'"),
         (GOOD | {"prompt": {"a": 1}}, "field 'prompt' is a object"),
         (GOOD | {"chosen": ""}, "field 'chosen' is an empty completion"),
         (GOOD | {"rejected": " \n"}, "field 'rejected' is an empty completion"),
@@ -194,7 +194,7 @@ PAIR = {"prompt": "a", "chosen": "x", "rejected": "y"}
         (MARGIN, PAIR | {"score_chosen": 1, "score_rejected": 2}, "exchange them"),
         (WEIGHT, PAIR | {"weight": -1}, "at least 0"),
         (WEIGHT, PAIR | {"weight": True}, "'weight' is boolean"),
-        (LABELS, PAIR, "no field 'completion'"),
+        (LABELS, {"prompt": "a"}, "no field 'completion'"),
         (LABELS, {"prompt": "a", "completion": "x"}, "'label' must be true"),
         (LABELS, {"prompt": "a", "completion": "x", "label": "good"}, "'label' must be true"),
         (LABELS, {"prompt": "a", "completion": "x", "label": [1]}, "'label' must be true"),

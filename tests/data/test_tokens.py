@@ -1,5 +1,7 @@
 """Tokens: templates applied once, one BOS, one EOS, a boundary that never moves, and truncation."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from dpojax.data import (
     LABELS,
     PROMPTS,
     Encoder,
-    fingerprint,
+    RowKind,
     load_examples,
     truncate,
     with_mismatched,
@@ -103,7 +105,7 @@ def test_template_that_rewrites_the_prompt_is_refused(encoder, tmp_path):
             return f"<B>{len(messages)}"
 
     files = write(tmp_path, {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]})
-    with pytest.raises(UserError, match="does not render the reply as a continuation"):
+    with pytest.raises(UserError, match="writes another prompt once a reply follows"):
         load_examples(files, Encoder(Rewrites(encoder.tokenizer)))
 
 
@@ -156,8 +158,16 @@ def test_truncated_rows_are_reported_with_their_numbers(encoder, tmp_path):
         {"prompt": "a" * 50, "chosen": "b" * 50, "rejected": "c"},
     )
     _, report = load_examples(files, encoder, max_length=20)
-    assert [row.number for row in report.prompts_cut] == [2, 3]
-    assert [row.number for row in report.completions_cut] == [3]
+    assert (report.prompts_cut, report.completions_cut) == (2, 1)
+
+
+def fingerprint(examples) -> str:
+    """The hash that earlier versions made of tokens."""
+    digest = hashlib.blake2b(digest_size=16)
+    for e in examples:
+        for part in (e.prompt, *e.completions):
+            digest.update(len(part).to_bytes(4, "little") + part.tobytes())
+    return digest.hexdigest()
 
 
 def test_tokens_are_those_of_earlier_versions(encoder, tmp_path):
@@ -170,17 +180,35 @@ def test_tokens_are_those_of_earlier_versions(encoder, tmp_path):
         {"prompt": "a", "completions": ["x", "y", "z"], "scores": [1, 3.5, 1]},
     ]
     examples, _ = load_examples(write(tmp_path, *rows), encoder, max_length=40)
-    assert fingerprint(examples).hex() == "ee089e6503d04f5e8565754b8d38afd3"
-    assert fingerprint(examples[:4]).hex() == "5c5920841987ae408155148f6a08e30f"
-    assert fingerprint(examples[:4], annotations=True) == fingerprint(examples[:4])
-    assert fingerprint(examples, annotations=True) != fingerprint(examples)
+    assert fingerprint(examples) == "ee089e6503d04f5e8565754b8d38afd3"
+    assert fingerprint(examples[:4]) == "5c5920841987ae408155148f6a08e30f"
     labelled = [
         {"prompt": "a", "completion": "x", "label": True},
         {"prompt": "b", "completion": "yy", "label": False},
     ]
     examples, _ = load_examples(write(tmp_path, *labelled), encoder, kind=LABELS)
-    assert fingerprint(examples).hex() == "efff13bce9591e2916f7468833c9852d"
-    assert fingerprint(with_mismatched(examples, 40)).hex() == "00b913315533d901acb7ffe4bc58b820"
+    assert fingerprint(examples) == "efff13bce9591e2916f7468833c9852d"
+    assert fingerprint(with_mismatched(examples, 40)) == "00b913315533d901acb7ffe4bc58b820"
+
+
+def test_the_content_hash_is_of_what_is_read(encoder):
+    """Tokens, their order, where they are cut, and the annotations that the run reads; not where they came from."""
+    rows = [{"prompt": p, "chosen": "b", "rejected": "c", "margin": 1.0} for p in ("x", "yyyyyyyy")]
+
+    def of(*rows, **options):
+        return load_examples(list(rows), encoder, **options)[0].content_hash
+
+    same = of(*rows)
+    assert of(*rows, max_length=10) == same == of(*[row | {"margin": 2.0} for row in rows])
+    margin = RowKind("pairs", margin=True)
+    others = [
+        of(*rows[::-1]),
+        of(*rows, max_length=9),
+        of(*rows, kind=margin),
+        of(rows[0], rows[1] | {"margin": 2.0}, kind=margin),
+        of(rows[0], rows[1] | {"chosen": "d"}),
+    ]
+    assert len({same, *others}) == 6
 
 
 def plain(loaded):

@@ -1,5 +1,7 @@
 """Stopping and continuing: SIGKILL, SIGTERM, another run's directory, a full disk."""
 
+import datetime
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from dpojax.cli import main
+from dpojax.models import load_tokenizer
+from dpojax.train import inputs, loop
 from dpojax.train.by_name import load_run
+from dpojax.train.loop import run_steps
 from tests.conftest import write_rows
 
 RATES = ("pairs_per_second", "tokens_per_second")
@@ -107,7 +112,8 @@ def test_a_run_of_an_earlier_format_is_read_but_not_continued(tiny_dir, pairs_fi
     args = options(tiny_dir, pairs_file, run, steps=2, train_top_layers=1)
     assert main(args) == 0
     known = json.loads((run / "run.json").read_text())
-    assert known.pop("format") == 2
+    assert known.pop("run_format") == 3
+    known["format"] = 2
     known["freeze"] = known.pop("train_top_layers")
     (run / "run.json").write_text(json.dumps(known))
     capsys.readouterr()
@@ -126,6 +132,39 @@ def test_changed_data_under_the_same_name_is_another_run(tiny_dir, pairs_file, t
     data.write_text("\n".join(Path(pairs_file).read_text().splitlines()[1:]))
     assert main(options(tiny_dir, data, tmp_path / "run", steps=2)) == 2
     assert "data_hash" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_date_that_it_began_with(tiny_dir, tmp_path, monkeypatch):
+    """A chat template that writes the date does not make another run of it on the next day."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir, model)
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }} " + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    chat = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "Go away"}
+    data = write_rows(tmp_path / "chats.jsonl", [chat] * 16)
+    args = options(model, data, tmp_path / "run", steps=2, save_steps=1)
+    days, prompts, load = [datetime.date(2030, 1, 1), datetime.date(2030, 1, 2)], [], inputs.load_examples
+
+    class Today(datetime.date):
+        @classmethod
+        def today(cls):
+            return days[0]
+
+    def loading(*positional, **named):
+        examples, report = load(*positional, **named)
+        prompts.append(tokenizer.decode(examples[0].prompt))
+        return examples, report
+
+    monkeypatch.setattr(inputs.datetime, "date", Today)
+    monkeypatch.setattr(inputs, "load_examples", loading)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_steps", lambda *a: itertools.islice(run_steps(*a), 1))
+        assert main(args) == 130
+    days.pop(0)
+    assert main(args) == 0
+    assert set(prompts) == {"01 Jan [user] Hi\n[assistant] "}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["today"] == "2030-01-01"
 
 
 def test_full_disk_leaves_the_last_checkpoint(tiny_dir, pairs_file, tmp_path):

@@ -7,7 +7,6 @@ from typing import Any
 
 from dpojax.data.formats.base import Format, a, never
 from dpojax.errors import UserError, first_line
-from dpojax.losses.spelling import from_file
 
 _MODULES: dict[Path, ModuleType] = {}
 """The files that ran already; none runs twice."""
@@ -21,6 +20,8 @@ def format_of_file(path: str, name: str) -> Format:
     Raises:
       UserError: no such file or function, or the file cannot be run.
     """
+    from dpojax.losses.spelling import from_file  # with JAX
+
     try:
         function = from_file(path, name, _MODULES)
     except SystemExit:
