@@ -64,7 +64,7 @@ def ultrafeedback_binarized(record: dict[str, Any]) -> dict[str, Any]:
 ULTRAFEEDBACK = Format("ultrafeedback", "UltraFeedback", ("instruction", "completions"), _is_scored, ultrafeedback)
 BINARIZED = Format(
     "ultrafeedback_binarized",
-    "UltraFeedback, binarized (Argilla)",
+    "pairs with ratings (UltraFeedback, binarized)",
     (
         *RESPONSES,
         *("chosen_avg_rating", "rejected_avg_rating", "chosen", "rejected"),
