@@ -69,14 +69,17 @@ def mention_earlier(directory: Path, *patterns: str) -> None:
         console.print(f"{directory}: caches of an earlier version ({said}) are not read and can be removed")
 
 
-def write_arrays(path: Path, **arrays: Any) -> None:
-    """Write an ``.npz``, whole or not at all; a disk that does not take it is no error, as it can be made again."""
+def write_arrays(path: Path, **arrays: Any) -> bool:
+    """Write an ``.npz``, whole or not at all; whether the disk took it, which is no error as it can be made again."""
     # Each has a name of its own, so that two processes, threads or hosts at once do each other no harm.
     partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    with contextlib.suppress(OSError):
-        try:
-            with partial.open("xb") as file:
-                np.savez(file, **arrays)
-            partial.replace(path)
-        finally:
+    try:
+        with partial.open("xb") as file:
+            np.savez(file, **arrays)
+        partial.replace(path)
+        return True
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

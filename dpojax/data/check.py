@@ -7,9 +7,8 @@ import numpy as np
 from dpojax.data.cache import SourceTokens
 from dpojax.data.dialogue import RowKind
 from dpojax.data.encode import Encoder
-from dpojax.data.load import judged, places_cut, read_tokens, remarks_on
+from dpojax.data.load import judged, places_cut, read_tokens, report_on
 from dpojax.data.prepare import Reading, check_source
-from dpojax.data.read import BadRow
 from dpojax.data.sources import open_sources
 
 
@@ -40,19 +39,17 @@ def check_files(
         read = [SourceTokens(source.name, check_source(source, reading)) for source in sources]
     else:
         read, _ = read_tokens(files, encoder, reading, workers=workers)
-    bad, cut_lines, cut = list[BadRow](), list[str](), 0
-    for source in read:
-        one = judged(source, kind, max_length, min_prompt_length)
-        bad += one.bad
+    every = [judged(source, kind, max_length, min_prompt_length) for source in read]
+    report, cut_lines, cut = report_on(read, every), list[str](), 0
+    for source, one in zip(read, every, strict=True):
         prompts, completions = places_cut(source, one)
         cut_lines += [f"truncated: {place}: prompt cut at its start" for place in prompts]
         cut_lines += [f"truncated: {place}: completion cut at its end" for place in completions]
         cut += int(np.count_nonzero(one.prompts_cut | one.completions_cut))
-    lines = [f"dropped: {row}" for row in bad]
+    lines = [f"dropped: {row}" for row in report.dropped]
     lines += sorted(cut_lines, key=lambda line: "completion cut" in line)
-    rows, filtered = (sum(getattr(source.tokens, name) for source in read) for name in ("rows", "filtered"))
-    left_out = f"{filtered} left out by --filter, " if filtered else ""
+    left_out = f"{report.filtered} left out by --filter, " if report.filtered else ""
     said = f"{cut} of them truncated to {max_length} tokens" if encoder else "lengths not looked at (give --model)"
-    lines += remarks_on(read)
-    lines.append(f"{rows} rows: {rows - filtered - len(bad)} kept, {left_out}{said}, {len(bad)} dropped")
-    return lines, bool(bad)
+    lines += report.remarks
+    lines.append(f"{report.rows} rows: {report.kept} kept, {left_out}{said}, {len(report.dropped)} dropped")
+    return lines, bool(report.dropped)

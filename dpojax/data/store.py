@@ -1,6 +1,5 @@
 """Tokens on disk: parts while they are made, then a directory of flat arrays that is mapped, not read."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dpojax.cachedir import write_arrays
 from dpojax.data.read import BadRow
 from dpojax.data.tokens import PER_ROW, Tokens, masks_of
 
@@ -47,20 +47,20 @@ class FileTokens:
     def facts(self) -> dict[str, Any]:
         """All but the tokens, for JSON."""
         bad = [[b.number, b.why] for b in self.bad]
-        plain = ("rows", "filtered", "unread", "format", "spelled", "special", "added_eos")
         of_tokens = {"reasons": self.tokens.reasons, "top": self.tokens.top}
-        return {"bad": bad, **{name: getattr(self, name) for name in plain}, **of_tokens}
+        return {"bad": bad, **{name: getattr(self, name) for name in (*PLAIN, *LISTS)}, **of_tokens}
 
 
 FLAT, MASKS, ROWS = "flat.bin", "masks.bin", "rows.bin"
 """Files of a directory of tokens, beside facts.json."""
-PLAIN = ("rows", "filtered", "format", "special", "added_eos")
+PLAIN, LISTS = ("rows", "filtered", "format", "special", "added_eos"), ("unread", "spelled")
+"""Fields of :class:`FileTokens`."""
 
 
 def file_tokens(tokens: Tokens, facts: dict[str, Any], file: str) -> FileTokens:
     """The inverse of :meth:`FileTokens.facts`, for rows of a file of this name."""
     bad = tuple([BadRow(file, *row) for row in facts["bad"]])
-    lists: dict[str, Any] = {name: tuple(facts[name]) for name in ("unread", "spelled")}
+    lists: dict[str, Any] = {name: tuple(facts[name]) for name in LISTS}
     return FileTokens(tokens, bad, **lists, **{n: facts[n] for n in PLAIN})
 
 
@@ -86,17 +86,7 @@ def write_part(path: Path, part: FileTokens) -> bool:
     arrays = {name: getattr(part.tokens, name) for name in [*PER_ROW, "flat"]}
     if part.tokens.masks is not None:
         arrays["masks"] = part.tokens.masks
-    partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("xb") as file:
-            np.savez(file, **arrays, facts=json.dumps(part.facts()))
-        partial.replace(path)
-        return True
-    except OSError:
-        return False
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    return write_arrays(path, **arrays, facts=json.dumps(part.facts()))
 
 
 def read_part(path: Path, file: str) -> FileTokens | None:

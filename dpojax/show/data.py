@@ -105,7 +105,7 @@ def row_lines(
     """
     example, tokens, row = examples[i], examples.sources[examples.source[i]], examples.row[i]
     lengths, limit = tokens.lengths[row].tolist(), None if whole else LONG
-    notes = [f", {name.removesuffix('s')} {x:g}" for name, x in _numbers(example) if name not in ("scores", "ranks")]
+    notes = [f", {name.removesuffix('s')} {x:g}" for name, x in _numbers(example)]
     yield Text(f"{place_of(examples, i, names)}{''.join(notes)}", "bold")
     cut = lengths[0] - len(example.prompt)
     note = f", {cut} more cut off its start" if cut else ""
