@@ -21,20 +21,31 @@ from dpojax.packing import (
     predictor_index,
     target_len,
 )
-from dpojax.types import STATISTICS, CompletionStats, LabelledLogps, PairLogps, PyTree, ReferenceOutput, Sides
+from dpojax.types import (
+    STATISTICS,
+    CompletionStats,
+    Head,
+    LabelledLogps,
+    PairLogps,
+    PyTree,
+    ReferenceOutput,
+    Sides,
+    Unembedding,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_logps(
-    h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], targets: Int[Array, "R Z"], chunk_tokens: int
+    h_RZD: Float[Array, "R Z D"], head: Head, targets: Int[Array, "R Z"], chunk_tokens: int
 ) -> Float[Array, "R Z"]:
-    """``log softmax(h @ head.T)[target]`` of every token, float32 whatever the dtype of ``h``.
+    """``log softmax(logits)[target]`` of every token, float32 whatever the dtype of ``h``; the logits are
+    ``h @ head.T``, or what an :class:`~dpojax.types.Unembedding` says.
 
     The vocabulary projection runs over chunks of about ``chunk_tokens`` tokens (counted over the packed sequences). The
     backward pass is made by hand: with p the softmax, ``dlogits = g * (onehot(target) - p)``, chunk by chunk. Logits
     that fit into one chunk are kept for it, others are projected again, so no array ever holds more than one chunk's.
     """
-    return _token_logps_forward(h_RZD, head_VD, targets, chunk_tokens)[0]
+    return _token_logps_forward(h_RZD, head, targets, chunk_tokens)[0]
 
 
 def _chunks(x: Array, chunk_tokens: int) -> Array:
@@ -46,59 +57,78 @@ def _chunks(x: Array, chunk_tokens: int) -> Array:
     return jnp.moveaxis(x.reshape(R, n, width, *x.shape[2:]), 1, 0)
 
 
-def _logits(h: Float[Array, "R z D"], head_VD: Float[Array, "V D"]) -> Float[Array, "R z V"]:
-    return jnp.einsum("rzd,vd->rzv", h, head_VD.astype(h.dtype), preferred_element_type=jnp.float32)
+def whole_head(head: Head) -> Unembedding:
+    """The unembedding, also where its matrix alone is given."""
+    return head if isinstance(head, Unembedding) else Unembedding(head)
+
+
+def logits_of(h: Float[Array, "R z D"], head: Head) -> Float[Array, "R z V"]:
+    """The logits of hidden states, float32."""
+    head = whole_head(head)
+    z = jnp.einsum("rzd,vd->rzv", h, head.matrix.astype(h.dtype), preferred_element_type=jnp.float32)
+    z = z if head.bias is None else z + head.bias.astype(jnp.float32)[None, None]
+    return z if head.softcap is None else head.softcap * jnp.tanh(z / head.softcap)
 
 
 def _token_logps_forward(
-    h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], targets: Int[Array, "R Z"], chunk_tokens: int
+    h_RZD: Float[Array, "R Z D"], head: Head, targets: Int[Array, "R Z"], chunk_tokens: int
 ) -> tuple[Float[Array, "R Z"], tuple]:
     def forward(chunk: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         h, target = chunk
-        logits = _logits(h, head_VD)
+        logits = logits_of(h, head)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - normaliser, normaliser, logits
 
     R, Z = targets.shape
     if chunk_tokens >= R * Z:
         logps, normaliser, logits = forward((h_RZD, targets))
-        return logps, (h_RZD, head_VD, targets, normaliser[None], logits)
+        return logps, (h_RZD, head, targets, normaliser[None], logits)
     chunks = (_chunks(h_RZD, chunk_tokens), _chunks(targets, chunk_tokens))
     logps, normaliser = jax.lax.map(lambda chunk: forward(chunk)[:2], chunks)
-    return jnp.moveaxis(logps, 0, 1).reshape(R, -1)[:, :Z], (h_RZD, head_VD, targets, normaliser, None)
+    return jnp.moveaxis(logps, 0, 1).reshape(R, -1)[:, :Z], (h_RZD, head, targets, normaliser, None)
 
 
 def _token_logps_backward(
     chunk_tokens: int, kept: tuple, g_RZ: Float[Array, "R Z"]
-) -> tuple[Float[Array, "R Z D"], Float[Array, "V D"], None]:
-    h_RZD, head_VD, targets, normaliser, logits = kept
-    vocab = jnp.arange(head_VD.shape[0])[None, None, :]
+) -> tuple[Float[Array, "R Z D"], Head, None]:
+    h_RZD, head, targets, normaliser, logits = kept
+    matrix, bias, softcap = (getattr(whole_head(head), name) for name in ("matrix", "bias", "softcap"))
+    vocab = jnp.arange(matrix.shape[0])[None, None, :]
 
     def backward(
         h: Array, target: Array, normaliser: Array, g: Array, logits: Array | None = None
-    ) -> tuple[Float[Array, "R z D"], Float[Array, "V D"]]:
-        logits = _logits(h, head_VD) if logits is None else logits
+    ) -> tuple[Float[Array, "R z D"], Unembedding]:
+        logits = logits_of(h, head) if logits is None else logits
         # Without the barrier, XLA's CPU compiler would gather these again for every logit.
         g, target, normaliser = jax.lax.optimization_barrier((g, target, normaliser))
         p = jnp.exp(logits - normaliser[..., None])
         dlogits = g[..., None] * ((vocab == target[..., None]) - p)
+        if softcap is not None:
+            dlogits = dlogits * (1 - jnp.square(logits / softcap))
         # Without the barrier, XLA would compute the softmax once for each of the two products.
         dlogits = jax.lax.optimization_barrier(dlogits.astype(h.dtype))
-        dh = jnp.einsum("rzv,vd->rzd", dlogits, head_VD.astype(h.dtype))
-        return dh, jnp.einsum("rzv,rzd->vd", dlogits, h, preferred_element_type=jnp.float32)
+        dh = jnp.einsum("rzv,vd->rzd", dlogits, matrix.astype(h.dtype))
+        dmatrix = jnp.einsum("rzv,rzd->vd", dlogits, h, preferred_element_type=jnp.float32)
+        dbias = None if bias is None else jnp.sum(dlogits, axis=(0, 1), dtype=jnp.float32)
+        return dh, Unembedding(dmatrix, dbias, softcap)
+
+    def cast(dhead: Unembedding) -> Head:
+        cast = jax.tree.map(lambda d, x: d.astype(x.dtype), dhead, whole_head(head))
+        return cast if isinstance(head, Unembedding) else cast.matrix
 
     if logits is not None:
         dh, dhead = backward(h_RZD, targets, normaliser[0], g_RZ, logits)
-        return dh, dhead.astype(head_VD.dtype), None
+        return dh, cast(dhead), None
 
-    def add(dhead: Array, chunk: tuple) -> tuple[Array, Array]:
+    def add(dhead: Unembedding, chunk: tuple) -> tuple[Unembedding, Array]:
         dh, more = backward(*chunk)
-        return dhead + more, dh
+        return jax.tree.map(jnp.add, dhead, more), dh
 
     h, target, g = (_chunks(x, chunk_tokens) for x in (h_RZD, targets, g_RZ))
-    dhead, dh = jax.lax.scan(add, jnp.zeros(head_VD.shape, jnp.float32), (h, target, normaliser, g))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), whole_head(head))
+    dhead, dh = jax.lax.scan(add, zeros, (h, target, normaliser, g))
     R, Z = targets.shape
-    return jnp.moveaxis(dh, 0, 1).reshape(R, -1, h_RZD.shape[-1])[:, :Z], dhead.astype(head_VD.dtype), None
+    return jnp.moveaxis(dh, 0, 1).reshape(R, -1, h_RZD.shape[-1])[:, :Z], cast(dhead), None
 
 
 token_logps.defvjp(_token_logps_forward, _token_logps_backward)
@@ -111,21 +141,21 @@ def by_chunk(function: Callable[..., Array], chunk_tokens: int, *hidden: Float[A
     return jnp.moveaxis(jax.lax.map(lambda chunk: function(*chunk), chunks), 0, 1).reshape(R, -1)[:, :Z]
 
 
-def token_squares(h_RZD: Float[Array, "R Z D"], head_VD: Float[Array, "V D"], chunk_tokens: int) -> Float[Array, "R Z"]:
+def token_squares(h_RZD: Float[Array, "R Z D"], head: Head, chunk_tokens: int) -> Float[Array, "R Z"]:
     """``log sum_v p(v)^2`` of every token's distribution p, in chunks; without a gradient."""
-    h_RZD, head_VD = jax.lax.stop_gradient((h_RZD, head_VD))
+    h_RZD, head = jax.lax.stop_gradient((h_RZD, head))
 
     def of_chunk(h: Float[Array, "R z D"]) -> Float[Array, "R z"]:
-        return jax.nn.logsumexp(2 * jax.nn.log_softmax(_logits(h, head_VD)), axis=-1)
+        return jax.nn.logsumexp(2 * jax.nn.log_softmax(logits_of(h, head)), axis=-1)
 
     return by_chunk(of_chunk, chunk_tokens, h_RZD)
 
 
 def token_kls(
     p_hidden: Float[Array, "R Z D"],
-    p_head: Float[Array, "V D"],
+    p_head: Head,
     q_hidden: Float[Array, "R Z D"],
-    q_head: Float[Array, "V D"],
+    q_head: Head,
     chunk_tokens: int,
 ) -> Float[Array, "R Z"]:
     r"""Exact ``KL(p || q) = sum_v p(v) (log p(v) - log q(v))`` of every token's distributions, nats.
@@ -135,17 +165,17 @@ def token_kls(
 
     @jax.checkpoint
     def of_chunk(p_h: Float[Array, "R z D"], q_h: Float[Array, "R z D"]) -> Float[Array, "R z"]:
-        p, q = jax.nn.log_softmax(_logits(p_h, p_head)), jax.nn.log_softmax(_logits(q_h, q_head))
+        p, q = jax.nn.log_softmax(logits_of(p_h, p_head)), jax.nn.log_softmax(logits_of(q_h, q_head))
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
     return by_chunk(of_chunk, chunk_tokens, p_hidden, q_hidden)
 
 
-def _squares(h: Array, head: Array, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
+def _squares(h: Array, head: Head, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
     return token_squares(h, head, chunk_tokens)
 
 
-def _kl(h: Array, head: Array, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
+def _kl(h: Array, head: Head, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
     assert ref is not None and ref.hidden is not None and ref.head is not None, "KL needs the reference's distributions"
     return token_kls(ref.hidden, ref.head, h, head, chunk_tokens)
 
@@ -176,7 +206,7 @@ def completion_stats(
     """
     B, N, C = batch.completions.shape
     inputs = model_input(batch)
-    h_RTD, head_VD = apply_fn(params, inputs)
+    h_RTD, head = apply_fn(params, inputs)
     target_index = packing_of(batch).target_index
     R = target_index.shape[0]
     mask = gather(completion_mask(batch).reshape(R, -1), target_index)
@@ -188,9 +218,9 @@ def completion_stats(
         return gather(jnp.where(mask, values, 0.0), packed_index).reshape(B, N, C)
 
     targets = gather(batch.completions.reshape(R, -1), target_index)
-    tokens = padded(token_logps(h_RZD, head_VD, targets, chunk_tokens))
+    tokens = padded(token_logps(h_RZD, head, targets, chunk_tokens))
     stats: dict[str, Array] = {
-        name: jnp.sum(padded(statistic(h_RZD, head_VD, ref, chunk_tokens)), axis=-1)
+        name: jnp.sum(padded(statistic(h_RZD, head, ref, chunk_tokens)), axis=-1)
         for name, statistic in TOKEN_STATISTICS.items()
         if name in reads
     }
@@ -206,7 +236,7 @@ def completion_rewards(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> F
     inputs = model_input(batch)
     h_RTD, score_1D = apply_fn(params, inputs)
     last_RZD = jnp.take_along_axis(h_RTD, last_index(inputs, batch.completion_len)[..., None], axis=1)
-    scores = jnp.einsum("rzd,vd->rzv", last_RZD.astype(jnp.float32), score_1D.astype(jnp.float32))
+    scores = logits_of(last_RZD.astype(jnp.float32), score_1D)
     return scores.reshape(batch.completion_len.shape)
 
 

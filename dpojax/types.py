@@ -16,6 +16,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 PyTree: TypeAlias = Any  # parameters: a nested dict of arrays
 
+
+@struct.dataclass
+class Unembedding:
+    """Hidden states to logits: ``z = h @ matrix.T + bias``, and ``softcap tanh(z / softcap)`` where there is a cap."""
+
+    matrix: Float[Array, "V D"]
+    bias: Float[Array, " V"] | None = None
+    softcap: float | None = struct.field(pytree_node=False, default=None)
+
+
+Head: TypeAlias = Array | Unembedding
+"""An unembedding, or its matrix ``[V, D]`` where that is all of it."""
+
 RESOLUTION = 4e-6
 """Relative difference between two computations of a float32 log-probability that is only rounding (a sum over the
 completion, from hidden states; batches of other shapes differ by up to 1e-6)."""
@@ -117,11 +130,11 @@ COMPARED_DISTRIBUTIONS = frozenset({"kl"})
 @struct.dataclass
 class ReferenceOutput:
     """The reference's log-probabilities of a batch, and where an objective compares whole distributions also its
-    hidden states that predict the targets and its unembedding matrix."""
+    hidden states that predict the targets and its unembedding."""
 
     logps: Logps
     hidden: Float[Array, "R Z D"] | None = None
-    head: Float[Array, "V D"] | None = None
+    head: Head | None = None
 
 
 @struct.dataclass

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from dpojax.data import Batches, Example
 from dpojax.evaluate.scoring import forward_over_mesh
 from dpojax.logprobs import completion_stats
-from dpojax.models import DecoderConfig, param_shardings
+from dpojax.models import DecoderConfig, param_shardings, unembedding_of
 from dpojax.packing import PairBatch
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, batch_shards, put_global
@@ -47,12 +47,12 @@ def exact_kl(
     """
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
     batches = Batches(examples, batch_size, max_shapes=8, sequences=batch_shards(mesh))
-    head, by_batch, shardings = config.unembedding, batch_sharding(mesh), param_shardings(mesh, config)
+    by_batch, shardings = batch_sharding(mesh), param_shardings(mesh, config)
 
     def kls(policy: PyTree, ref: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
         hidden = completion_stats(apply_fn, policy, batch, reads=frozenset({"hidden"})).hidden
         # The statistic is KL(reference || policy): here the two change places.
-        theirs = ReferenceOutput(None, hidden, policy[head])  # type: ignore[arg-type]  # no sums are read
+        theirs = ReferenceOutput(None, hidden, unembedding_of(config, policy))  # type: ignore[arg-type]  # no sums are read
         reads = frozenset({"kl"})
         kl = completion_stats(apply_fn, ref, batch, chunk_tokens=chunk_tokens, reads=reads, ref=theirs).kl
         assert kl is not None

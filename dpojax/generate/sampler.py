@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dpojax.generate.sampling import next_token, token_logp
+from dpojax.logprobs import logits_of
 from dpojax.models.attention import attend, causal
 from dpojax.models.block import Cache, Flat, Fused, Weights, fused_name
 from dpojax.models.config import DecoderConfig, LayerKind
-from dpojax.models.decoder import embed, final_norm, rotary_mix, unrolled_layers
+from dpojax.models.decoder import embed, final_norm, rotary_mix, unembedding_of, unrolled_layers
 from dpojax.models.params import param_shardings
 from dpojax.sharding import batch_sharding, replicated
 from dpojax.types import PyTree
@@ -93,11 +94,13 @@ def attend_one(
     keys: Float[Array, "B K h S"],
     values: Float[Array, "B K S h"],
     sees: Bool[Array, "B S"],
+    softcap: float | None = None,
 ) -> Float[Array, "B 1 H h"]:
     """The newest token's attention to the KV cache, softmax in float32."""
     B, _, H, h = q.shape
     grouped = q.reshape(B, keys.shape[1], -1, h)
     scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     p = jax.nn.softmax(jnp.where(sees[:, None, None, :], scores, -1e30), axis=-1).astype(values.dtype)
     return jnp.einsum("bkgs,bksh->bkgh", p, values).reshape(B, 1, H, h)
 
@@ -112,7 +115,9 @@ def decode_layout(config: DecoderConfig, params: PyTree, dtype: jnp.dtype) -> li
     inputs = [("q", "k", "v"), ("gate", "up") if config.mlp.gated else ("up",)]
 
     def of_layer(weights: Weights) -> Weights:
-        out = {name: x.astype(dtype) for name, x in weights.items() if x.ndim == 1}  # norms and biases
+        out = {
+            name: x.astype(dtype) for name, x in weights.items() if x.ndim == 1 or name.endswith("_norm")
+        }  # norms and biases
         for names in inputs:
             matrix = jnp.concatenate([weights[name].reshape(D, -1).T for name in names]).astype(dtype)
             biases = [weights[f"{name}_bias"].reshape(-1) for name in names if f"{name}_bias" in weights]
@@ -153,14 +158,14 @@ def make_sampler(
     def sample(params: PyTree, prompt: Int[Array, "B P"], prompt_len: Int[Array, " B"], key: PRNGKeyArray) -> Samples:
         B, P = prompt.shape
         layers = decode_layout(config, params, compute)
-        head = params[config.unembedding].astype(compute)
+        head = jax.tree.map(lambda x: x.astype(compute), unembedding_of(config, params))
         h, caches = _prefill(config, params, layers, prompt, prompt_len, room=C, dtype=compute)
         h, caches, starts = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), (h, caches, P - prompt_len))
         slots = jnp.arange(P + C)
         positions = slots[None, :] - starts[:, None]
 
         def add_token(h_BTD: Float[Array, "B T D"], state: DecodeState) -> DecodeState:
-            logits = jnp.einsum("bd,vd->bv", h_BTD[:, -1], head, preferred_element_type=jnp.float32)
+            logits = logits_of(h_BTD[:, -1:], head)[:, 0]
             return state.add(logits, eos_ids, temperature=temperature, top_p=top_p)
 
         def step(carry: tuple[DecodeState, Any]) -> tuple[DecodeState, Any]:
@@ -176,7 +181,7 @@ def make_sampler(
                 sees = (positions >= 0) & (slots[None, :] <= slot)
                 if kind.window is not None:
                     sees &= slots[None, :] > slot - kind.window
-                return attend_one(q, keys, values, sees), (keys, values)
+                return attend_one(q, keys, values, sees, config.attention.softcap), (keys, values)
 
             x = embed(config, params, token, at).astype(compute)
             x, caches = unrolled_layers(config, layers, x, rotary_mix(config, at, extend), caches)
@@ -213,7 +218,8 @@ def _prefill(
         none, more = (0, 0), (0, room)
         keys = jnp.pad(k.transpose(0, 2, 3, 1), [none, none, none, more])
         values = jnp.pad(v.swapaxes(1, 2), [none, none, more, none])
-        return attend(q, k, v, causal(P, kind.window) & (positions >= 0)[:, None, :]), (keys, values)
+        mask = causal(P, kind.window) & (positions >= 0)[:, None, :]
+        return attend(q, k, v, mask, config.attention.softcap), (keys, values)
 
     at = jnp.maximum(positions, 0)
     x = embed(config, params, prompt, at).astype(dtype)

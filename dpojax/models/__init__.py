@@ -2,7 +2,7 @@
 
 from dpojax.models.attention import make_attention
 from dpojax.models.config import Attention, DecoderConfig, LayerKind, Learned, Mlp, Norm, Rope, RopeScaling
-from dpojax.models.decoder import make_apply
+from dpojax.models.decoder import make_apply, unembedding_of
 from dpojax.models.families import FAMILIES, config_from_hf
 from dpojax.models.identity import fingerprint
 from dpojax.models.load import (
@@ -54,4 +54,5 @@ __all__ = [
     "param_specs",
     "partition",
     "save_model",
+    "unembedding_of",
 ]

@@ -15,11 +15,11 @@ from dpojax.errors import UserError
 from dpojax.models.config import Rope
 from dpojax.packing import ModelInput, gather
 
-Attend = Callable[[Array, Array, Array, Array], Array]
+Attend = Callable[[Array, Array, Array, Array, float | None], Array]
 Attention = Callable[[Array, Array, Array], Array]
 """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of packed sequences -> ``[R, T, H, h]``."""
-MakeAttention = Callable[[ModelInput, int | None], Attention]
-"""A batch and how many of the latest tokens a token sees (None: all) -> attention."""
+MakeAttention = Callable[[ModelInput, int | None, float | None], Attention]
+"""A batch, how many of the latest tokens a token sees (None: all), the cap of scores (None: none) -> attention."""
 
 
 def rope_table(
@@ -43,33 +43,38 @@ def rope_table(
 
 
 def rotate(
-    x_BTNh: Float[Array, "B T N h"], cos: Float[Array, "B T f"], sin: Float[Array, "B T f"]
+    x_BTNh: Float[Array, "B T N h"], cos: Float[Array, "B T f"], sin: Float[Array, "B T f"], interleaved: bool = False
 ) -> Float[Array, "B T N h"]:
-    """Rotary embedding in Hugging Face's layout: the first and the second half of a head are the two coordinates.
+    """Rotary embedding: the first and the second half of a head are the two coordinates, as in most of Hugging Face's
+    models; or neighbours are (``interleaved``), as in GPT-J.
 
     Where the tables are of a part of the head's width, the rest is left as it is.
     """
     width = 2 * cos.shape[-1]
-    rest = x_BTNh[..., width:]
-    first, second = jnp.split(x_BTNh[..., :width].astype(jnp.float32), 2, axis=-1)
+    x, rest = x_BTNh[..., :width].astype(jnp.float32), x_BTNh[..., width:]
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNh.dtype)
+    turned = first * cos - second * sin, second * cos + first * sin
+    turned = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    turned = turned.astype(x_BTNh.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attend(
     q_BXHh: Float[Array, "B X H h"],
     k_BYKh: Float[Array, "B Y K h"],
     v_BYKh: Float[Array, "B Y K h"],
     mask_BXY: Bool[Array, "B X Y"],
+    softcap: float | None = None,
 ) -> Float[Array, "B X H h"]:
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), softmax in float32.
 
     A fully masked query returns the mean of the values; callers discard it. The backward pass is written by hand, with
-    p the softmax and o the output: ``ds = p * (do @ v - sum(do * o)) / sqrt(h)``.
+    p the softmax and o the output: ``ds = p * (do @ v - sum(do * o)) / sqrt(h)``, times ``1 - (s / c)^2`` where the
+    scores s are capped at c, ``s = c tanh(q k / (c sqrt(h)))``.
     """
-    return _attend_forward(q_BXHh, k_BYKh, v_BYKh, mask_BXY)[0]
+    return _attend_forward(q_BXHh, k_BYKh, v_BYKh, mask_BXY, softcap)[0]
 
 
 def _heads_first(x: Float[Array, "B X H h"], groups: int) -> Float[Array, "B K n h"]:
@@ -83,28 +88,37 @@ def _tokens_first(x: Float[Array, "B K n h"], groups: int) -> Float[Array, "B X 
     return x.reshape(B, K, groups, n // groups, h).transpose(0, 3, 1, 2, 4).reshape(B, n // groups, K * groups, h)
 
 
-def _attend_forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
+def _attend_forward(
+    q: Array, k: Array, v: Array, mask: Array, softcap: float | None
+) -> tuple[Array, tuple[Array | None, ...]]:
     groups = q.shape[2] // k.shape[2]
     # Without the barriers, XLA's CPU compiler computes these transpositions inside of each reader, element by element.
     q, k, v = jax.lax.optimization_barrier((_heads_first(q, groups), _heads_first(k, 1), _heads_first(v, 1)))
     B, K, n, h = q.shape
     scores = jnp.einsum("bknh,bkyh->bkny", q, k, preferred_element_type=jnp.float32) * h**-0.5
+    slope = None
+    if softcap is not None:
+        turned = jnp.tanh(scores / softcap)
+        scores, slope = softcap * turned, 1 - jnp.square(turned)
     scores = scores.reshape(B, K, groups, n // groups, -1)
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row that may see nothing stays a number
     p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     p = (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(B, K, n, -1).astype(v.dtype)
     o = jnp.einsum("bkny,bkyh->bknh", p, v)
-    return _tokens_first(o, groups), (q, k, v, p, o)
+    return _tokens_first(o, groups), (q, k, v, p, o, slope)
 
 
-def _attend_backward(kept: tuple, do: Float[Array, "B X H h"]) -> tuple[Array, Array, Array, None]:
-    q, k, v, p, o = kept
+def _attend_backward(
+    softcap: float | None, kept: tuple, do: Float[Array, "B X H h"]
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, p, o, slope = kept
     groups = do.shape[2] // k.shape[1]
     do, turned = jax.lax.optimization_barrier((_heads_first(do, groups), jnp.swapaxes(p, 2, 3)))
     dv = jnp.einsum("bkyn,bknh->bkyh", turned, do)
     dp = jnp.einsum("bknh,bkyh->bkny", do, v, preferred_element_type=jnp.float32)
     mean = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
-    ds = (p * (dp - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+    ds = p * (dp - mean) * q.shape[-1] ** -0.5
+    ds = (ds if slope is None else ds * slope).astype(q.dtype)
     ds, turned = jax.lax.optimization_barrier((ds, jnp.swapaxes(ds, 2, 3)))
     dq, dk = jnp.einsum("bkny,bkyh->bknh", ds, k), jnp.einsum("bkyn,bknh->bkyh", turned, q)
     return _tokens_first(dq, groups), _tokens_first(dk, 1), _tokens_first(dv, 1), None
@@ -154,13 +168,16 @@ def causal(n: int, window: int | None = None) -> Bool[Array, "1 n n"]:
     return mask if window is None else mask & ~jnp.tril(mask, -window)
 
 
-def shared_prompt_attention(inputs: ModelInput, window: int | None = None, attend: Attend = attend) -> Attention:
+def shared_prompt_attention(
+    inputs: ModelInput, window: int | None = None, softcap: float | None = None, attend: Attend = attend
+) -> Attention:
     """Attention where completions see their prompt and themselves, in blocks: no score between two completions of a
     prompt, nor of a prompt with its completions, is ever computed.
 
     Args:
       inputs: what the model reads; says which padded columns are prompt and which completion.
       window: how many of the latest tokens a token sees, itself included (None: all).
+      softcap: the cap of scores (None: none).
       attend: attention of one block, as :func:`attend` and :func:`cudnn_attend`.
     """
     B, P, C = inputs.prompt_len.shape[0], inputs.prompt, inputs.completion
@@ -168,7 +185,7 @@ def shared_prompt_attention(inputs: ModelInput, window: int | None = None, atten
 
     def on_padded(q: Array, k: Array, v: Array) -> Array:
         N = (q.shape[1] - P) // C if C else 0
-        prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P, window) & valid[:, None, :])
+        prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P, window) & valid[:, None, :], softcap)
         if N == 0:
             return prompts
         own = lambda x: x[:, P:].reshape(B * N, C, *x.shape[2:])  # noqa: E731
@@ -177,35 +194,35 @@ def shared_prompt_attention(inputs: ModelInput, window: int | None = None, atten
         near = jnp.ones((1, C, P), bool) if window is None else causal(P + C, window)[:, P:, :P]
         mask = jnp.repeat(near & valid[:, None, :], N, axis=0)
         mask = jnp.concatenate([mask, jnp.broadcast_to(causal(C, window), (B * N, C, C))], axis=2)
-        completions = attend(own(q), behind(k), behind(v), mask)
+        completions = attend(own(q), behind(k), behind(v), mask, softcap)
         return jnp.concatenate([prompts, completions.reshape(B, N * C, *q.shape[2:])], axis=1)
 
     return from_padded(on_padded, inputs)
 
 
-def cudnn_attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """:func:`attend` by cuDNN's flash attention: an NVIDIA GPU, and float16 or bfloat16."""
+def cudnn_attend(q: Array, k: Array, v: Array, mask: Array, softcap: float | None = None) -> Array:
+    """:func:`attend` by cuDNN's flash attention: an NVIDIA GPU, and float16 or bfloat16; by :func:`attend` itself where
+    scores are capped, which cuDNN's does not do."""
+    if softcap is not None:
+        return attend(q, k, v, mask, softcap)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 
 
-def splash_shared_prompt_attention(inputs: ModelInput, window: int | None, mesh: Mesh | None) -> Attention:
-    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh.
-
-    Layers with a window go through XLA's own attention: the kernel's mask is built for full attention.
-    """
-    if window is not None:
-        return shared_prompt_attention(inputs, window)
+def splash_shared_prompt_attention(
+    inputs: ModelInput, window: int | None, softcap: float | None, mesh: Mesh | None
+) -> Attention:
+    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh."""
     from dpojax.models.splash import splash_attention  # a TPU's compiler, which others need not load
 
     def on_padded(q: Array, k: Array, v: Array) -> Array:
-        P, C = inputs.prompt, inputs.completion
-        return splash_attention(q, k, v, inputs.prompt_len, prompt=P, completion=C, mesh=mesh)
+        form = {"prompt": inputs.prompt, "completion": inputs.completion, "window": window, "softcap": softcap}
+        return splash_attention(q, k, v, inputs.prompt_len, mesh=mesh, **form)  # type: ignore[arg-type]
 
     return from_padded(on_padded, inputs)
 
 
 def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> MakeAttention:
-    """Attention of a batch and a window, by the name of its kernel, as ``--attention`` has it.
+    """Attention of a batch, a window and a cap of scores, by the name of its kernel, as ``--attention`` has it.
 
     Args:
       name: "xla" (any device), "cudnn" (an NVIDIA GPU, bfloat16), "splash" (a TPU), or "auto": the kernel that is
@@ -225,8 +242,9 @@ def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") 
     if name == "cudnn" and dtype != "bfloat16":
         raise UserError(f"--attention cudnn: does not compute in {dtype}; add --dtype bfloat16, or use xla")
     if name == "splash":
-        return lambda inputs, window: splash_shared_prompt_attention(inputs, window, mesh)
-    return lambda inputs, window: shared_prompt_attention(inputs, window, cudnn_attend if name == "cudnn" else attend)
+        return lambda inputs, window, softcap: splash_shared_prompt_attention(inputs, window, softcap, mesh)
+    kernel = cudnn_attend if name == "cudnn" else attend
+    return lambda inputs, window, softcap: shared_prompt_attention(inputs, window, softcap, kernel)
 
 
 def from_padded(on_padded: Attention, inputs: ModelInput) -> Attention:

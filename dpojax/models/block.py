@@ -135,7 +135,10 @@ def normalize(norm: Norm, weights: Weights, name: str, x: Float[Array, "R T D"])
 
 
 def normalize_heads(norm: Norm, weights: Weights, name: str, x: Float[Array, "R T N h"]) -> Float[Array, "R T N h"]:
-    """Every head under the norm of this name, which all heads share."""
+    """Every head under the norm of this name, which all heads share; or all heads together, where it has all of them."""
+    if weights[name].ndim == 2:
+        flat = {name: weights[name].reshape(-1)}
+        return normalize(norm, flat, name, x.reshape(*x.shape[:2], -1)).reshape(x.shape)
     return jax.vmap(lambda head: normalize(norm, weights, name, head), in_axes=2, out_axes=2)(x)
 
 
@@ -192,6 +195,8 @@ def attention(
     if config.attention.qk_norm is not None:
         q = normalize_heads(config.attention.qk_norm, weights, "q_norm", q)
         k = normalize_heads(config.attention.qk_norm, weights, "k_norm", k)
+    if config.attention.scale is not None:  # kernels multiply scores with head_dim ** -0.5
+        q = q * (config.attention.scale * config.attention.head_dim**0.5)
     out, cache = mix(q, k, v, cache)
     return project_back(weights, "o", out), cache
 
@@ -213,7 +218,10 @@ def block(
         return normalize(config.norm, weights, name, x)
 
     before, after = config.residual != "post", config.residual in ("post", "pre_post")
-    out, cache = attention(config, weights, norm("attn_norm", x) if before else x, mix, cache)
+    normed = norm("attn_norm", x) if before else x
+    out, cache = attention(config, weights, normed, mix, cache)
+    if config.residual == "parallel_shared":
+        return x + out + mlp(config, weights, normed), cache
     if config.residual == "parallel":
         return x + out + mlp(config, weights, norm("mlp_norm", x)), cache
     x = x + (norm("attn_post_norm", out) if after else out)

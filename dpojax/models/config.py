@@ -34,6 +34,8 @@ class Rope:
     theta: float
     scaling: RopeScaling | None = None
     share: float = 1.0
+    interleaved: bool = False
+    """The two coordinates that are turned lie side by side; otherwise they are a head's first and second half."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,13 @@ class Attention:
     head_dim: int
     bias: Literal["none", "qkv", "all"] = "none"
     qk_norm: Norm | None = None
-    """Applied to every head of queries and keys, before the rotary positions."""
+    """Of queries and keys, before the rotary positions."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """What it is a norm of: every head by itself, with one scale for all, or all heads together."""
+    scale: float | None = None
+    """What scores are multiplied with (None: ``head_dim ** -0.5``)."""
+    softcap: float | None = None
+    """``c tanh(score / c)`` in place of scores (Gemma 2, arXiv 2408.00118)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +76,11 @@ class Mlp:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What may alternate between layers: ``window``, the number of latest tokens that a token sees, itself included
-    (None: all), and rotary positions other than the decoder's."""
+    (None: all), rotary positions other than the decoder's, and another scale of scores than attention's."""
 
     window: int | None = None
     rope: Rope | None = None
+    scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,9 +88,11 @@ class DecoderConfig:
     """All that shapes the program; hashable, so it can be a static argument.
 
     ``residual`` is where norms stand around attention and MLP: "pre" (``x + f(norm x)``), "post" (``x + norm(f x)``),
-    "pre_post" (both), or "parallel" (attention and MLP both of x, added together). Layer i is of kind
-    ``kinds[kind_of_layer[i]]``; an empty ``kind_of_layer`` means that all are of the first. ``head`` is the unembedding
-    to the vocabulary, or one score (a reward model). ``max_positions`` is the longest text that the model was made for.
+    "pre_post" (both), "parallel" (attention and MLP both of x, added together), or "parallel_shared" (the same behind
+    one norm). Layer i is of kind ``kinds[kind_of_layer[i]]``; an empty ``kind_of_layer`` means that all are of the
+    first. ``head`` is the unembedding to the vocabulary, or one score (a reward model). Embeddings are multiplied with
+    ``embed_scale``; logits z become ``c tanh(z / c)`` with c the ``logits_softcap``. ``max_positions`` is the longest
+    text that the model was made for.
     """
 
     vocab_size: int
@@ -92,11 +103,14 @@ class DecoderConfig:
     norm: Norm
     positions: Rope | Learned
     max_positions: int
-    residual: Literal["pre", "post", "pre_post", "parallel"] = "pre"
+    residual: Literal["pre", "post", "pre_post", "parallel", "parallel_shared"] = "pre"
     kinds: tuple[LayerKind, ...] = (LayerKind(),)
     kind_of_layer: tuple[int, ...] = ()
     tied: bool = False
     head: Literal["vocab", "score"] = "vocab"
+    head_bias: bool = False
+    embed_scale: float = 1.0
+    logits_softcap: float | None = None
 
     @property
     def reward(self) -> bool:

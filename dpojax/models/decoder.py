@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import MakeAttention, rope_table, rotate, shared_prompt_attention
 from dpojax.models.block import Cache, Mix, Weights, block, normalize
-from dpojax.models.config import DecoderConfig, LayerKind, Learned
+from dpojax.models.config import DecoderConfig, LayerKind, Learned, Rope
 from dpojax.packing import ApplyFn, ModelInput
 from dpojax.sharding import Constrain
-from dpojax.types import PyTree
+from dpojax.types import Head, PyTree, Unembedding
 
 MixOfKind = Callable[[LayerKind], Mix]
 
@@ -30,6 +30,8 @@ def embed(
 ) -> Float[Array, "R T D"]:
     """The residual stream before the first layer."""
     x = params["embed"][tokens]
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x + params["positions"][positions] if isinstance(config.positions, Learned) else x
 
 
@@ -46,11 +48,14 @@ def rotary_mix(
     }
 
     def of_kind(kind: LayerKind) -> Mix:
-        table = tables.get(kind.rope or config.positions)  # type: ignore[arg-type]
+        rope = kind.rope or config.positions
+        table = tables.get(rope)  # type: ignore[arg-type]
 
         def mix(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
-            if table is not None:
-                q, k = rotate(q, *table), rotate(k, *table)
+            if isinstance(rope, Rope) and table is not None:
+                q, k = (rotate(x, *table, rope.interleaved) for x in (q, k))
+            if kind.scale is not None:
+                q = q * (kind.scale * config.attention.head_dim**0.5)
             return attention(kind, q, k, v, cache)
 
         return mix
@@ -112,6 +117,13 @@ def final_norm(config: DecoderConfig, params: PyTree, x: Float[Array, "R T D"]) 
     return normalize(config.norm, params, "final_norm", x)
 
 
+def unembedding_of(config: DecoderConfig, params: PyTree) -> Head:
+    """What maps hidden states to logits, or in a reward model to scores."""
+    matrix, bias = params[config.unembedding], params.get("head_bias")
+    cap = None if config.reward else config.logits_softcap
+    return matrix if bias is None and cap is None else Unembedding(matrix, bias, cap)
+
+
 def make_apply(
     config: DecoderConfig,
     *,
@@ -134,14 +146,15 @@ def make_apply(
     Inputs that carry ``hidden`` start from these activations instead of embeddings (top layers only).
     """
 
-    def apply(params: Mapping[str, Any], inputs: ModelInput) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]:
-        attend = {window: attention(inputs, window) for window in {kind.window for kind in config.kinds}}
+    def apply(params: Mapping[str, Any], inputs: ModelInput) -> tuple[Float[Array, "R T D"], Head]:
+        cap = config.attention.softcap
+        attend = {window: attention(inputs, window, cap) for window in {kind.window for kind in config.kinds}}
         mix_of = rotary_mix(
             config, inputs.positions, lambda kind, q, k, v, cache: (attend[kind.window](q, k, v), cache)
         )
         x = embed(config, params, inputs.tokens, inputs.positions) if inputs.hidden is None else inputs.hidden
         x = constrain(x.astype(jnp.dtype(dtype)), ("batch", "length", None))
         x = scan_layers(config, params["blocks"], x, mix_of, remat=remat, constrain=constrain)
-        return final_norm(config, params, x) if normed else x, params[config.unembedding]
+        return final_norm(config, params, x) if normed else x, unembedding_of(config, params)
 
     return apply

@@ -56,7 +56,10 @@ def layer_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
         shape, axes = ((D,), ("norm",)) if back else (out[name].shape[1:], out[name].axes[1:])
         out[f"{name}_bias"] = ParamSpec(shape, axes, "zeros")
     if a.qk_norm is not None:
-        out |= _norm(a.qk_norm, "q_norm", a.head_dim) | _norm(a.qk_norm, "k_norm", a.head_dim)
+        for name in ("q", "k"):
+            one = ParamSpec((a.head_dim,), ("norm",), "ones")
+            every = ParamSpec(out[name].shape[1:], out[name].axes[1:], "ones")
+            out[f"{name}_norm"] = one if a.qk_norm_over == "head" else every
     for name in norms_of(config):
         out |= _norm(config.norm, name, D)
     return out
@@ -65,7 +68,8 @@ def layer_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
 def norms_of(config: DecoderConfig) -> tuple[str, ...]:
     """The norms of a layer over the model's width, by its residual form."""
     before, after = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
-    return {"pre": before, "parallel": before, "post": after, "pre_post": before + after}[config.residual]
+    forms = {"pre": before, "parallel": before, "post": after, "pre_post": before + after}
+    return (forms | {"parallel_shared": before[:1]})[config.residual]
 
 
 def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
@@ -81,6 +85,8 @@ def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
         out["score"] = ParamSpec((1, D), (None, "embed"), "zeros")
     elif config.unembedding == "head":
         out["head"] = ParamSpec((V, D), ("vocab", "embed"))
+    if config.head_bias and not config.reward:
+        out["head_bias"] = ParamSpec((V,), ("vocab",), "zeros")
     return out
 
 

@@ -17,7 +17,8 @@ MAX_BLOCK = 512
 
 @dataclasses.dataclass(frozen=True)
 class SharedPromptMask(masks.Mask):
-    """Query i sees key j, if j comes no later and is of the prompt or of i's own completion.
+    """Query i sees key j, if j comes no later and is of the prompt or of i's own completion; and within a window, if j is
+    one of the latest ``window`` tokens, i itself included.
 
     A row is ``prompt`` tokens and then completions of ``completion`` tokens each; ``length`` counts the row and
     what pads it, which reads as more completions. Computed slice by slice: the length x length array never exists,
@@ -27,6 +28,7 @@ class SharedPromptMask(masks.Mask):
     length: int
     prompt: int
     completion: int
+    window: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,7 +38,12 @@ class SharedPromptMask(masks.Mask):
         tokens = np.arange(self.length, dtype=np.int32)
         q, k = tokens[idx[0]][:, None], tokens[idx[1]][None, :]
         own_start = self.prompt + (q - self.prompt) // self.completion * self.completion
-        return (k <= q) & ((k < self.prompt) | (k >= own_start))
+        sees = (k <= q) & ((k < self.prompt) | (k >= own_start))
+        if self.window is None:
+            return sees
+        # Every completion follows the prompt: its first token is one behind the prompt's last.
+        place = lambda at: np.where(at < self.prompt, at, self.prompt + (at - self.prompt) % self.completion)  # noqa: E731
+        return sees & (place(q) - place(k) < self.window)
 
 
 def block_of(length: int) -> int:
@@ -49,7 +56,14 @@ def block_of(length: int) -> int:
 
 
 def splash_kernel(
-    length: int, prompt: int, completion: int, heads: int, *, interpret: bool = False
+    length: int,
+    prompt: int,
+    completion: int,
+    heads: int,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
 ) -> kernels.SplashAttentionKernel:
     """Splash attention for one row: ``(q [H,S,h], k [K,S,h], v [K,S,h], SegmentIds) -> [H,S,h]``, S a whole of blocks.
 
@@ -57,7 +71,7 @@ def splash_kernel(
     Gradients of q and of (k, v) are two kernels: the fused one holds a gradient of q for every block of keys.
     """
     block = block_of(length)
-    mask = SharedPromptMask(math.ceil(length / block) * block, prompt, completion)
+    mask = SharedPromptMask(math.ceil(length / block) * block, prompt, completion, window)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -67,7 +81,12 @@ def splash_kernel(
         block_kv_dq=block,
     )
     return kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
     )
 
 
@@ -79,11 +98,13 @@ def _rows(
     *,
     prompt: int,
     completion: int,
+    window: int | None,
+    softcap: float | None,
     interpret: bool,
 ) -> Float[Array, "B S H h"]:
     """What one device computes: pad to whole blocks, run the kernel on every row, cut the padding off."""
     _, S, H, h = q_BSHh.shape
-    kernel = splash_kernel(S, prompt, completion, H, interpret=interpret)
+    kernel = splash_kernel(S, prompt, completion, H, window=window, softcap=softcap, interpret=interpret)
     padding = ((0, 0), (0, 0), (0, -S % block_of(S)), (0, 0))
     to_kernel = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), padding)  # noqa: E731
     scaled = (q_BSHh.astype(jnp.float32) / math.sqrt(h)).astype(q_BSHh.dtype)
@@ -115,6 +136,8 @@ def splash_attention(
     *,
     prompt: int,
     completion: int,
+    window: int | None = None,
+    softcap: float | None = None,
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
@@ -130,6 +153,8 @@ def splash_attention(
       prompt_len_B: real tokens of each prompt.
       prompt: tokens of the prompt part of a row, padding included.
       completion: tokens of each completion, padding included.
+      window: how many of the latest tokens a token sees, itself included (None: all).
+      softcap: c of ``c tanh(score / c)`` in place of scores (None: scores as they are).
       mesh: devices to split rows over ``batch_axes`` and heads over ``head_axis``: a kernel cannot be split for us.
       interpret: run the kernel's steps as plain JAX operations, for machines without a TPU.
 
@@ -140,7 +165,8 @@ def splash_attention(
     _check(q_BSHh, k_BSKh, prompt, completion, math.prod(sizes.get(a, 1) for a in batch_axes), sizes.get(head_axis, 1))
 
     def local(q: Array, k: Array, v: Array, prompt_len: Array) -> Array:
-        return _rows(q, k, v, prompt_len, prompt=prompt, completion=completion, interpret=interpret)
+        form = {"prompt": prompt, "completion": completion, "window": window, "softcap": softcap}
+        return _rows(q, k, v, prompt_len, **form, interpret=interpret)  # type: ignore[arg-type]
 
     if mesh is None or mesh.size == 1:
         return local(q_BSHh, k_BSKh, v_BSKh, prompt_len_B)

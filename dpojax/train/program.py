@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dpojax.configs import ComputeOptions, MeshConfig, TrainOptions
 from dpojax.logprobs import completion_stats
 from dpojax.losses import Objective, Traits, traits_of
-from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention
+from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention, unembedding_of
 from dpojax.packing import ApplyFn, PairBatch
 from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh
 from dpojax.train.objectives import (
@@ -219,7 +219,7 @@ def make_ref_step(
 
     def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
         ref = shape(forward(params, batch), batch)
-        return dataclasses.replace(ref, head=params[config.unembedding]) if traits.compares_distributions else ref
+        return dataclasses.replace(ref, head=unembedding_of(config, params)) if traits.compares_distributions else ref
 
     return ref_step
 
@@ -249,7 +249,7 @@ def abstract_inputs(program: Program, batch: PairBatch) -> tuple[TrainState, Pai
     ref = None
     if traits.needs_live_reference:
         ref = jax.eval_shape(program.ref_step, abstract_params(program.config, program.mesh), placed(batch))
-        head = ref.head and abstract_params(program.config, program.mesh)[program.config.unembedding]
+        head = ref.head and unembedding_of(program.config, abstract_params(program.config, program.mesh))
         ref = dataclasses.replace(placed(dataclasses.replace(ref, head=None)), head=head)
     elif traits.reference:
         zeros = jax.ShapeDtypeStruct(batch.completion_len.shape, jnp.float32)
