@@ -26,7 +26,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from dpojax.types import PyTree
+from dpojax.types import Head, PyTree
 
 
 @struct.dataclass
@@ -101,9 +101,9 @@ class ModelInput:
 
 @runtime_checkable
 class ApplyFn(Protocol):
-    """A model to the floors above it: parameters and packed tokens to hidden states and the unembedding matrix."""
+    """A model to the floors above it: parameters and packed tokens to hidden states and the unembedding."""
 
-    def __call__(self, params: PyTree, inputs: ModelInput) -> tuple[Float[Array, "R T D"], Float[Array, "V D"]]: ...
+    def __call__(self, params: PyTree, inputs: ModelInput) -> tuple[Float[Array, "R T D"], Head]: ...
 
 
 def gather(x: Array, index: Int[Array, "R n"]) -> Array:

@@ -54,8 +54,8 @@ def rotate(
     x, rest = x_BTNh[..., :width].astype(jnp.float32), x_BTNh[..., width:]
     first, second = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = first * cos - second * sin, second * cos + first * sin
-    turned = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
     turned = turned.astype(x_BTNh.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 

@@ -135,7 +135,7 @@ def normalize(norm: Norm, weights: Weights, name: str, x: Float[Array, "R T D"])
 
 
 def normalize_heads(norm: Norm, weights: Weights, name: str, x: Float[Array, "R T N h"]) -> Float[Array, "R T N h"]:
-    """Every head under the norm of this name, which all heads share; or all heads together, where it has all of them."""
+    """Every head under the norm of this name, which all heads share; or all heads together, where it has them all."""
     if weights[name].ndim == 2:
         flat = {name: weights[name].reshape(-1)}
         return normalize(norm, flat, name, x.reshape(*x.shape[:2], -1)).reshape(x.shape)

@@ -17,8 +17,8 @@ MAX_BLOCK = 512
 
 @dataclasses.dataclass(frozen=True)
 class SharedPromptMask(masks.Mask):
-    """Query i sees key j, if j comes no later and is of the prompt or of i's own completion; and within a window, if j is
-    one of the latest ``window`` tokens, i itself included.
+    """Query i sees key j, if j comes no later and is of the prompt or of i's own completion; and within a window, if j
+    is one of the latest ``window`` tokens, i itself included.
 
     A row is ``prompt`` tokens and then completions of ``completion`` tokens each; ``length`` counts the row and
     what pads it, which reads as more completions. Computed slice by slice: the length x length array never exists,

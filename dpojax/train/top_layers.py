@@ -27,9 +27,13 @@ from dpojax.train.scoring import jit_forward, place_params
 from dpojax.types import PyTree
 
 
+FROZEN_BESIDE = ("embed", "positions", "head_bias")
+"""What the trained part reads of the frozen parameters, beside hidden states."""
+
+
 def of_top(path: str) -> bool:
     """Whether a step changes this parameter of the trained part: its unembedding, and learned positions, are frozen."""
-    return path not in ("embed", "positions")
+    return path not in FROZEN_BESIDE
 
 
 def check_top_layers(n: int | None, config: DecoderConfig) -> None:
@@ -50,7 +54,7 @@ def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
 def trunk_config(config: DecoderConfig, n: int) -> DecoderConfig:
     """The shape of a model without its top n layers."""
     L = config.layers - n
-    return dataclasses.replace(config, layers=L, tied=True, kind_of_layer=config.kind_of_layer[:L])
+    return dataclasses.replace(config, layers=L, tied=True, head_bias=False, kind_of_layer=config.kind_of_layer[:L])
 
 
 def separate(params: PyTree, n: int) -> tuple[PyTree, PyTree]:
@@ -87,10 +91,9 @@ def cut(model: Model, n: int) -> tuple[Model, Model]:
     config, flat = model.config, flatten(model.params)
     trained = flatten(separate(model.params, n)[1])
     below = {path: x[: config.layers - n] if path.startswith("blocks/") else x for path, x in flat.items()}
-    trunk = {path: x for path, x in below.items() if path != "head"}
-    top = {**trained, "embed": flat[config.unembedding]}
-    if "positions" in flat:
-        top["positions"] = flat["positions"]
+    trunk = {path: x for path, x in below.items() if path not in ("head", "head_bias")}
+    beside = {path: flat[path] for path in FROZEN_BESIDE if path in flat}
+    top = {**trained, **beside, "embed": flat[config.unembedding]}
     return (
         Model(trunk_config(config, n), nest(trunk), model.hf_config),
         Model(top_config(config, n), nest(top), model.hf_config),
