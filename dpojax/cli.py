@@ -28,6 +28,7 @@ from dpojax.errors import UserError
 
 if TYPE_CHECKING:
     from dpojax.data import Encoder, RowKind
+    from dpojax.models import DecoderConfig
 
 Config = (
     DPOConfig
@@ -110,13 +111,15 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.generate import make_sampler, sample_all
     from dpojax.progress import track
     from dpojax.startup import keep_memory
-    from dpojax.train.by_name import load_policy, tokenizer_for
+    from dpojax.train.by_name import open_policy, tokenizer_for
     from dpojax.train.inputs import encoding_of
 
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer, encoding_of(config))
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
-    model = load_policy(config.model)
+    files = open_policy(config.model)
+    check_prompts(config, files.config, prompts)
+    model = files.load(None)
     keep_memory()
     # A prompt is computed once for as many of its completions as a batch holds.
     together = min(config.num_samples, config.batch_size)
@@ -125,9 +128,14 @@ def run_sample(config: SampleConfig) -> int:
         model.config,
         num_samples=together,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=model.eos_ids(tokenizer),
+        eos_ids=(*model.eos_ids(tokenizer), *config.stop_token_ids),
         temperature=config.temperature,
+        top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=config.stop,
+        tokenizer=tokenizer,
         dtype=config.dtype,
     )
     drawn = sample_all(
@@ -137,7 +145,7 @@ def run_sample(config: SampleConfig) -> int:
         batch_size=min(max(1, config.batch_size // together), len(prompts) * rounds),
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
-    ).texts(tokenizer)
+    ).texts(tokenizer, config.stop)
     for i, prompt in enumerate(config.prompt):
         completions = [text for round in drawn[i * rounds : (i + 1) * rounds] for text in round]
         for text in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
@@ -151,6 +159,29 @@ def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
         return encoder.encode_prompt([{"role": "user", "content": text}] if chat else text)
     except ValueError as error:
         raise UserError(f"--prompt {text!r}: {error}") from None
+
+
+def check_prompts(config: SampleConfig, model: "DecoderConfig", prompts: list[list[int]]) -> None:
+    """Refuse tokens that the model has no embedding for, and completions beyond its last learned position; JAX would
+    read its last one without an error.
+
+    Raises:
+      UserError: naming the flag and the model's number.
+    """
+    from dpojax.models import Learned
+    from dpojax.progress import console
+
+    top, size = max(map(max, prompts)), model.vocab_size
+    if top >= size:
+        raise UserError(f"--prompt: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
+    if (last := max(config.stop_token_ids, default=0)) >= size:
+        raise UserError(f"--stop-token-ids {last}: the model has {size} tokens, which count from 0; name one of them")
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    if longest > model.max_positions and isinstance(model.positions, Learned):
+        most = f"the model has {model.max_positions} positions for a prompt of {max(map(len, prompts))} tokens"
+        raise UserError(f"--max-new-tokens {config.max_new_tokens}: {most} and its completion; give fewer")
+    if longest > model.max_positions:
+        console.print(f"texts of up to {longest} tokens exceed the {model.max_positions} that the model was made for")
 
 
 def run_export(config: ExportConfig) -> int:

@@ -221,8 +221,18 @@ class SampleConfig(ModelOptions, ChatOptions):
     """Completions per prompt."""
     temperature: float = 1.0
     """Softmax temperature; 0 takes the most probable token each time."""
+    top_k: int = 0
+    """How many of the most probable tokens are sampled from (0: all)."""
     top_p: float = 1.0
     """Probability mass of the nucleus sampled from."""
+    min_p: float = 0.0
+    """Least probability of a token that is sampled, as a share of the most probable one's."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the completion so far are less probable, as in CTRL (arXiv 1909.05858)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, each in quotes; what is printed ends before them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the model's EOS; they are not printed."""
     batch_size: int = 16
     """Completions drawn side by side."""
     seed: int = 0

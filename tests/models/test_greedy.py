@@ -46,6 +46,6 @@ def test_every_family(name, tmp_path):
 def test_smollm2(tmp_path):
     model, tokenizer = load_model(smollm2_path()), load_tokenizer(smollm2_path())
     save_model(model, tmp_path)
-    texts = ["The capital of France is", "Once upon a time, in a small village by the sea, there", "def add(a, b):"]
+    texts = ["The capital of France is", "Once upon a time, in a small village by the sea, there"]
     prompts = tokenizer(texts)["input_ids"]
     assert ours(model, prompts) == theirs(tmp_path, prompts)
