@@ -20,6 +20,7 @@ from dpojax.configs import (
     LossesConfig,
     MakeTfdsConfig,
     SampleConfig,
+    ScoreConfig,
     SFTConfig,
     ShowDataConfig,
     TrainOptions,
@@ -27,14 +28,14 @@ from dpojax.configs import (
 from dpojax.errors import UserError
 
 if TYPE_CHECKING:
-    from dpojax.data import Encoder, RowKind
-    from dpojax.models import DecoderConfig
+    from dpojax.data import RowKind
 
 Config = (
     DPOConfig
     | SFTConfig
     | LogpsConfig
     | EvalConfig
+    | ScoreConfig
     | SampleConfig
     | ExportConfig
     | CheckDataConfig
@@ -105,10 +106,28 @@ def beta_of_run(own: dict[str, Any]) -> float:
         raise UserError(f"--loss {own['loss']} of the run: {error}; give --beta") from None
 
 
+def run_score(config: ScoreConfig) -> int:
+    """``dpojax score``."""
+    from dpojax.data import parse_filter
+    from dpojax.data.prepare import Reading
+    from dpojax.evaluate.rewards import model_rewards, scorer_rewards, write_scored
+    from dpojax.progress import console
+
+    check_file(config.output)
+    if any(Path(name).resolve() == Path(config.output).resolve() for name in config.data):
+        raise UserError(f"--output {config.output}: is among --data; name another file")
+    reading = Reading("candidates", config.format, tuple(map(parse_filter, config.filter)))
+    rewards = scorer_rewards(config.scorer) if config.scorer else model_rewards(config, config.model or "")
+    rows = write_scored(config, reading, rewards)
+    console.print(f"{rows} rows written to {config.output}")
+    return 0
+
+
 def run_sample(config: SampleConfig) -> int:
     """``dpojax sample``."""
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
+    from dpojax.generate.prompts import check_prompts, encode_prompt
     from dpojax.progress import track
     from dpojax.startup import keep_memory
     from dpojax.train.by_name import open_policy, tokenizer_for
@@ -151,37 +170,6 @@ def run_sample(config: SampleConfig) -> int:
         for text in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
             print(f"{i + 1}. {prompt}|{text}")
     return 0
-
-
-def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
-    """A prompt in tokens, as a row of data would have it."""
-    try:
-        return encoder.encode_prompt([{"role": "user", "content": text}] if chat else text)
-    except ValueError as error:
-        raise UserError(f"--prompt {text!r}: {error}") from None
-
-
-def check_prompts(config: SampleConfig, model: "DecoderConfig", prompts: list[list[int]]) -> None:
-    """Refuse tokens that the model has no embedding for, and completions beyond its last learned position; JAX would
-    read its last one without an error.
-
-    Raises:
-      UserError: naming the flag and the model's number.
-    """
-    from dpojax.models import Learned
-    from dpojax.progress import console
-
-    top, size = max(map(max, prompts)), model.vocab_size
-    if top >= size:
-        raise UserError(f"--prompt: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
-    if (last := max(config.stop_token_ids, default=0)) >= size:
-        raise UserError(f"--stop-token-ids {last}: the model has {size} tokens, which count from 0; name one of them")
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    if longest > model.max_positions and isinstance(model.positions, Learned):
-        most = f"the model has {model.max_positions} positions for a prompt of {max(map(len, prompts))} tokens"
-        raise UserError(f"--max-new-tokens {config.max_new_tokens}: {most} and its completion; give fewer")
-    if longest > model.max_positions:
-        console.print(f"texts of up to {longest} tokens exceed the {model.max_positions} that the model was made for")
 
 
 def run_export(config: ExportConfig) -> int:
@@ -312,6 +300,7 @@ COMMANDS = {
     "sft": (SFTConfig, run_train),
     "logps": (LogpsConfig, run_logps),
     "eval": (EvalConfig, run_eval),
+    "score": (ScoreConfig, run_score),
     "sample": (SampleConfig, run_sample),
     "export": (ExportConfig, run_export),
     "check-data": (CheckDataConfig, run_check_data),

@@ -22,13 +22,19 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForwardOptions:
-    """How a forward pass computes."""
+class PassOptions:
+    """How hidden states are computed."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, log-probabilities and losses stay float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: XLA's own, cuDNN's for GPUs (bfloat16), Splash for TPUs, or what fits the devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardOptions(PassOptions):
+    """How a forward pass computes."""
+
     logprob_chunk_tokens: int = 512
     """Completion tokens whose logits exist at one time; less takes less memory."""
 
@@ -203,6 +209,22 @@ class EvalConfig(ScoringOptions):
     """Leave out rows that cannot be used, and report them, instead of refusing the file."""
     output: str | None = None
     """JSON file for the figures, beside the table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(DataOptions, PassOptions):
+    """Give every completion its reward, by a reward model or by a function of your own."""
+
+    model: str | None = None
+    """Reward model: a Hugging Face directory or hub id of ...ForSequenceClassification with one label, or the --output
+    directory of a run with --loss reward_model."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, as for --model (default: the model's own)."""
+    scorer: str | None = None
+    """In place of a model, path/to/file.py:name of a function that takes a list of prompts and a list of completions
+    and gives a number for each."""
+    output: str
+    """JSONL file, a line a row in their order: the row with score, scores, or score_chosen and score_rejected."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,7 @@ def check_options(config: Any) -> None:
                 shown = "" if value == () else f" {value}"
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
     check_reading(config)
+    check_scorer(config)
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
         raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
     if getattr(config, "temperature", 1) == 0:
@@ -71,6 +72,28 @@ def check_options(config: Any) -> None:
     if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
         n = config.gradient_accumulation_steps
         raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
+
+
+OF_TEXT = ("data", "format", "filter", "as_chat", "scorer", "output")
+"""The options of `score` that a scorer has a use for."""
+
+
+def check_scorer(config: Any) -> None:
+    """Refuse `score` by nothing or by two things at once, and a model's options where there is none.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if not hasattr(config, "scorer"):
+        return
+    if config.scorer is None:
+        if config.model is None:
+            raise UserError("--model: name a reward model, or give --scorer path/to/file.py:name")
+        return
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in OF_TEXT and value != field.default:
+            raise UserError(f"{flag(field.name)} {value}: --scorer reads text and no tokens; leave one of them out")
 
 
 def check_reading(config: Any) -> None:

@@ -219,9 +219,9 @@ def test_sampling(capsys, tiny_dir, flags, parts):
 
 def test_sampling_beyond_learned_positions(tiny_dir):
     """A family of learned positions would read its last one again and again."""
-    from dpojax.cli import check_prompts
     from dpojax.configs import SampleConfig
     from dpojax.errors import UserError
+    from dpojax.generate.prompts import check_prompts
     from dpojax.models import Learned, open_model
 
     config = dataclasses.replace(open_model(tiny_dir).config, positions=Learned(size=16), max_positions=16)
