@@ -252,7 +252,7 @@ class SampleConfig(ModelOptions, ChatOptions):
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the completion so far are less probable, as in CTRL (arXiv 1909.05858)."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion, each in quotes; what is printed ends before them."""
+    """Texts that end a completion, each in quotes (in bash, $'\\n' is a line break); what is printed ends before."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a completion, besides the model's EOS; they are not printed."""
     batch_size: int = 16

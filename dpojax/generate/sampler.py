@@ -251,7 +251,7 @@ class StoppingSampler:
 
     def __init__(self, decoding: Decoding, begin: Any, tokenizer: Any, stop: tuple[str, ...]):
         self.decoding, self.begin, self.tokenizer, self.stop = decoding, begin, tokenizer, stop
-        self.go_on = jax.jit(decoding.go_on)
+        self.go_on = jax.jit(decoding.go_on, donate_argnums=2)
         self.lower = begin.lower
 
     def __call__(

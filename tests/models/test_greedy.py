@@ -17,7 +17,9 @@ def theirs(directory, prompts: list[list[int]], **options) -> list[list[int]]:
     """transformers' greedy tokens, one prompt at a time, no EOS."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    # Of attention kernels, only the eager one caps scores.
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = loaded.eval()
     model.generation_config.eos_token_id = None
     options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0} | options
     drawn = [model.generate(torch.tensor([prompt]), **options) for prompt in prompts]
