@@ -99,9 +99,8 @@ class GGUFSource:
         self.places: dict[str, tuple[str, Placed]] = {}
         for place in places(family, config).values():
             kind = ".bias" if place.tensor.name.endswith(".bias") else ".weight"
-            for layer in range(place.layers or 1):
-                gguf = place.tensor.gguf.format(layer) + kind
-                self.places[place.name(layer)] = (gguf, place)
+            for layer, name in enumerate(place.names()):
+                self.places[name] = (place.tensor.gguf.format(layer) + kind, place)
         read = {gguf: name for name, (gguf, _) in self.places.items()}
         self.names = [read.get(gguf, gguf) for gguf in self.tensors]
 
