@@ -32,6 +32,8 @@ def rope_table(
     scaling = rope.scaling
     if scaling is not None and scaling.kind == "linear":
         freqs = freqs / scaling.factor
+    elif scaling is not None and scaling.kind == "longrope":
+        freqs = 1.0 / (jnp.asarray(scaling.short, jnp.float32) * rope.theta**exponents)
     elif scaling is not None:
         # Llama 3: long wavelengths are stretched by `factor`, short ones left alone, those between blended.
         turns = scaling.original_max_positions * freqs / (2 * jnp.pi)
@@ -39,7 +41,8 @@ def rope_table(
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         freqs = freqs * (keep + (1 - keep) / scaling.factor)
     angles = positions[:, :, None].astype(jnp.float32) * freqs[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return (jnp.cos(angles), jnp.sin(angles)) if factor == 1 else (factor * jnp.cos(angles), factor * jnp.sin(angles))
 
 
 def rotate(

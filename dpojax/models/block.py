@@ -129,9 +129,10 @@ def layer_norm(
 
 def normalize(norm: Norm, weights: Weights, name: str, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
     """The activations under the norm of this name."""
+    scale = weights[name] + norm.offset if norm.offset else weights[name]
     if norm.kind == "rms":
-        return rms_norm(x, weights[name], norm.eps)
-    return layer_norm(x, weights[name], weights.get(f"{name}_bias"), norm.eps)
+        return rms_norm(x, scale, norm.eps)
+    return layer_norm(x, scale, weights.get(f"{name}_bias"), norm.eps)
 
 
 def normalize_heads(norm: Norm, weights: Weights, name: str, x: Float[Array, "R T N h"]) -> Float[Array, "R T N h"]:

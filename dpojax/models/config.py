@@ -14,17 +14,28 @@ class Norm:
     kind: Literal["rms", "layer"] = "rms"
     eps: float
     bias: bool = False
+    offset: float = 0.0
+    """What the parameter is added to before it scales (Gemma: 1)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Stretching of the rotary frequencies: all by ``factor`` (linear), or the long wavelengths alone (Llama 3)."""
+    """Stretching of the rotary frequencies: all by ``factor`` (linear), the long wavelengths alone (Llama 3), or each
+    by its own factor (LongRoPE, arXiv 2402.13753).
 
-    kind: Literal["linear", "llama3"]
+    LongRoPE has ``short`` factors for texts of up to ``original_max_positions`` tokens and ``long`` ones beyond; the
+    program computes the short ones, and longer texts are refused. Its cosines and sines are multiplied with
+    ``attention_factor``.
+    """
+
+    kind: Literal["linear", "llama3", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +132,15 @@ class DecoderConfig:
     def unembedding(self) -> str:
         """The parameter that maps hidden states to logits or, in a reward model, to scores."""
         return "score" if self.reward else "embed" if self.tied else "head"
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a text may have at most, beyond which there are no positions; None without a limit."""
+        if isinstance(self.positions, Learned):
+            return self.positions.size
+        scalings = [rope.scaling for rope in (self.positions, *[kind.rope for kind in self.kinds]) if rope is not None]
+        limits = [s.original_max_positions for s in scalings if s is not None and s.kind == "longrope"]
+        return min(limits) if limits else None
 
     def kind(self, layer: int) -> LayerKind:
         """The kind of a layer, by its number."""

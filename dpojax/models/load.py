@@ -19,7 +19,7 @@ from dpojax.models.gguf_tokenizer import gguf_tokenizer
 from dpojax.models.params import init_params, param_shardings
 from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, without_quantization
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
-from dpojax.models.unread import check_dtypes, check_unread, unknown_fields
+from dpojax.models.unread import check_dtypes, check_unread
 from dpojax.models.weights import check_source, load_params
 from dpojax.progress import console
 from dpojax.types import PyTree
@@ -182,7 +182,7 @@ def _open_directory(path: Path) -> ModelFiles:
     where = str(path / "config.json")
     raw = read_json(path / "config.json")
     family = family_of(raw, where)
-    config = family.read(raw, where)
+    config = family.read(without_quantization(raw), where)
     source: RawTensors = SafetensorsSource(path)
     adapter = path / "adapter_config.json"
     if adapter.exists():
@@ -213,9 +213,6 @@ def _checked(
     check_source(source, family, config)
     model_eos_ids(raw, generation, config.vocab_size, source.path)
     notes = check_unread(source, family, config, rows=FIRST_ROWS)
-    unknown = unknown_fields(raw, family, config)
-    if unknown:
-        notes.append(f"{source.path}: fields of config.json that are not understood and not used: {', '.join(unknown)}")
     return ModelFiles(config, raw, source, generation, tuple(notes))
 
 

@@ -34,7 +34,7 @@ class ParamSpec:
 
 def _norm(norm: Norm, name: str, width: int) -> dict[str, ParamSpec]:
     bias = {f"{name}_bias": ParamSpec((width,), ("norm",), "zeros")} if norm.bias else {}
-    return {name: ParamSpec((width,), ("norm",), "ones")} | bias
+    return {name: ParamSpec((width,), ("norm",), "zeros" if norm.offset else "ones")} | bias
 
 
 def layer_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
@@ -57,8 +57,8 @@ def layer_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
         out[f"{name}_bias"] = ParamSpec(shape, axes, "zeros")
     if a.qk_norm is not None:
         for name in ("q", "k"):
-            one = ParamSpec((a.head_dim,), ("norm",), "ones")
-            every = ParamSpec(out[name].shape[1:], out[name].axes[1:], "ones")
+            one = _norm(a.qk_norm, name, a.head_dim)[name]
+            every = ParamSpec(out[name].shape[1:], out[name].axes[1:], one.init)
             out[f"{name}_norm"] = one if a.qk_norm_over == "head" else every
     for name in norms_of(config):
         out |= _norm(config.norm, name, D)

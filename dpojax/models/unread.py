@@ -1,9 +1,6 @@
-"""What a model's files have and nothing reads: tensors, which are refused unless they change nothing, and fields of
-``config.json``, which are named."""
+"""Tensors that a model's files have and nothing reads; they are refused unless they change nothing."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -21,20 +18,6 @@ ACTIVATIONS = re.compile(
 )
 """What quantises activations or the KV cache, and no weight."""
 ROWS = 1024  # of a matrix, compared at a time
-
-IRRELEVANT = frozenset((
-    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "classifier_dropout",
-    "do_sample", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "label2id", "max_length",
-    "model_type", "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "repetition_penalty", "return_dict", "rope_scaling", "temperature",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version",
-    "use_cache", "vocab_size"
-))  # fmt: skip
-"""Fields of ``config.json`` that change no logit, or that are read apart from the family's choices."""
-ROPE_FIELDS = frozenset((
-    "factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings", "rope_theta", "rope_type",
-    "type"
-))  # fmt: skip
 
 
 def check_dtypes(source: RawTensors) -> None:
@@ -64,7 +47,7 @@ def check_unread(source: RawTensors, family: Family, config: DecoderConfig, *, r
     Raises:
       UserError: a tensor that nothing reads would make another model.
     """
-    read = {place.name(i) for place in places(family, config).values() for i in range(place.layers or 1)}
+    read = {name for place in places(family, config).values() for name in place.names()}
     left = sorted(name for name in source.names if name not in read and not is_buffer(source, name))
     # A family that is always tied has no unembedding of its own, but its files may hold the embedding twice.
     head = family.tensors["head"].name if "head" in family.tensors else "lm_head.weight"
@@ -134,14 +117,3 @@ def check_tied(source: RawTensors, head: str, embed: str, rows: int | None = Non
             f"{source.path}: tensor {head} differs from {embed}, but its config.json says tie_word_embeddings; set "
             "that to false to use the tensor, or remove the tensor"
         )
-
-
-def unknown_fields(raw: Mapping[str, Any], family: Family, config: DecoderConfig) -> list[str]:
-    """Fields of a ``config.json`` that are set and that nothing understands."""
-    known = IRRELEVANT | family.write(config).keys() | family.fields
-    unknown = [name for name, value in raw.items() if name not in known and value not in (None, False)]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(name)
-        if isinstance(rope, Mapping):
-            unknown += [f"{name}.{field}" for field in rope if field not in ROPE_FIELDS]
-    return sorted(unknown)

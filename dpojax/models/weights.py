@@ -5,6 +5,7 @@ No host holds more than a few tensors beyond what its devices hold.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
 from dpojax.models.families import Family, Tensor
+from dpojax.models.families.base import join, output_axis
 from dpojax.models.params import flatten, layer_specs, nest, param_specs
 from dpojax.sharding import RULES, single_device_mesh
 from dpojax.types import PyTree
@@ -38,28 +40,46 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """One parameter's place in a family's files: its tensor, its shape without layers, the layers, and where it begins
-    along the output axis of a fused tensor."""
+    """One parameter's place in a family's files.
+
+    Attributes:
+      tensor: its name and form.
+      shape: of one of the tensors that the parameter is stacked of.
+      numbers: what the stacked axes count, in their order: the layers that have it, and its experts; empty for a
+        parameter of no layer.
+      start: where it begins along the output axis of a fused tensor.
+      whole: shape of the tensor that holds it.
+      heads: how many of its heads lie between those of other parameters in the same tensor.
+    """
 
     tensor: Tensor
     shape: tuple[int, ...]
-    layers: int | None  # None: not of a layer
+    numbers: tuple[tuple[int, ...], ...]
     start: int
-    fused: bool
+    whole: tuple[int, ...]
+    heads: int
 
-    def name(self, layer: int = 0) -> str:
-        return self.tensor.name.format(layer)
+    def names(self) -> Iterator[str]:
+        """The names of the tensors that it is stacked of."""
+        return (self.tensor.name.format(*at) for at in itertools.product(*self.numbers))
 
 
 def places(family: Family, config: DecoderConfig) -> dict[str, Placed]:
     """Where a family's files keep every parameter of a decoder, by path."""
-    inner, out = layer_specs(config), {}
-    for path, spec in param_specs(config).items():
-        tensor, stacked = family.tensors[path], path.startswith("blocks/")
-        shape = inner[path.removeprefix("blocks/")].shape if stacked else spec.shape
-        start = sum(tensor.outputs(inner[name].shape) for name in tensor.after)
-        fused = any(other.after for other in family.tensors.values() if other.name == tensor.name)
-        out[path] = Placed(tensor, shape, config.layers if stacked else None, start, fused)
+    inner, specs, out = layer_specs(config), param_specs(config), {}
+
+    def shape_of(path: str) -> tuple[int, ...]:
+        return inner[path.removeprefix("blocks/")].shape if path.startswith("blocks/") else specs[path].shape
+
+    for path in specs:
+        tensor, shape = family.tensors[path], shape_of(path)
+        start = sum(tensor.outputs(shape_of(f"blocks/{name}")) for name in tensor.after)
+        together = [p for p in specs if family.tensors[p].name == tensor.name]
+        whole = list(tensor.shape(shape))
+        whole[output_axis(tensor, tuple(whole))] = sum(family.tensors[p].outputs(shape_of(p)) for p in together)
+        numbers = (tuple(range(config.layers)),) if path.startswith("blocks/") else ()
+        heads = shape[-2] if tensor.of_head is not None else 1
+        out[path] = Placed(tensor, shape, numbers, start, tuple(whole), heads)
     return out
 
 
@@ -69,20 +89,18 @@ def check_source(source: TensorSource, family: Family, config: DecoderConfig) ->
     Raises:
       UserError: a tensor is missing, has another shape than the config asks for, or there are more layers.
     """
-    if source.shape(family.tensors["blocks/q"].name.format(config.layers)) is not None:
+    if source.shape(family.tensors["blocks/o"].name.format(config.layers)) is not None:
         raise UserError(
             f"{source.path}: config.json has {config.layers} layers, the weights have more; fix config.json"
         )
     for place in places(family, config).values():
-        wanted = place.tensor.shape(place.shape)
-        for layer in range(place.layers or 1):
-            name = place.name(layer)
+        for name in place.names():
             shape = source.shape(name)
             if shape is None:
                 raise UserError(f"{source.path}: tensor {name} is missing from its weights; fetch the model again")
-            if shape != wanted and not place.fused:
+            if shape != place.whole:
                 raise UserError(
-                    f"{source.path}: tensor {name} has shape {shape}, but its config.json asks for {wanted}"
+                    f"{source.path}: tensor {name} has shape {shape}, but its config.json asks for {place.whole}"
                 )
 
 
@@ -121,14 +139,16 @@ def load_params(
 def read_slice(source: TensorSource, place: Placed, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one parameter, float32, from the slices of the files that hold it."""
     wanted = tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
-    tensor = place.tensor
-    if place.layers is None:
-        part = tensor.index(place.shape, index, place.start)
-        return np.ascontiguousarray(tensor.to_ours(source.read(place.name(), part), wanted), np.float32)
-    part = tensor.index(place.shape, index[1:], place.start)
+    tensor, stacked = place.tensor, len(place.numbers)
+    part = tensor.index(place.shape, index[stacked:], place.start)
+    if not stacked:
+        (name,) = place.names()
+        return np.ascontiguousarray(tensor.to_ours(source.read(name, part), wanted), np.float32)
     x = np.empty(wanted, np.float32)
-    for i, layer in enumerate(range(*index[0].indices(place.layers))):
-        x[i] = tensor.to_ours(source.read(place.name(layer), part), wanted[1:])
+    rows = [list(enumerate(numbers[cut])) for numbers, cut in zip(place.numbers, index, strict=False)]
+    for at in itertools.product(*rows):
+        name = tensor.name.format(*(number for _, number in at))
+        x[tuple(i for i, _ in at)] = tensor.to_ours(source.read(name, part), wanted[stacked:])
     return x
 
 
@@ -148,29 +168,32 @@ class FileTensor:
 def file_tensors(params: PyTree, family: Family, config: DecoderConfig) -> Iterator[FileTensor]:
     """Every tensor of a model's files, not fetched yet: those of no layer first, then layer by layer."""
     flat, where = flatten(params), places(family, config)
-    for layer in (None, *range(config.layers)):
-        parts: dict[str, list[str]] = {}  # paths of the parameters that one tensor holds
-        for path, place in where.items():
-            if (place.layers is None) == (layer is None):
-                parts.setdefault(place.name(layer or 0), []).append(path)
-        for name, paths in parts.items():
-            yield _file_tensor(name, sorted(paths, key=lambda path: where[path].start), flat, where, layer)
+    parts: dict[tuple[int, str], list[tuple[str, tuple[int, ...]]]] = {}  # what lies in a tensor: path, place in stack
+    for path, place in where.items():
+        axes = [list(enumerate(numbers)) for numbers in place.numbers]
+        for at in itertools.product(*axes):
+            numbers = tuple(number for _, number in at)
+            key = (numbers[0] if numbers else -1), place.tensor.name.format(*numbers)
+            parts.setdefault(key, []).append((path, tuple(i for i, _ in at)))
+    for (_, name), held in sorted(parts.items(), key=lambda item: item[0][0]):
+        yield _file_tensor(name, sorted(held, key=lambda part: _order(where[part[0]])), flat, where)
+
+
+def _order(place: Placed) -> tuple[int, int]:
+    return place.start, place.tensor.of_head[0] if place.tensor.of_head is not None else 0
 
 
 def _file_tensor(
-    name: str, paths: list[str], flat: dict[str, Any], where: dict[str, Placed], layer: int | None
+    name: str, held: list[tuple[str, tuple[int, ...]]], flat: dict[str, Any], where: dict[str, Placed]
 ) -> FileTensor:
-    shapes = [where[path].tensor.shape(where[path].shape) for path in paths]
-    axis = 0 if where[paths[0]].tensor.outputs_first or len(shapes[0]) == 1 else 1  # of the outputs
-    shape = list(shapes[0])
-    shape[axis] = sum(part[axis] for part in shapes) if len(shapes) > 1 else shape[axis]
+    first = where[held[0][0]]
 
     def fetch() -> np.ndarray:
-        parts = (flat[path] if layer is None else flat[path][layer] for path in paths)
-        out = [where[path].tensor.to_theirs(np.asarray(gathered(x))) for path, x in zip(paths, parts, strict=True)]
-        return out[0] if len(out) == 1 else np.concatenate(out, axis)
+        tensors = [where[path].tensor for path, _ in held]
+        parts = [np.asarray(gathered(flat[path][at] if at else flat[path])) for path, at in held]
+        return join(tensors, [t.to_theirs(x) for t, x in zip(tensors, parts, strict=True)], first.heads)
 
-    return FileTensor(name, tuple(shape), fetch)
+    return FileTensor(name, first.whole, fetch)
 
 
 def gathered(x: Any) -> Any:

@@ -26,7 +26,6 @@ from dpojax.sharding import batch_sharding, constrainer, put_global
 from dpojax.train.scoring import jit_forward, place_params
 from dpojax.types import PyTree
 
-
 FROZEN_BESIDE = ("embed", "positions", "head_bias")
 """What the trained part reads of the frozen parameters, beside hidden states."""
 
