@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpojax.errors import UserError
-from dpojax.models.families import FAMILIES
+from dpojax.models.families import family_of
 
 if TYPE_CHECKING:
     from dpojax.models.gguf import GGUFFile
@@ -22,8 +22,10 @@ IRRELEVANT = frozenset(("vocab_size", "rope.scaling.finetuned", "rope.scaling.or
 """Keys of an architecture that change no logit, or that others say as well."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every published model of Llama 3's scaling has; GGUF holds the factors of frequencies that come of it."""
-PARTS_OF_SCALES = {"gemma2": 46, "gemma3": 62}
-"""Layers of the models of 27 billion parameters, whose scores are scaled by the width's share of a head."""
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+"""How many layers Gemma's largest models have, whose scale of scores is another."""
+PER_LAYER = ("attention.sliding_window_pattern",)
+"""Lists that may differ from layer to layer."""
 
 
 class Keys:
@@ -79,9 +81,6 @@ class Keys:
             raise UserError(
                 f"{self.file.path}: nothing is known of the metadata {named}; use the model's safetensors"
             )
-
-
-PER_LAYER = ("attention.sliding_window_pattern",)
 
 
 def shortest(value: float) -> float:
@@ -206,7 +205,7 @@ def _gemma(keys: Keys) -> Raw:
     """The scale of scores is not in the file: it is one over the root of a head's width, but in the largest model."""
     raw = _like_llama(keys, hidden_activation="gelu_pytorch_tanh", attention_bias=_attention_bias(keys))
     del raw["hidden_act"]
-    largest = raw["num_hidden_layers"] == PARTS_OF_SCALES[keys.file.architecture]
+    largest = raw["num_hidden_layers"] == GEMMA_27B[keys.file.architecture]
     scalar = raw["hidden_size"] // raw["num_attention_heads"] if largest else raw["head_dim"]
     return {
         **raw,
@@ -220,7 +219,7 @@ def _gemma(keys: Keys) -> Raw:
 def _layer_types(keys: Keys, layers: int, every: int) -> list[str]:
     """The kind of each layer: windows, but for the last of every few, or as the file says."""
     pattern = keys.get("attention.sliding_window_pattern", every)
-    sliding = pattern if isinstance(pattern, list) else [(i + 1) % pattern != 0 for i in range(layers)]
+    sliding = pattern if isinstance(pattern, list) else [not pattern or (i + 1) % pattern != 0 for i in range(layers)]
     return ["sliding_attention" if window else "full_attention" for window in sliding]
 
 
@@ -343,16 +342,25 @@ def hf_config(file: "GGUFFile") -> Raw:
     keys = Keys(file)
     raw = read(keys)
     keys.check_all_read()
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise UserError(f"{file.path}: it has no tensor token_embd.weight, so it is no whole model; fetch it again")
-    family = FAMILIES[raw["model_type"]]
+    family = family_of(raw, str(file.path))
     return {
         "architectures": [family.architecture + family.causal],
         **raw,
-        "vocab_size": int(embedding.shape[1]),
-        **{f"{name}_token_id": file.get(f"tokenizer.ggml.{key}_token_id") for name, key in IDS.items()},
+        "vocab_size": _vocab_size(file),
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
     }
 
 
-IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+def _vocab_size(file: "GGUFFile") -> int:
+    embedding, tokens = file.tensors.get("token_embd.weight"), file.reader.get_field("tokenizer.ggml.tokens")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError(f"{file.path}: it has no tensor token_embd.weight, so it is no whole model; fetch it again")
+    rows = int(embedding.shape[1])
+    if tokens is not None and len(tokens.data) > rows:
+        raise UserError(
+            f"{file.path}: tokenizer.ggml.tokens are {len(tokens.data)}, but token_embd.weight has {rows} rows; "
+            "convert the model again"
+        )
+    return rows

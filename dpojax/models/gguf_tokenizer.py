@@ -74,6 +74,12 @@ GEMMA = ("gemma2", "gemma3")
 _PHI3_KEEPS_BLANKS = ("<unk>", "<s>", "<|endoftext|>")
 
 
+_READ = frozenset((
+    "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token", "add_eos_token",
+    "add_space_prefix",
+))  # fmt: skip
+
+
 def gguf_tokenizer(file: "GGUFFile") -> "PreTrainedTokenizerFast":
     """The tokenizer that the metadata describes, chat templates included.
 
@@ -89,6 +95,7 @@ def gguf_tokenizer(file: "GGUFFile") -> "PreTrainedTokenizerFast":
     """
     from transformers import PreTrainedTokenizerFast
 
+    _check_all_read(file)
     vocabulary = _vocabulary(file)
     build = {"gpt2": _byte_level, "llama": _sentencepiece}[vocabulary.kind]
     tokenizer, bos = build(file, vocabulary)
@@ -139,6 +146,17 @@ class Vocabulary:
             if i is not None:
                 out[f"{name}_token"] = self.tokens[i]
         return out
+
+
+def _check_all_read(file: "GGUFFile") -> None:
+    """Refuse what would make other tokens and is not read (``remove_extra_whitespaces``, a table of characters)."""
+    start = "tokenizer.ggml."
+    names = [key.removeprefix(start) for key in file.keys if key.startswith(start)]
+    left = [name for name in names if name not in _READ and not name.endswith(("_token_id", "_token_ids"))]
+    left = [name for name in left if file.get(start + name)]
+    if left:
+        named = ", ".join(start + name for name in sorted(left))
+        raise UserError(f"{file.path}: nothing is known of the metadata {named}; name a directory with --tokenizer")
 
 
 def _vocabulary(file: "GGUFFile") -> Vocabulary:
