@@ -8,10 +8,12 @@ The weights are NumPy's, seeded by each tensor's place in a sorted list of names
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,19 +22,24 @@ sys.path.insert(0, str(ROOT))
 from tests.models.families import FAMILIES, TOKENS, random_tensor  # noqa: E402
 
 
+def golden(raw: dict, directory: Path) -> list:
+    """Logits of every eighth position and thirty-second token, of the model whose files hold the tests' tensors."""
+    config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "architectures"})
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    file = directory / "model.safetensors"
+    tensors = {name: random_tensor(i, x.shape) for i, (name, x) in enumerate(sorted(load_file(file).items()))}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor(TOKENS)).logits.numpy()
+    return np.round(logits[:, ::8, ::32], 5).tolist()
+
+
 def main() -> None:
     goldens = {}
     for name, raw in FAMILIES.items():
-        config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "architectures"})
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        state = model.state_dict()
-        tied = {"lm_head.weight"} if raw["tie_word_embeddings"] else set()
-        for i, key in enumerate(sorted(state.keys() - tied)):
-            state[key].copy_(torch.tensor(random_tensor(i, tuple(state[key].shape))))
-        with torch.no_grad():
-            logits = model(torch.tensor(TOKENS)).logits.numpy()
-        # Of every eighth position, every thirty-second token of the vocabulary.
-        goldens[name] = np.round(logits[:, ::8, ::32], 5).tolist()
+        with tempfile.TemporaryDirectory() as directory:
+            goldens[name] = golden(raw, Path(directory))
     path = ROOT / "tests" / "goldens" / "families.json"
     path.write_text(json.dumps(goldens))
     print(f"{path}: {path.stat().st_size} bytes")

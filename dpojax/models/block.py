@@ -197,7 +197,7 @@ def attention(
         q = normalize_heads(config.attention.qk_norm, weights, "q_norm", q)
         k = normalize_heads(config.attention.qk_norm, weights, "k_norm", k)
     if config.attention.scale is not None:  # kernels multiply scores with head_dim ** -0.5
-        q = q * (config.attention.scale * config.attention.head_dim**0.5)
+        q = q * jnp.asarray(config.attention.scale * config.attention.head_dim**0.5, q.dtype)
     out, cache = mix(q, k, v, cache)
     return project_back(weights, "o", out), cache
 

@@ -1,5 +1,6 @@
 """One decoder for every family: embed, scan over the layers, final norm; pure functions of parameters and tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,8 +55,6 @@ def rotary_mix(
         def mix(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
             if isinstance(rope, Rope) and table is not None:
                 q, k = (rotate(x, *table, rope.interleaved) for x in (q, k))
-            if kind.scale is not None:
-                q = q * (kind.scale * config.attention.head_dim**0.5)
             return attention(kind, q, k, v, cache)
 
         return mix
@@ -74,14 +73,21 @@ def scan_layers(
 ) -> Float[Array, "R T D"]:
     """The residual stream behind all layers, in a scan, so that a compiler reads one layer.
 
-    Kinds of layers alternate inside of the scan by a switch around attention alone.
+    Kinds of layers alternate inside of the scan by a switch around attention alone; scales of scores are scanned.
     """
-    mixes = [mix_of(kind) for kind in config.kinds]
+    layers = next(iter(stacked.values())).shape[0]
+    kinds = [config.kind(i) for i in range(layers)]
+    distinct = list(dict.fromkeys(dataclasses.replace(kind, scale=None) for kind in kinds))
+    mixes = [mix_of(kind) for kind in distinct]
+    which = jnp.asarray([distinct.index(dataclasses.replace(kind, scale=None)) for kind in kinds], jnp.int32)
+    scaled = any(kind.scale is not None for kind in kinds)
+    scales = jnp.asarray([relative_scale(config, kind) for kind in kinds], jnp.float32)
 
-    def layer(x: Array, scanned: tuple[Weights, Array]) -> tuple[Array, None]:
-        weights, kind = scanned
+    def layer(x: Array, scanned: tuple[Weights, Array, Array]) -> tuple[Array, None]:
+        weights, kind, scale = scanned
 
         def mix(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
+            q = q * scale.astype(q.dtype) if scaled else q
             if len(mixes) == 1:
                 return mixes[0](q, k, v, cache)
             branches = [functools.partial(lambda m, q, k, v: m(q, k, v, None)[0], m) for m in mixes]
@@ -92,9 +98,13 @@ def scan_layers(
 
     if REMAT[remat] is not None:
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-    layers = next(iter(stacked.values())).shape[0]
-    kinds = jnp.asarray(config.kind_of_layer or [0] * layers, jnp.int32)
-    return jax.lax.scan(layer, x, (stacked, kinds))[0]
+    return jax.lax.scan(layer, x, (stacked, which, scales))[0]
+
+
+def relative_scale(config: DecoderConfig, kind: LayerKind) -> float:
+    """What queries are multiplied with, where a kind of layers has another scale of scores than attention's."""
+    base = config.attention.scale or config.attention.head_dim**-0.5
+    return 1.0 if kind.scale is None else kind.scale / base
 
 
 def unrolled_layers(
@@ -107,9 +117,15 @@ def unrolled_layers(
     """The residual stream behind all layers, one after another, and their KV caches: for sampling."""
     kept: list[Cache] = []
     for i, (weights, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
-        x, cache = block(config, weights, x, mix_of(config.kind(i)), cache)
+        x, cache = block(config, weights, x, scaled_mix(config, config.kind(i), mix_of), cache)
         kept.append(cache)
     return x, kept
+
+
+def scaled_mix(config: DecoderConfig, kind: LayerKind, mix_of: MixOfKind) -> Mix:
+    """The mix of a kind of layers, whose queries are multiplied so that scores have its scale."""
+    mix, scale = mix_of(kind), relative_scale(config, kind)
+    return mix if scale == 1 else lambda q, k, v, cache: mix(q * jnp.asarray(scale, q.dtype), k, v, cache)
 
 
 def final_norm(config: DecoderConfig, params: PyTree, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
@@ -148,7 +164,8 @@ def make_apply(
 
     def apply(params: Mapping[str, Any], inputs: ModelInput) -> tuple[Float[Array, "R T D"], Head]:
         cap = config.attention.softcap
-        attend = {window: attention(inputs, window, cap) for window in {kind.window for kind in config.kinds}}
+        windows = {kind.window for kind in config.kinds}
+        attend = {window: attention(inputs, window, cap) for window in windows}
         mix_of = rotary_mix(
             config, inputs.positions, lambda kind, q, k, v, cache: (attend[kind.window](q, k, v), cache)
         )

@@ -1,24 +1,90 @@
-"""A tiny model of every family, in the form of its ``config.json``: what tests and their goldens are made of."""
+"""Tiny models of every family, in the form of ``config.json``: what tests and their goldens are made of."""
 
 import numpy as np
 
 from tests.conftest import HF_CONFIG
 
-QWEN3 = {
-    **{k: v for k, v in HF_CONFIG.items() if k != "mlp_bias"},
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "head_dim": 16,  # not hidden_size / heads
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
+TOKEN_IDS = {"vocab_size": 384, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+COMMON = {k: v for k, v in HF_CONFIG.items() if k not in ("mlp_bias", "rope_theta", "architectures", "model_type")}
+UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500_000.0}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def _named(architecture: str, model_type: str, *fields: dict) -> dict:
+    raw = {"architectures": [architecture], "model_type": model_type}
+    for more in fields:
+        raw |= more
+    return raw
+
+
+MISTRAL = _named("MistralForCausalLM", "mistral", COMMON, UNTIED, {"sliding_window": None})
+QWEN2 = _named("Qwen2ForCausalLM", "qwen2", COMMON, TIED)
+QWEN3 = _named("Qwen3ForCausalLM", "qwen3", COMMON, UNTIED, {"head_dim": 16, "rms_norm_eps": 1e-6})
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3}
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
+GEMMA |= {
+    "sliding_window": 7,
+    **{k: v for k, v in COMMON.items() if k not in ("hidden_act", "head_dim", "num_hidden_layers")},
+}
+GEMMA2 = _named("Gemma2ForCausalLM", "gemma2", GEMMA, {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0})
+ROPES = {
+    FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+GEMMA3 = _named(
+    "Gemma3ForCausalLM", "gemma3_text", GEMMA, {"layer_types": [SLIDING, SLIDING, FULL], "rope_parameters": ROPES}
+)
+OLMO2 = _named("Olmo2ForCausalLM", "olmo2", COMMON, UNTIED)
+PHI3 = _named("Phi3ForCausalLM", "phi3", {k: v for k, v in COMMON.items() if k != "head_dim"}, UNTIED)
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+LONG |= {"original_max_position_embeddings": 128}
+GPT2 = _named("GPT2LMHeadModel", "gpt2", TOKEN_IDS, TIED, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48})
+GPT2 |= {"n_positions": 512, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+GPTJ = _named("GPTJForCausalLM", "gptj", GPT2, UNTIED, {"rotary_dim": 4})
+GPTJ |= {"architectures": ["GPTJForCausalLM"], "model_type": "gptj"}
+NEOX = _named("GPTNeoXForCausalLM", "gpt_neox", TOKEN_IDS, UNTIED, {"hidden_act": "gelu", "hidden_size": 32})
+NEOX |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+NEOX |= {"layer_norm_eps": 1e-5, "rope_parameters": PARTIAL}
+
 FAMILIES = {
     "llama": HF_CONFIG,
+    "llama biases": HF_CONFIG | UNTIED | {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    "llama linear": HF_CONFIG | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "llama3": HF_CONFIG | UNTIED | {"rope_parameters": LLAMA3, "hidden_act": "gelu"},
+    "mistral": MISTRAL,
+    "mistral window": MISTRAL | {"sliding_window": 7},
+    "qwen2": QWEN2,
+    "qwen2 window": QWEN2 | UNTIED | WINDOW,
     "qwen3": QWEN3,
-    "qwen3 tied": QWEN3 | {"tie_word_embeddings": True},
+    "qwen3 tied": QWEN3 | TIED,
     "qwen3 biases": QWEN3 | {"attention_bias": True},
     "qwen3 window": QWEN3 | WINDOW,
+    "gemma2": GEMMA2,
+    "gemma2 biases": GEMMA2 | UNTIED | {"attention_bias": True, "final_logit_softcapping": None, "sliding_window": 100},
+    "gemma3": GEMMA3,
+    "gemma3 capped": GEMMA3 | UNTIED | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "olmo2": OLMO2,
+    "olmo2 biases": OLMO2 | TIED | {"attention_bias": True},
+    "phi3": PHI3,
+    "phi3 partial": PHI3 | TIED | {"rope_parameters": PARTIAL, "sliding_window": 7},
+    "phi3 long": PHI3 | {"rope_parameters": LONG, "original_max_position_embeddings": 128},
+    "gpt2": GPT2,
+    "gpt2 scaled": GPT2
+    | UNTIED
+    | {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3, "activation_function": "relu"},
+    "gpt2 unscaled": GPT2 | {"scale_attn_weights": False, "n_inner": None},
+    "gpt_neox": NEOX,
+    "gpt_neox serial": NEOX | TIED | {"use_parallel_residual": False, "attention_bias": False},
+    "gptj": GPTJ,
+    "gptj whole": GPTJ | TIED | {"rotary_dim": 8},
 }
 TOKENS = np.random.default_rng(0).integers(0, 384, (2, 40)).tolist()
 
