@@ -97,7 +97,9 @@ class GGUFSource:
 
     def __init__(self, file: GGUFFile, family: Family, config: DecoderConfig):
         self.path, self.tensors = file.path, file.tensors
-        self.places: dict[str, tuple[str, Placed, int | None]] = {}
+        self.places: dict[str, tuple[str, Placed | None, int | None]] = {}
+        if "head" in family.tensors:  # a tied model may hold it too
+            self.places[family.tensors["head"].name] = (family.tensors["head"].gguf + ".weight", None, None)
         for place in places(family, config).values():
             kind = ".bias" if place.tensor.name.endswith(".bias") else ".weight"
             for numbers in itertools.product(*place.numbers):

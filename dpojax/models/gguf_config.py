@@ -134,9 +134,18 @@ def _like_llama(keys: Keys, **more: Any) -> Raw:
         "hidden_act": "silu",
         "rms_norm_eps": shortest(keys.need("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(keys),
-        "tie_word_embeddings": not keys.has("output.weight"),
+        "tie_word_embeddings": _tied(keys),
         **more,
     }
+
+
+def _tied(keys: Keys) -> bool:
+    """Whether the embedding is the unembedding: there is no other, or, in early files, the same once more."""
+    embed, output = (keys.file.tensors.get(name) for name in ("token_embd.weight", "output.weight"))
+    if embed is None or output is None:
+        return output is None
+    same = embed.tensor_type == output.tensor_type and embed.data.shape == output.data.shape
+    return same and all(np.array_equal(embed.data[part], output.data[part]) for part in (slice(64), slice(64, None)))
 
 
 def _attention_bias(keys: Keys) -> bool:
@@ -268,7 +277,7 @@ def _phi3(keys: Keys) -> Raw:
         "hidden_act": "silu",
         "rms_norm_eps": shortest(keys.need("attention.layer_norm_rms_epsilon")),
         "rope_parameters": rope,
-        "tie_word_embeddings": not keys.has("output.weight"),
+        "tie_word_embeddings": _tied(keys),
         "sliding_window": keys.get("attention.sliding_window") or None,
     }
 
@@ -284,7 +293,7 @@ def _gpt2(keys: Keys) -> Raw:
         "n_head": raw["num_attention_heads"],
         "n_positions": raw["max_position_embeddings"],
         "layer_norm_epsilon": shortest(keys.need("attention.layer_norm_epsilon")),
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": _tied(keys),
     }
 
 
@@ -303,7 +312,7 @@ def _gptneox(keys: Keys) -> Raw:
         "layer_norm_eps": shortest(keys.need("attention.layer_norm_epsilon")),
         "use_parallel_residual": keys.get("use_parallel_residual", True),
         "rope_parameters": rope,
-        "tie_word_embeddings": not keys.has("output.weight"),
+        "tie_word_embeddings": _tied(keys),
     }
 
 

@@ -28,11 +28,12 @@ def write_gguf(path: Path, model: Model, tensors: Tensors | None = None, **more:
       path: the file.
       model: what to write.
       tensors: in GGUF's form and by its names (default: :func:`gguf_tensors`); a pair has the bytes and their type.
-      more: metadata, of the architecture where the name has no dot; None takes one away.
+      more: metadata, of the architecture unless they are of the file or the tokenizer; None takes one away.
     """
     arch = ARCHITECTURES.get(model.hf_config["model_type"], model.hf_config["model_type"])
     metadata = {f"{arch}.{name}": value for name, value in metadata_of(model).items()}
-    metadata |= {name if "." in name else f"{arch}.{name}": value for name, value in more.items()}
+    others = ("general.", "split.", "tokenizer.", "somebody.")
+    metadata |= {name if name.startswith(others) else f"{arch}.{name}": value for name, value in more.items()}
     writer = GGUFWriter(path, arch)
     for name, value in metadata.items():
         if value is not None:
