@@ -162,7 +162,8 @@ def _by_heads(rows: Callable[[slice], np.ndarray], place: Placed, index: slice) 
     parts, width = place.tensor.of_head[1], place.shape[-1]
     first, last, _ = index.indices(place.whole[0])
     heads = slice(first // parts, last // parts)
-    found = [rows(slice(i * place.heads * width + heads.start, i * place.heads * width + heads.stop)) for i in range(parts)]
+    starts = [i * place.heads * width for i in range(parts)]
+    found = [rows(slice(start + heads.start, start + heads.stop)) for start in starts]
     x = np.stack([part.reshape(-1, width, *part.shape[1:]) for part in found], axis=1)
     return x.reshape(-1, *x.shape[3:])
 

@@ -3,7 +3,6 @@
 What the file does not say is what llama.cpp takes it to be. Every key of the architecture is read, or refused by name.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
 
 Raw = dict[str, Any]
 
-IRRELEVANT = frozenset(("vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length", "attention.value_length"))
+IRRELEVANT = frozenset((
+    "attention.value_length", "rope.scaling.finetuned", "rope.scaling.original_context_length", "vocab_size",
+))  # fmt: skip
 """Keys of an architecture that change no logit, or that others say as well."""
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every published model of Llama 3's scaling has; GGUF holds the factors of frequencies that come of it."""
@@ -67,9 +68,7 @@ class Keys:
             self.refuse(name, value, f"its models have {allowed!r}")
 
     def refuse(self, name: str, value: Any, why: str) -> None:
-        raise UserError(
-            f"{self.file.path}: metadata {self.file.architecture}.{name} {value!r} is not supported; {why}"
-        )
+        raise UserError(f"{self.file.path}: metadata {self.file.architecture}.{name} {value!r} is not supported; {why}")
 
     def check_all_read(self) -> None:
         """Refuse what is set and was not read."""
@@ -78,12 +77,10 @@ class Keys:
         left = [name for name in names if name not in self.used and self.file.get(start + name)]
         if left:
             named = ", ".join(f"{start}{name} {self.file.get(start + name)!r}" for name in sorted(left))
-            raise UserError(
-                f"{self.file.path}: nothing is known of the metadata {named}; use the model's safetensors"
-            )
+            raise UserError(f"{self.file.path}: nothing is known of the metadata {named}; use the model's safetensors")
 
 
-def shortest(value: float) -> float:
+def shortest(value: float | np.floating) -> float:
     """The decimal number of the fewest digits that has this value in float32."""
     return float(str(np.float32(value)))
 
@@ -259,26 +256,36 @@ def _olmo2(keys: Keys) -> Raw:
 
 def _phi3(keys: Keys) -> Raw:
     raw = _sizes(keys)
-    share = keys.get("rope.dimension_count", raw["head_dim"]) / raw["head_dim"]
-    rope = {**_rope(keys), "partial_rotary_factor": share}
-    factors = {name: keys.file.read_whole(f"rope_factors_{name}.weight") for name in ("short", "long")}
-    scale = keys.number("rope.scaling.attn_factor")
-    if all(x is not None for x in factors.values()):
-        length = keys.need("rope.scaling.original_context_length")
-        rope |= {"rope_type": "longrope", "original_max_position_embeddings": length}
-        rope |= {f"{name}_factor": [shortest(x) for x in value] for name, value in factors.items()}
-        rope |= {"factor": raw["max_position_embeddings"] / length}
-        by_rule = math.sqrt(1 + math.log(max(rope["factor"], 1)) / math.log(length))
-        if scale is not None and not math.isclose(scale, by_rule, rel_tol=1e-6):
-            rope["attention_factor"] = scale
+    rope = {**_rope(keys), "partial_rotary_factor": keys.get("rope.dimension_count", raw["head_dim"]) / raw["head_dim"]}
     return {
         "model_type": "phi3",
         **raw,
         "hidden_act": "silu",
         "rms_norm_eps": shortest(keys.need("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": rope,
+        "rope_parameters": _longrope(keys, raw, rope),
         "tie_word_embeddings": _tied(keys),
         "sliding_window": keys.get("attention.sliding_window") or None,
+    }
+
+
+def _longrope(keys: Keys, raw: Raw, rope: Raw) -> Raw:
+    """Rotary positions, with LongRoPE's factors where the file has them."""
+    short, long = (keys.file.read_whole(f"rope_factors_{name}.weight") for name in ("short", "long"))
+    scale = keys.number("rope.scaling.attn_factor")
+    if short is None or long is None:
+        return rope
+    length = keys.need("rope.scaling.original_context_length")
+    factor = raw["max_position_embeddings"] / length
+    by_rule = math.sqrt(1 + math.log(max(factor, 1)) / math.log(length))
+    if scale is not None and not math.isclose(scale, by_rule, rel_tol=1e-6):
+        rope["attention_factor"] = scale
+    return {
+        **rope,
+        "rope_type": "longrope",
+        "factor": factor,
+        "original_max_position_embeddings": length,
+        "short_factor": [shortest(x) for x in short],
+        "long_factor": [shortest(x) for x in long],
     }
 
 

@@ -137,7 +137,9 @@ class Vocabulary:
         unsaid = {"bos": 1, "eos": 2, "unknown": 0} if self.kind == "llama" else {}
         out = {}
         for role, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-            i = file.get(f"tokenizer.ggml.{role}_token_id", unsaid.get(role))
+            i = file.get(f"tokenizer.ggml.{role}_token_id")
+            if i is None and unsaid.get(role, len(self.tokens)) < len(self.tokens):
+                i = unsaid[role]
             if i is not None and not 0 <= i < len(self.tokens):
                 raise UserError(
                     f"{file.path}: tokenizer.ggml.{role}_token_id {i} is none of its {len(self.tokens)} tokens; "
@@ -195,15 +197,8 @@ def _byte_level(file: "GGUFFile", vocabulary: Vocabulary) -> "tuple[Tokenizer, b
             f"{file.path}: tokenizer.ggml.pre {name!r} does not say how text is split, or in no way that is known; "
             "name a directory with --tokenizer"
         )
-    merges = file.get("tokenizer.ggml.merges")
-    if merges is None:
-        raise UserError(f"{file.path}: no metadata tokenizer.ggml.merges; name a directory with --tokenizer")
-    pairs = [(merge[: (at := merge.index(" ", 1))], merge[at + 1 :]) for merge in merges]
     ids = {token: i for i, token in enumerate(vocabulary.tokens)}
-    try:
-        tokenizer = Tokenizer(models.BPE(ids, pairs, ignore_merges=split.ignore_merges))
-    except Exception as error:  # of tokenizers' own kind: a merge of what is no token
-        raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit its tokens ({error}); use --tokenizer") from None
+    tokenizer = Tokenizer(models.BPE(ids, _named_merges(file, ids), ignore_merges=split.ignore_merges))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
@@ -215,11 +210,28 @@ def _byte_level(file: "GGUFFile", vocabulary: Vocabulary) -> "tuple[Tokenizer, b
     return tokenizer, split.bos
 
 
+def _named_merges(file: "GGUFFile", ids: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges that the file lists, each of two tokens to a third."""
+    merges = file.get("tokenizer.ggml.merges")
+    if merges is None:
+        raise UserError(f"{file.path}: no metadata tokenizer.ggml.merges; name a directory with --tokenizer")
+    out = []
+    for merge in merges:
+        left, found, right = merge.partition(" ")
+        if not found or not {left, right, left + right} <= ids.keys():
+            raise UserError(
+                f"{file.path}: tokenizer.ggml.merges have {merge!r}, which makes no token of two; name a directory "
+                "with --tokenizer"
+            )
+        out.append((left, right))
+    return out
+
+
 def _sentencepiece(file: "GGUFFile", vocabulary: Vocabulary) -> "tuple[Tokenizer, bool]":
     """BPE of characters with bytes for unknown ones (SentencePiece's), which begins with BOS where no file says."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    ids, unknown = {token: i for i, token in enumerate(vocabulary.tokens)}, vocabulary.special(file)["unk_token"]
+    ids, unknown = {token: i for i, token in enumerate(vocabulary.tokens)}, vocabulary.special(file).get("unk_token")
     all_bytes = all(f"<0x{byte:02X}>" in ids for byte in range(256))
     model = models.BPE(ids, _merges(file, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=all_bytes)
     tokenizer = Tokenizer(model)

@@ -71,7 +71,10 @@ def metadata_of(model: Model) -> dict[str, Any]:
         return out
     if raw["model_type"] == "gpt_neox":
         share = raw["rope_parameters"]["partial_rotary_factor"]
-        return out | {"rope.dimension_count": int(share * c.attention.head_dim), "use_parallel_residual": c.residual == "parallel"}
+        return out | {
+            "rope.dimension_count": int(share * c.attention.head_dim),
+            "use_parallel_residual": c.residual == "parallel",
+        }
     out["attention.head_count_kv"] = c.attention.kv_heads
     out |= {"attention.key_length": c.attention.head_dim, "attention.value_length": c.attention.head_dim}
     rope = raw.get("rope_parameters", {})
@@ -91,7 +94,10 @@ def metadata_of(model: Model) -> dict[str, Any]:
         out["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in raw["layer_types"]]
     if raw["model_type"] == "phi3":
         share = full.get("partial_rotary_factor", 1.0)
-        out |= {"rope.dimension_count": int(share * c.attention.head_dim), "attention.sliding_window": raw.get("sliding_window") or 0}
+        out |= {
+            "rope.dimension_count": int(share * c.attention.head_dim),
+            "attention.sliding_window": raw.get("sliding_window") or 0,
+        }
         out["rope.scaling.original_context_length"] = full.get("original_max_position_embeddings", c.max_positions)
     for ours, theirs in (("num_local_experts", "expert_count"), ("num_experts", "expert_count")):
         out |= {theirs: raw[ours], "expert_used_count": raw["num_experts_per_tok"]} if ours in raw else {}

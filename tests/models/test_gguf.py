@@ -100,6 +100,7 @@ KINDS = (
     "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0",
     "MXFP4", "NVFP4", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
 )  # fmt: skip
+OTHER_FORMS = ("gpt2", "gpt_neox", "phi3", "mixtral", "qwen3_moe")
 SLICES = (slice(None), slice(0, 256), slice(256, 512), slice(32, 40), slice(511, 512))
 
 
@@ -140,25 +141,28 @@ def test_every_type_is_read_slice_by_slice(kind, tmp_path):
     np.testing.assert_array_equal(parts["q"][0], halves.transpose(2, 0, 1))
 
 
-def test_experts_and_fused_tensors_are_quantised_too(tmp_path):
-    """Q8_0 of what differs from Hugging Face's form: transposed, by heads, one behind the other, stacked."""
+@pytest.mark.parametrize("name", [name for name in OTHER_FORMS if name in TINY])
+def test_matrices_in_another_form_are_quantised_too(name, tmp_path):
+    """Transposed, by heads, one behind the other, or stacked."""
     sizes = {"hidden_size": 64, "n_embd": 64, "head_dim": 16, "intermediate_size": 64, "n_inner": 64}
-    for name in [name for name in ("gpt2", "gpt_neox", "phi3", "mixtral", "qwen3_moe") if name in TINY]:
-        raw = {k: v for k, v in sizes.items() if k in TINY[name]} | (
-            {"moe_intermediate_size": 32} if "moe_intermediate_size" in TINY[name] else {}
-        )
-        model = random_model(TINY[name] | raw)
-        tensors = {n: as_type(x, GGMLQuantizationType.Q8_0) if x.ndim > 1 else x for n, x in gguf_tensors(model).items()}
-        back = load_model(write_gguf(tmp_path / f"{name}.gguf", model, tensors))
-        for x, y in zip(jax.tree.leaves(back.params), jax.tree.leaves(model.params), strict=True):
-            np.testing.assert_allclose(x, y, atol=0.01)
+    sizes |= {"moe_intermediate_size": 32}
+    model, kind = (
+        random_model(TINY[name] | {k: v for k, v in sizes.items() if k in TINY[name]}),
+        GGMLQuantizationType.Q8_0,
+    )
+    tensors = {gguf: as_type(x, kind) if x.ndim > 1 else x for gguf, x in gguf_tensors(model).items()}
+    back = load_model(write_gguf(tmp_path / "m.gguf", model, tensors))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=0.01), back.params, model.params)
 
 
 def test_nvfp4_has_a_scale_beside_those_of_its_blocks(tmp_path):
     kind = GGMLQuantizationType.NVFP4 if hasattr(GGMLQuantizationType, "NVFP4") else pytest.skip("an older library")
     model = random_model(TINY["llama"] | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16})
     x = blocks((64, 64), kind)
-    tensors = gguf_tensors(model) | {"blk.0.ffn_up.weight": (x, kind), "blk.0.ffn_up.scale": np.array([0.5], np.float32)}
+    tensors = gguf_tensors(model) | {
+        "blk.0.ffn_up.weight": (x, kind),
+        "blk.0.ffn_up.scale": np.array([0.5], np.float32),
+    }
     back = load_model(write_gguf(tmp_path / "m.gguf", model, tensors))
     np.testing.assert_array_equal(back.params["blocks"]["up"][0], 0.5 * dequantize(x, kind).T)
 
@@ -252,7 +256,7 @@ def test_the_other_byte_order_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match="another byte order; convert it by gguf_convert_endian.py"):
+    with pytest.raises(UserError, match="its numbers are in another byte order; convert it"):
         open_model(str(tmp_path / "m.gguf"))
 
 
@@ -294,6 +298,8 @@ def test_an_unembedding_that_repeats_the_embedding_is_read_as_it_is(tmp_path):
 
 
 def test_logits_of_the_file_are_those_of_the_model(tmp_path, llama):
-    np.testing.assert_array_equal(logits(load_model(written(tmp_path / "m.gguf", llama)), TOKENS), logits(llama, TOKENS))
+    np.testing.assert_array_equal(
+        logits(load_model(written(tmp_path / "m.gguf", llama)), TOKENS), logits(llama, TOKENS)
+    )
     assert sorted(tensors_of(llama)) == sorted(open_model(str(tmp_path / "m.gguf")).source.names)
     assert jnp.isfinite(logits(llama, TOKENS)).all()
