@@ -78,15 +78,35 @@ def open_name(raw: dict) -> str:
     return NAMES.get(raw["model_type"], raw["model_type"])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi3"])
+DEFAULT_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+GEMMA_SIZES = {"head_dim": 256, "query_pre_attn_scalar": 256}
+# transformers passes over biases, scalings, Gemma's scale and caps, and sizes that are not its defaults.
+READ_RIGHT = {name: TINY[name] | UNTIED for name in ("llama", "mistral", "qwen2", "phi3")}
+READ_RIGHT |= {name: TINY[name] for name in ("mixtral", "qwen3_moe") if name in TINY}
+READ_RIGHT |= {
+    "qwen3": TINY["qwen3"] | {"head_dim": 128},
+    "gpt2": TINY["gpt2"] | {"n_positions": 1024, "n_inner": 128},
+    "gemma2": TINY["gemma2"] | GEMMA_SIZES | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": TINY["gemma3"]
+    | GEMMA_SIZES
+    | {"rope_parameters": DEFAULT_ROPES, "num_hidden_layers": 6}
+    | {"layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+}
+
+
+@pytest.mark.parametrize("name", READ_RIGHT)
 def test_transformers_reads_the_same_file_as_the_same_model(name, tmp_path):
-    """The families that transformers reads right: it passes over biases, scalings and Gemma's scale of scores."""
     torch = pytest.importorskip("torch", reason="live parity needs torch, which CI installs")
     pytest.importorskip("accelerate", reason="transformers needs accelerate to read GGUF")
     from transformers import AutoModelForCausalLM
 
-    model = random_model(MODELS[name] | UNTIED)
-    path = write_gguf(tmp_path / "m.gguf", model, **{"tokenizer.ggml.eos_token_id": 1, "vocab_size": 384})
+    model = random_model(READ_RIGHT[name])
+    ids = {f"tokenizer.ggml.{role}_token_id": i for role, i in (("padding", 0), ("eos", 1), ("bos", 2))}
+    ids |= {"tokenizer.ggml.tokens": [str(i) for i in range(384)]}  # transformers counts them
+    path = write_gguf(tmp_path / "m.gguf", model, **ids)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(TOKENS)).logits.numpy()
@@ -146,10 +166,8 @@ def test_matrices_in_another_form_are_quantised_too(name, tmp_path):
     """Transposed, by heads, one behind the other, or stacked."""
     sizes = {"hidden_size": 64, "n_embd": 64, "head_dim": 16, "intermediate_size": 64, "n_inner": 64}
     sizes |= {"moe_intermediate_size": 32}
-    model, kind = (
-        random_model(TINY[name] | {k: v for k, v in sizes.items() if k in TINY[name]}),
-        GGMLQuantizationType.Q8_0,
-    )
+    model = random_model(TINY[name] | {k: v for k, v in sizes.items() if k in TINY[name]})
+    kind = GGMLQuantizationType.Q8_0
     tensors = {gguf: as_type(x, kind) if x.ndim > 1 else x for gguf, x in gguf_tensors(model).items()}
     back = load_model(write_gguf(tmp_path / "m.gguf", model, tensors))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=0.01), back.params, model.params)
