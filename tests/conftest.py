@@ -12,9 +12,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs on fake devices share few threads: two in flight, a live reference and a step, can wait for each other's
-# collectives for ever.
-os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
+# XLA's CPU client has as many threads as devices, and a collective blocks one for each device: with another program in
+# flight the last participant may find no thread, and all wait for ever. This is the number that XLA's pools have.
+os.environ["NPROC"] = "32"
 # Most of the suite's time would be compiling the same small programs again.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("DPOJAX_TEST_CACHE") or tempfile.mkdtemp(prefix="dpojax-test-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

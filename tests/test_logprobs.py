@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpojax.logprobs import completion_logps, pair_logps, token_logps
+from dpojax.logprobs import completion_logps, logits_of, pair_logps, token_logps
 from dpojax.losses import ipo, sigmoid
 from dpojax.models import make_apply
 from dpojax.packing import pack
@@ -21,7 +21,7 @@ def two_row_logps(apply_fn, params, batch):
         P, C = int(batch.prompt_len[b]), int(batch.completion_len[b, n])
         tokens = jnp.concatenate([batch.prompt[b, -P:], batch.completions[b, n, :C]])[None]
         h, head = apply_fn(params, plain_input(tokens))
-        logps = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", h, head), axis=-1)
+        logps = jax.nn.log_softmax(logits_of(h, head), axis=-1)
         out[b, n] = jnp.take_along_axis(logps[0, P - 1 : -1], tokens[0, P:, None], axis=-1).sum()
     return jnp.stack([jnp.stack(list(row)) for row in out])
 

@@ -20,7 +20,7 @@ from dpojax.models.params import init_params, param_shardings
 from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, without_quantization
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
 from dpojax.models.unread import check_dtypes, check_unread
-from dpojax.models.weights import check_source, load_params
+from dpojax.models.weights import check_source, load_params, under_base
 from dpojax.progress import console
 from dpojax.types import PyTree
 
@@ -194,6 +194,7 @@ def _open_directory(path: Path) -> ModelFiles:
     if quantization is not None:
         source = QuantizedSource(source, forms_of(quantization, where))
         raw = without_quantization(raw)
+    source = under_base(source, family)
     return _checked(raw, family, config, source, read_generation_config(path))
 
 

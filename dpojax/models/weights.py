@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
+from dpojax.models.dequantize import RawTensors
 from dpojax.models.families import Family, Tensor
 from dpojax.models.families.base import join, output_axis
 from dpojax.models.params import flatten, layer_specs, nest, param_specs
@@ -36,6 +37,40 @@ class TensorSource(Protocol):
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor, in a dtype that NumPy can cast to float32."""
+
+
+class UnderBase:
+    """Tensors of a bare decoder's files, as GPT-2's on the hub, by the names that they have in a model with a head.
+
+    Args:
+      source: the files' tensors.
+      base: what the names lack at their beginning, as in ``transformer.``.
+    """
+
+    def __init__(self, source: RawTensors, base: str):
+        self.path, self.source = source.path, source
+        self.stored = {name if name in HEADS else base + name: name for name in source.names}
+        self.names = list(self.stored)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self.source.shape(self.stored[name]) if name in self.stored else None
+
+    def dtype(self, name: str) -> str:
+        return self.source.dtype(self.stored[name])
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self.source.read(self.stored[name], index)
+
+
+HEADS = frozenset(("lm_head.weight", "lm_head.bias", "embed_out.weight", "score.weight"))
+"""What lies outside of a model's decoder."""
+
+
+def under_base(source: RawTensors, family: Family) -> RawTensors:
+    """The source, whose tensors have the names that they have in a model with a head."""
+    embed = family.tensors["embed"].name
+    base, bare = embed.split(".", 1)
+    return UnderBase(source, f"{base}.") if embed not in source.names and bare in source.names else source
 
 
 @dataclasses.dataclass(frozen=True)

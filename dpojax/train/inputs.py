@@ -158,7 +158,7 @@ def training_and_held_out(
 
 
 def check_fit(model: DecoderConfig, examples: Sequence[Examples], name: str) -> None:
-    """Refuse tokens that the model has no embedding for; JAX would read its last one without an error.
+    """Refuse tokens and positions that the model has no embedding for; JAX would read its last one without an error.
 
     Args:
       model: the decoder's choices.
@@ -166,11 +166,15 @@ def check_fit(model: DecoderConfig, examples: Sequence[Examples], name: str) -> 
       name: where their tokens come from, for the error.
 
     Raises:
-      UserError: naming the largest token and the number of embeddings.
+      UserError: naming the largest token or the longest row, and what the model has.
     """
     top, size, positions = max(some.top for some in examples), model.vocab_size, model.max_positions
     if top >= size:
         raise UserError(f"{name}: the tokenizer gives id {top}, the model has {size} embeddings; see --tokenizer")
     longest = max(int((some.prompt_len + some.completion_len.max(axis=1)).max()) for some in examples)
+    if model.longest is not None and longest > model.longest:
+        raise UserError(
+            f"{name}: a row has {longest} tokens, the model has positions for {model.longest}; lower --max-length"
+        )
     if longest > positions:
         console.print(f"  rows of up to {longest} tokens exceed the {positions} that the model was made for")

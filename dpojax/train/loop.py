@@ -91,11 +91,14 @@ def fit(
       on_step: called after every step; returning False stops.
 
     Raises:
-      ValueError: more steps than batches.
+      ValueError: more steps than batches, or a row is longer than the model has positions.
     """
     steps = len(batches) if steps is None else steps
     if steps > len(batches):
         raise ValueError(f"{steps} steps need as many batches, and there are {len(batches)}; give Batches more epochs")
+    longest, limit = int((batches.prompts + batches.completions.max(axis=1)).max()), program.config.longest
+    if limit is not None and longest > limit:
+        raise ValueError(f"a row has {longest} tokens, and the model has positions for {limit}; cut the rows")
     done = int(state.step)
     for at in run_steps(program, state, batches.iterator(), reference, done, done + steps):
         state = at.state

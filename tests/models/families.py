@@ -70,7 +70,7 @@ FAMILIES = {
     "gemma2": GEMMA2,
     "gemma2 biases": GEMMA2 | UNTIED | {"attention_bias": True, "final_logit_softcapping": None, "sliding_window": 100},
     "gemma3": GEMMA3,
-    "gemma3 capped": GEMMA3 | UNTIED | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3 capped": GEMMA3 | UNTIED | {"final_logit_softcapping": 3.0, "attention_bias": True},
     "olmo2": OLMO2,
     "olmo2 biases": OLMO2 | TIED | {"attention_bias": True},
     "phi3": PHI3,

@@ -119,7 +119,7 @@ def test_completion_mask_comes_from_lengths():
     ("change", "says"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; use a model with gelu, "),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
     ],
 )

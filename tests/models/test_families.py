@@ -10,9 +10,10 @@ import pytest
 
 from dpojax.errors import UserError
 from dpojax.generate import make_sampler, sample_all
-from dpojax.logprobs import completion_logps
+from dpojax.logprobs import completion_logps, logits_of
 from dpojax.models import FAMILIES, Model, config_from_hf, init_params, load_model, make_apply, new_model, save_model
 from dpojax.models.families import Tensor
+from dpojax.models.families.base import join
 from dpojax.models.weights import file_tensors, load_params
 from tests.conftest import GOLDENS, plain_input, random_batch
 from tests.models.families import FAMILIES as TINY
@@ -31,7 +32,7 @@ def random_model(raw: dict) -> Model:
 
 def logits(model: Model, tokens) -> np.ndarray:
     h, head = make_apply(model.config)(model.params, plain_input(jnp.asarray(tokens)))
-    return np.asarray(jnp.einsum("btd,vd->btv", h, head))
+    return np.asarray(logits_of(h, head))
 
 
 @pytest.fixture(params=TINY)
@@ -112,7 +113,7 @@ def test_a_new_model_is_saved_and_loaded(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back.params, made.params)
     with pytest.raises(UserError, match="llama: the family has no models of these choices"):
         new_model(made.config, "llama")
-    with pytest.raises(UserError, match="no family 'bert'; use one of llama, qwen3"):
+    with pytest.raises(UserError, match=r"no family 'bert'; use one of gemma2, .*, qwen3"):
         new_model(made.config, "bert")
 
 
@@ -122,21 +123,24 @@ def test_layer_types_must_name_every_layer():
 
 
 @pytest.mark.parametrize("outputs_first", [True, False])
-def test_forms_go_both_ways_and_slices_are_found(outputs_first):
-    """Fused projections, split heads, 1 + w: a slice of ours is to be found in theirs."""
+@pytest.mark.parametrize("by_head", [True, False])
+def test_forms_go_both_ways_and_slices_are_found(outputs_first, by_head):
+    """Fused projections, one behind the other or head by head: a slice of ours is to be found in theirs."""
     rng = np.random.default_rng(0)
-    ours = {"q": rng.normal(size=(6, 4, 2)), "k": rng.normal(size=(6, 2, 2)), "norm": rng.normal(size=(6,))}
-    fused = {"q": Tensor("qkv", outputs_first=outputs_first), "norm": Tensor("norm", plus=1.0)}
-    fused["k"] = dataclasses.replace(fused["q"], after=("q",))
-    theirs = np.concatenate([fused[n].to_theirs(ours[n]) for n in ("q", "k")], axis=0 if outputs_first else 1)
-    assert theirs.shape == ((12, 6) if outputs_first else (6, 12))
+    ours = {"q": rng.normal(size=(6, 4, 2)), "k": rng.normal(size=(6, 4, 2))}
+    fused = {name: Tensor("qkv", outputs_first=outputs_first, of_head=(i, 2)) for i, name in enumerate(ours)}
+    if not by_head:
+        fused = {name: dataclasses.replace(t, of_head=None, after=("q",) * (name == "k")) for name, t in fused.items()}
+    theirs = join([*fused.values()], [fused[n].to_theirs(ours[n]) for n in ours], heads=4)
+    assert theirs.shape == ((16, 6) if outputs_first else (6, 16))
+    columns = theirs.T if outputs_first else theirs
+    second = ours["k"][:, 0] if by_head else ours["q"][:, 1]
+    np.testing.assert_array_equal(columns[:, :4], np.concatenate([ours["q"][:, 0], second], axis=1))
     whole = slice(None)
-    for name, start in (("q", 0), ("k", 8)):
-        for index in ((whole, whole, whole), (slice(2, 4), slice(1, 2), whole)):
+    for name, start in (("q", 0), ("k", 0 if by_head else 8)):
+        for index in ((whole, whole, whole), (slice(2, 4), slice(1, 3), whole)):
             found = theirs[fused[name].index(ours[name].shape, index, start)]
             np.testing.assert_array_equal(fused[name].to_ours(found, ours[name][index].shape), ours[name][index])
-    np.testing.assert_allclose(fused["norm"].to_ours(fused["norm"].to_theirs(ours["norm"]), (6,)), ours["norm"])
-    np.testing.assert_allclose(fused["norm"].to_theirs(ours["norm"]), ours["norm"] - 1)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3 biases"])

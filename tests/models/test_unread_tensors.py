@@ -1,4 +1,4 @@
-"""No tensor and no field is passed over: what changes the model is refused, what does not is known, the rest named."""
+"""No tensor and no field is passed over: what changes the model is refused, what does not is known."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from dpojax.errors import UserError
-from dpojax.models import Model, load_model, open_model, save_model
+from dpojax.models import Model, config_from_hf, load_model, open_model, save_model
+from dpojax.models.safetensors import read_json
 from tests.conftest import HF_CONFIG
+from tests.models.families import FAMILIES as TINY
 from tests.models.families import QWEN3
 from tests.models.test_families import random_model
 from tests.models.test_quantized import saved, tensors_of
@@ -106,17 +108,31 @@ def test_a_weight_of_integers_is_no_weight(model, tmp_path):
         open_model(saved(tmp_path / "m", tensors))
 
 
-def test_fields_that_nobody_understands_are_named_once(model, tmp_path, capsys):
-    fields = {"attn_logit_softcapping": 50.0, "sliding_window": 8, "final_logit_softcapping": None, "use_mup": False}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    load_model(
-        with_tensors(model, tmp_path / "m", **fields, rope_parameters=rope, use_cache=True, torch_dtype="float16")
-    )
-    lines = [line for line in capsys.readouterr().out.splitlines() if "config.json" in line]
-    assert [line.split(": ", 1)[1] for line in lines] == [
-        "fields of config.json that are not understood and not used: attn_logit_softcapping, "
-        "rope_parameters.partial_rotary_factor, sliding_window"
-    ]
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "nothing is known of attn_logit_softcapping 50.0 in a llama model; remove"),
+        ({"sliding_window": 8, "use_mup": True}, "nothing is known of sliding_window 8, use_mup True in a llama model"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor 0.5 is not supported in this family; remove it",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "speed": 2}}, "nothing is known of speed 2 in rotary positions"),
+        ({"num_attention_heads": "four"}, "num_attention_heads 'four' is not supported; use a number"),
+        ({"num_key_value_heads": 3}, "3 key-value heads do not divide 4 heads"),
+        ({"num_hidden_layers": 0}, "a number of layers of 0 makes no model"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "architectures .* is not supported; use a ForCausalLM"),
+    ],
+)
+def test_fields_are_read_or_refused_by_name_and_value(model, tmp_path, fields, says):
+    directory = with_tensors(model, tmp_path / "m", **fields)
+    with pytest.raises(UserError, match=f"config.json: {says}"):
+        open_model(directory)
+
+
+def test_fields_that_are_off_or_change_nothing_are_accepted(model, tmp_path):
+    fields = {"final_logit_softcapping": None, "use_mup": False, "use_cache": True, "torch_dtype": "float16"}
+    assert open_model(with_tensors(model, tmp_path / "m", **fields)).notes == ()
 
 
 @pytest.mark.parametrize("raw", [HF_CONFIG, QWEN3, QWEN3 | {"use_sliding_window": False, "max_window_layers": 28}])
@@ -125,11 +141,10 @@ def test_a_common_config_has_no_unknown_field(raw, tmp_path):
     assert open_model(str(tmp_path / "m")).notes == ()
 
 
-def test_a_config_that_transformers_wrote_has_no_unknown_field(tmp_path):
-    from transformers import LlamaConfig, Qwen3Config
+@pytest.mark.parametrize("name", TINY)
+def test_a_config_that_transformers_wrote_has_no_unknown_field(name, tmp_path):
+    from transformers import AutoConfig
 
-    for kind, raw in ((LlamaConfig, HF_CONFIG), (Qwen3Config, QWEN3)):
-        save_model(random_model(raw), tmp_path / "m")
-        config = kind(**{name: value for name, value in raw.items() if name not in ("model_type", "architectures")})
-        config.save_pretrained(tmp_path / "m")
-        assert open_model(str(tmp_path / "m")).notes == ()
+    raw = TINY[name]
+    AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "architectures"}).save_pretrained(tmp_path)
+    assert config_from_hf(read_json(tmp_path / "config.json"), "test") == config_from_hf(raw, "test")

@@ -228,7 +228,7 @@ def read_rope(
 
 
 def _scaling(fields: Fields, kind: Any, raw: Mapping[str, Any]) -> RopeScaling:
-    def number(name: str, default: Any = None) -> Any:
+    def number(name: str, default: Any = None) -> int | float:
         value = raw.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -46,7 +46,6 @@ def _read(fields: Fields, types: list[str], kinds: dict[str, LayerKind], **more:
         config,
         bias="all" if fields.flag("attention_bias") else "none",
         scale=scalar**-0.5,
-        softcap=fields.optional("attn_logit_softcapping", more.get("attention_cap")),
     )
     return dataclasses.replace(
         config,
@@ -78,7 +77,8 @@ def gemma2_config(fields: Fields) -> DecoderConfig:
     types = fields.get("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
     window = fields.get("sliding_window", 4096)
     kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=None if window is None else int(window))}
-    return _read(fields, types, kinds, max_positions=8192, attention_cap=50.0, logits_cap=30.0)
+    config = _read(fields, types, kinds, max_positions=8192, logits_cap=30.0)
+    return with_attention(config, softcap=fields.optional("attn_logit_softcapping", 50.0))
 
 
 GEMMA2 = Family("gemma2", "Gemma2", gemma2_config, _write, GEMMA2_TENSORS)
@@ -101,7 +101,9 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
         FULL: LayerKind(),
         SLIDING: LayerKind(window=None if window is None else int(window), rope=local_rope),
     }
-    config = _read(fields.without("rope_parameters", "rope_scaling"), types, kinds, max_positions=131_072)
+    fields.get("attn_logit_softcapping")  # transformers' Gemma 3 has the field and never caps scores
+    alone = fields.without("rope_parameters", "rope_scaling")
+    config = _read(alone, types, kinds, max_positions=131_072)
     config = dataclasses.replace(config, positions=global_rope)
     return with_attention(config, qk_norm=config.norm)
 
