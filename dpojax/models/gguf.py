@@ -1,6 +1,8 @@
-"""GGUF files: weights (dequantized by the `gguf` library), configuration and tokenizer from their metadata."""
+"""GGUF files: metadata, and weights in Hugging Face's form (dequantized by the `gguf` library, slice by slice)."""
 
 import functools
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +10,17 @@ import numpy as np
 
 from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
-from dpojax.models.families import FAMILIES, Family
+from dpojax.models.families import Family
+from dpojax.models.gguf_config import hf_config
 from dpojax.models.weights import Placed, places
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
-    from transformers import PreTrainedTokenizerFast
+    from gguf import GGUFReader, ReaderTensor
+
+READ_WITH_METADATA = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors that say what config.json would."""
+BUFFERS = ".attn_rot_embd.weight"
+"""Rotary frequencies, which early files hold for every layer."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -26,7 +33,14 @@ def _reader(path: Path, modified: int, size: int) -> "GGUFReader":
 
 
 class GGUFFile:
-    """An open GGUF file: metadata by key, tensors by GGUF's name."""
+    """An open GGUF file: metadata by key, tensors by GGUF's name.
+
+    Args:
+      path: the file.
+
+    Raises:
+      UserError: no such file, or none that can be read.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -37,50 +51,30 @@ class GGUFFile:
             raise UserError(f"{path}: no such file; give a .gguf file or a Hugging Face model directory") from None
         except Exception as error:  # the reader lets NumPy's errors through
             raise UserError(f"{path}: truncated or damaged GGUF file ({error}); fetch it again") from None
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        if self.reader.byte_order != "I":
+            raise UserError(f"{path}: its numbers are in another byte order; convert it by gguf_convert_endian.py")
+        self.tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.keys = tuple(self.reader.fields)
+        self.architecture: str = self.get("general.architecture", "")
 
     def get(self, key: str, default: Any = None) -> Any:
+        """A value of the metadata; the default where there is none."""
         field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: metadata {key} are no UTF-8 ({error}); fetch it again") from None
+
+    def read_whole(self, name: str) -> np.ndarray | None:
+        """A tensor, float32; None where there is none."""
+        from gguf import dequantize
+
+        tensor = self.tensors.get(name)
+        return None if tensor is None else dequantize(tensor.data, tensor.tensor_type)
 
     def hf_config(self) -> dict[str, Any]:
-        """The metadata as a Hugging Face ``config.json`` would have it."""
-        family = self.get("general.architecture")
-        if family not in FAMILIES:
-            known = " or ".join(sorted(FAMILIES))
-            raise UserError(f"{self.path}: architecture {family!r} is not supported in GGUF; use a {known} model")
-
-        def key(name: str, default: Any = None) -> Any:
-            value = self.get(f"{family}.{name}", default)
-            if value is None:
-                raise UserError(f"{self.path}: no metadata {family}.{name}; convert the model again")
-            return value
-
-        if "rope_freqs.weight" in self.tensors:
-            raise UserError(f"{self.path}: scaled rotary frequencies are not read from GGUF; use its safetensors")
-        heads, width = key("attention.head_count"), key("embedding_length")
-        return {
-            "architectures": [f"{FAMILIES[family].architecture}ForCausalLM"],
-            "model_type": family,
-            "hidden_act": "silu",
-            "hidden_size": width,
-            "intermediate_size": key("feed_forward_length"),
-            "num_hidden_layers": key("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": key("attention.head_count_kv", heads),
-            "head_dim": key("attention.key_length", width // heads),
-            "rms_norm_eps": float(np.float32(key("attention.layer_norm_rms_epsilon"))),
-            "rope_theta": float(key("rope.freq_base", 10_000.0)),
-            "rope_parameters": {"rope_type": "default", "rope_theta": float(key("rope.freq_base", 10_000.0))},
-            "max_position_embeddings": key("context_length"),
-            "vocab_size": len(self.get("tokenizer.ggml.tokens", [])) or key("vocab_size"),
-            "tie_word_embeddings": "output.weight" not in self.tensors,
-            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in self.tensors,
-            "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
-        }
+        """The metadata as a Hugging Face ``config.json`` would have them (:mod:`~dpojax.models.gguf_config`)."""
+        return hf_config(self)
 
     def generation_config(self) -> dict[str, Any]:
         """The metadata as a ``generation_config.json`` would have it: BOS, and what ends a text or a turn."""
@@ -91,24 +85,40 @@ class GGUFFile:
 
 
 class GGUFSource:
-    """A GGUF file's tensors by Hugging Face's name, dequantized slice by slice
-    (:class:`~dpojax.models.weights.TensorSource`)."""
+    """A GGUF file's tensors by Hugging Face's name and in Hugging Face's form, dequantized slice by slice
+    (:class:`~dpojax.models.weights.TensorSource`).
+
+    llama.cpp's forms differ by family, as its :class:`~dpojax.models.families.Tensor` says: interleaved halves of
+    heads, norms with their 1 added, transposed matrices, q, k and v one behind the other, experts in one tensor.
+
+    Raises:
+      UserError: a tensor is of a type that the `gguf` library does not dequantize.
+    """
 
     def __init__(self, file: GGUFFile, family: Family, config: DecoderConfig):
         self.path, self.tensors = file.path, file.tensors
-        self.places: dict[str, tuple[str, Placed]] = {}
+        self.places: dict[str, tuple[str, Placed | None, int | None]] = {}
+        if "head" in family.tensors:  # a tied model may hold it too
+            self.places[family.tensors["head"].name] = (family.tensors["head"].gguf + ".weight", None, None)
         for place in places(family, config).values():
             kind = ".bias" if place.tensor.name.endswith(".bias") else ".weight"
-            for layer, name in enumerate(place.names()):
-                self.places[name] = (place.tensor.gguf.format(layer) + kind, place)
-        read = {gguf: name for name, (gguf, _) in self.places.items()}
-        self.names = [read.get(gguf, gguf) for gguf in self.tensors]
+            for numbers in itertools.product(*place.numbers):
+                expert = numbers[1] if len(numbers) > 1 else None
+                gguf = place.tensor.gguf.format(*numbers) + kind
+                self.places[place.tensor.name.format(*numbers)] = (gguf, place, expert)
+        read = {gguf for gguf, _, _ in self.places.values()} | set(READ_WITH_METADATA)
+        read |= {_scale_of(gguf) for gguf in read}
+        others = [name for name in self.tensors if name not in read and not name.endswith(BUFFERS)]
+        self.names = [name for name, (gguf, _, _) in self.places.items() if gguf in self.tensors] + others
+        _check_types(file)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        gguf, _ = self.places.get(name, ("", None))
+        gguf, place, expert = self.places.get(name, (name, None, None))
         if gguf not in self.tensors:
             return None
-        return tuple(int(n) for n in reversed(self.tensors[gguf].shape))
+        shape = tuple(int(n) for n in reversed(self.tensors[gguf].shape))
+        shape = shape if expert is None else shape[1:]
+        return shape[::-1] if place is not None and place.tensor.gguf_transposed else shape
 
     def dtype(self, name: str) -> str:
         """What :meth:`read` returns, in safetensors' words."""
@@ -116,64 +126,57 @@ class GGUFSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor as float32; whole rows are dequantized, those of the slice alone."""
+        gguf, place, expert = self.places.get(name, (name, None, None))
+        rows = functools.partial(self._rows, gguf, expert)
+        if place is None:
+            return rows(index[0])[(slice(None), *index[1:])]
+        form, width = place.tensor, place.shape[-1]
+        if form.gguf_transposed:
+            return rows(index[1])[:, index[0]].T
+        x = rows(index[0]) if form.of_head is None else _by_heads(rows, place, index[0])
+        if form.gguf_pairs:  # the two halves of every head are interleaved
+            x = x.reshape(-1, width // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+        x = x - np.float32(form.gguf_plus) if form.gguf_plus else x
+        return x[(slice(None), *index[1:])]
+
+    def _rows(self, gguf: str, expert: int | None, rows: slice) -> np.ndarray:
+        """Rows of a matrix, or a part of a vector."""
         from gguf import dequantize
 
-        gguf, place = self.places[name]
-        tensor = self.tensors[gguf]
-        if len(index) == 1:
-            return dequantize(tensor.data, tensor.tensor_type)[index]
-        x = dequantize(tensor.data[index[0]], tensor.tensor_type)
-        if place.tensor.gguf_pairs:  # the two halves of every head are interleaved
-            head_dim = place.shape[-1]
-            x = x.reshape(-1, head_dim // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-        return x[:, index[1]]
+        data, kind = self.tensors[gguf].data, self.tensors[gguf].tensor_type
+        data = data if expert is None else data[expert]
+        x = dequantize(data, kind)[rows] if data.ndim == 1 else dequantize(data[rows], kind)  # a vector is one row
+        scale = self.tensors.get(_scale_of(gguf))
+        return x if scale is None else x * dequantize(scale.data, scale.tensor_type)[expert or 0]
 
 
-def _pre_tokenizer(kind: str, path: Path) -> Any:
-    from tokenizers import pre_tokenizers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if kind == "smollm":  # every digit a token of its own
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    if kind in ("gpt-2", "default"):
-        return byte_level
-    raise UserError(f"{path}: tokenizer kind {kind!r} is not built from GGUF; name a directory with --tokenizer")
+def _scale_of(gguf: str) -> str:
+    """The tensor of the scale that NVFP4 has beside those of its blocks: of the whole matrix, or of each expert."""
+    return gguf.removesuffix(".weight") + ".scale"
 
 
-def gguf_tokenizer(file: GGUFFile) -> "PreTrainedTokenizerFast":
-    """The byte-level BPE tokenizer that the metadata describes, chat template included."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-    from transformers import PreTrainedTokenizerFast
+def _by_heads(rows: Callable[[slice], np.ndarray], place: Placed, index: slice) -> np.ndarray:
+    """Rows of a tensor in which the parts of every head lie together, where GGUF has all heads of one part, and then
+    those of the next."""
+    assert place.tensor.of_head is not None
+    parts, width = place.tensor.of_head[1], place.shape[-1]
+    first, last, _ = index.indices(place.whole[0])
+    heads = slice(first // parts, last // parts)
+    starts = [i * place.heads * width for i in range(parts)]
+    found = [rows(slice(start + heads.start, start + heads.stop)) for start in starts]
+    x = np.stack([part.reshape(-1, width, *part.shape[1:]) for part in found], axis=1)
+    return x.reshape(-1, *x.shape[3:])
 
-    kind = file.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise UserError(
-            f"{file.path}: tokenizer model {kind!r} is not built from GGUF; name a directory with --tokenizer"
-        )
-    tokens = file.get("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer(file.get("tokenizer.ggml.pre", "default"), file.path)
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = file.get("tokenizer.ggml.token_type") or [1] * len(tokens)  # llama.cpp's: 1 normal, 3 control
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
 
-    special = {}
-    for role in ("bos", "eos", "unknown", "padding"):
-        token = file.get(f"tokenizer.ggml.{role}_token_id")
-        if token is not None:
-            special[{"unknown": "unk_token", "padding": "pad_token"}.get(role, f"{role}_token")] = tokens[token]
-    if file.get("tokenizer.ggml.add_bos_token", False):
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
-        )
-    template = file.get("tokenizer.chat_template")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=template,
-        model_max_length=file.hf_config()["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+def _check_types(file: GGUFFile) -> None:
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    for tensor in {tensor.tensor_type: tensor for tensor in file.tensors.values()}.values():
+        kind = tensor.tensor_type
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            raise UserError(
+                f"{file.path}: tensor {tensor.name} is of type {kind.name}, which the gguf library does not "
+                "dequantize; use another file of the model"
+            ) from None

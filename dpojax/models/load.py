@@ -14,7 +14,8 @@ from dpojax.models.config import DecoderConfig
 from dpojax.models.dequantize import RawTensors
 from dpojax.models.families import FAMILIES, Family, family_of
 from dpojax.models.generation import model_eos_ids, read_generation_config, with_tokenizer_eos
-from dpojax.models.gguf import GGUFFile, GGUFSource, gguf_tokenizer
+from dpojax.models.gguf import GGUFFile, GGUFSource
+from dpojax.models.gguf_tokenizer import gguf_tokenizer
 from dpojax.models.params import init_params, param_shardings
 from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, without_quantization
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory

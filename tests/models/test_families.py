@@ -1,4 +1,4 @@
-"""Families: every row's logits against transformers, live; forms and configs both ways; windows; GGUF."""
+"""Families: every row's logits against transformers, live; forms and configs both ways; windows."""
 
 import dataclasses
 import json
@@ -141,39 +141,3 @@ def test_forms_go_both_ways_and_slices_are_found(outputs_first, by_head):
         for index in ((whole, whole, whole), (slice(2, 4), slice(1, 3), whole)):
             found = theirs[fused[name].index(ours[name].shape, index, start)]
             np.testing.assert_array_equal(fused[name].to_ours(found, ours[name][index].shape), ours[name][index])
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3 biases"])
-def test_gguf_is_read_by_the_same_row(name, tmp_path):
-    """A file written by the gguf library in llama.cpp's layout; Llama's q and k interleave the halves of a head."""
-    from gguf import GGUFWriter
-
-    eps = float(np.float32(1e-5))  # as GGUF holds it
-    model = random_model(TINY[name] | {"tie_word_embeddings": False, "rms_norm_eps": eps})
-    config, family = model.config, model.family
-    writer = GGUFWriter(tmp_path / "m.gguf", family.model_type)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.mlp.width)
-    writer.add_head_count(config.attention.heads)
-    writer.add_head_count_kv(config.attention.kv_heads)
-    writer.add_key_length(config.attention.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm.eps)
-    writer.add_rope_freq_base(config.positions.theta)
-    writer.add_vocab_size(config.vocab_size)
-    for tensor in file_tensors(model.params, family, config):
-        x = np.ascontiguousarray(tensor.fetch())
-        row = next(t for t in family.tensors.values() for i in range(config.layers) if t.name.format(i) == tensor.name)
-        layer = next((i for i in range(config.layers) if row.name.format(i) == tensor.name), 0)
-        if row.gguf_pairs and x.ndim == 2:
-            h = config.attention.head_dim
-            x = x.reshape(-1, 2, h // 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        writer.add_tensor(f"{row.gguf.format(layer)}.{tensor.name.rsplit('.', 1)[1]}", np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    back = load_model(str(tmp_path / "m.gguf"))
-    assert back.config == config
-    jax.tree.map(np.testing.assert_array_equal, back.params, model.params)

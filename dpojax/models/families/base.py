@@ -28,6 +28,7 @@ class Tensor:
       flat: theirs has one axis (biases of split heads).
       gguf_plus: GGUF's is this plus Hugging Face's (norms that are applied as ``1 + w``).
       gguf_pairs: GGUF interleaves the two halves of every head, as llama.cpp's rotary embedding of this family wants.
+      gguf_transposed: GGUF has its two axes the other way round (Conv1D).
     """
 
     name: str
@@ -38,6 +39,7 @@ class Tensor:
     flat: bool = False
     gguf_plus: float = 0.0
     gguf_pairs: bool = False
+    gguf_transposed: bool = False
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of this parameter's part of their tensor."""

@@ -27,7 +27,11 @@ def _h(name: str, gguf: str, **form: Any) -> Tensor:
     return Tensor(f"transformer.h.{{}}.{name}", f"blk.{{}}.{gguf}", **form)
 
 
-# Conv1D keeps its inputs first.
+def _conv1d(name: str, gguf: str, **form: Any) -> Tensor:
+    """A Conv1D of transformers, which keeps its inputs first."""
+    return _h(name, gguf, gguf_transposed=True, **form)
+
+
 GPT2_TENSORS = {
     "embed": Tensor("transformer.wte.weight", "token_embd"),
     "positions": Tensor("transformer.wpe.weight", "position_embd"),
@@ -35,16 +39,16 @@ GPT2_TENSORS = {
     "final_norm_bias": Tensor("transformer.ln_f.bias", "output_norm"),
     "head": Tensor("lm_head.weight", "output"),
     "score": Tensor("score.weight"),
-    **{f"blocks/{x}": _h("attn.c_attn.weight", "attn_qkv", after=QKV[:i]) for i, x in enumerate(QKV)},
+    **{f"blocks/{x}": _conv1d("attn.c_attn.weight", "attn_qkv", after=QKV[:i]) for i, x in enumerate(QKV)},
     **{
         f"blocks/{x}_bias": _h("attn.c_attn.bias", "attn_qkv", flat=True, after=tuple(f"{y}_bias" for y in QKV[:i]))
         for i, x in enumerate(QKV)
     },
-    "blocks/o": _h("attn.c_proj.weight", "attn_output", outputs_first=True),  # ours has the model's width first
+    "blocks/o": _conv1d("attn.c_proj.weight", "attn_output", outputs_first=True),  # ours has the model's width first
     "blocks/o_bias": _h("attn.c_proj.bias", "attn_output"),
-    "blocks/up": _h("mlp.c_fc.weight", "ffn_up"),
+    "blocks/up": _conv1d("mlp.c_fc.weight", "ffn_up"),
     "blocks/up_bias": _h("mlp.c_fc.bias", "ffn_up"),
-    "blocks/down": _h("mlp.c_proj.weight", "ffn_down", outputs_first=True),
+    "blocks/down": _conv1d("mlp.c_proj.weight", "ffn_down", outputs_first=True),
     "blocks/down_bias": _h("mlp.c_proj.bias", "ffn_down"),
     **_norms("transformer.h.{{}}.{}", "blk.{}", attn_norm=("ln_1", "attn_norm"), mlp_norm=("ln_2", "ffn_norm")),
 }
