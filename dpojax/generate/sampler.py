@@ -21,7 +21,15 @@ from dpojax.logprobs import logits_of
 from dpojax.models.attention import attend, causal
 from dpojax.models.block import Cache, Flat, Fused, Weights, fused_name
 from dpojax.models.config import DecoderConfig, LayerKind
-from dpojax.models.decoder import embed, final_norm, rotary_mix, unembedding_of, unrolled_layers
+from dpojax.models.decoder import (
+    embed,
+    final_norm,
+    rotary_mix,
+    unembedding_of,
+    unrolled_layers,
+    weights_of_layer,
+)
+from dpojax.models.experts import NAMES as EXPERTS
 from dpojax.models.params import param_shardings
 from dpojax.sharding import batch_sharding, replicated
 from dpojax.types import Head, PyTree
@@ -88,23 +96,23 @@ def decode_layout(config: DecoderConfig, params: PyTree, dtype: jnp.dtype) -> li
     """Every layer's weights for one token at a time, where reading weights is nearly all the work, in a compute dtype.
 
     Weights that are multiplied with the same input lie in one matrix, and the axis that a product sums over is the
-    last: so XLA's CPU compiler reads them fastest.
+    last: so XLA's CPU compiler reads them fastest. Those of experts stay as they are.
     """
-    D = config.width
+    D, stacked = config.width, params["blocks"]
     inputs = [("q", "k", "v"), ("gate", "up") if config.mlp.gated else ("up",)]
 
     def of_layer(weights: Weights) -> Weights:
-        out = {
-            name: x.astype(dtype) for name, x in weights.items() if x.ndim == 1 or name.endswith("_norm")
-        }  # norms and biases
-        for names in inputs:
+        out = {name: x.astype(dtype) for name, x in weights.items() if name in EXPERTS or x.ndim == 1}
+        out |= {name: x for name, x in weights.items() if name.endswith("_norm")}  # an offset is added in float32
+        for names in [names for names in inputs if names[0] in weights]:
             matrix = jnp.concatenate([weights[name].reshape(D, -1).T for name in names]).astype(dtype)
             biases = [weights[f"{name}_bias"].reshape(-1) for name in names if f"{name}_bias" in weights]
             bias = jnp.concatenate(biases).astype(dtype) if biases else None
             out[fused_name(names)] = Fused(matrix, bias, tuple(weights[name].shape[1:] for name in names))
-        return out | {name: Flat(weights[name].reshape(D, -1).astype(dtype)) for name in ("o", "down")}
+        back = (name for name in ("o", "down") if name in weights)
+        return out | {name: Flat(weights[name].reshape(D, -1).astype(dtype)) for name in back}
 
-    return [of_layer({name: x[i] for name, x in params["blocks"].items()}) for i in range(config.layers)]
+    return [of_layer(weights_of_layer(config, stacked, i)) for i in range(config.layers)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,10 +79,19 @@ def weights_of(config: DecoderConfig, stacked: Weights, run: range) -> Weights:
     """The tensors of a run of layers, of the layers' stacked ones."""
     if config.experts is None or not config.dense_layers:
         return stacked
-    where = {
-        name: [layers_with(config, name).index(i) for i in run if i in layers_with(config, name)] for name in stacked
-    }
-    return {name: stacked[name][at[0] : at[-1] + 1] for name, at in where.items() if at}
+    out = {}
+    for name, x in stacked.items():
+        layers = layers_with(config, name)
+        if run.start in layers:
+            first = layers.index(run.start)
+            out[name] = x[first : first + len(run)]
+    return out
+
+
+def weights_of_layer(config: DecoderConfig, stacked: Weights, layer: int) -> Weights:
+    """One layer's tensors, of the layers' stacked ones."""
+    having = {name: layers_with(config, name) for name in stacked}
+    return {name: x[having[name].index(layer)] for name, x in stacked.items() if layer in having[name]}
 
 
 def scan_layers(
