@@ -20,6 +20,7 @@ from dpojax.models.attention import attend, causal
 from dpojax.models.block import Cache, Flat, Fused, Weights, fused_name
 from dpojax.models.config import DecoderConfig, LayerKind
 from dpojax.models.decoder import embed, final_norm, rotary_mix, unembedding_of, unrolled_layers
+from dpojax.models.lora import check_merged
 from dpojax.models.params import param_shardings
 from dpojax.sharding import batch_sharding, replicated
 from dpojax.types import PyTree
@@ -153,6 +154,7 @@ def make_sampler(
 
     The prompts are ``[B, P]``, padded on the left, their lengths in ``prompt_len``.
     """
+    check_merged(config)
     C, n, compute = max_new_tokens, num_samples, jnp.dtype(dtype)
 
     def sample(params: PyTree, prompt: Int[Array, "B P"], prompt_len: Int[Array, " B"], key: PRNGKeyArray) -> Samples:

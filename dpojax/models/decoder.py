@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from dpojax.models.attention import MakeAttention, rope_table, rotate, shared_prompt_attention
 from dpojax.models.block import Cache, Mix, Weights, block, normalize
 from dpojax.models.config import DecoderConfig, LayerKind, Learned, Rope
+from dpojax.models.lora import switched_on
 from dpojax.packing import ApplyFn, ModelInput
 from dpojax.sharding import Constrain
 from dpojax.types import Head, PyTree, Unembedding
@@ -92,8 +93,7 @@ def scan_layers(
 
     if REMAT[remat] is not None:
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-    layers = next(iter(stacked.values())).shape[0]
-    kinds = jnp.asarray(config.kind_of_layer or [0] * layers, jnp.int32)
+    kinds = jnp.asarray(config.kind_of_layer or [0] * config.layers, jnp.int32)
     return jax.lax.scan(layer, x, (stacked, kinds))[0]
 
 
@@ -143,10 +143,13 @@ def make_apply(
       attention: which attention kernel (:func:`~dpojax.models.attention.make_attention`).
       normed: False returns activations before the final norm (bottom layers only).
 
+    With an adapter (``config.lora``) the parameters are the base's and its own, and all of them are read.
     Inputs that carry ``hidden`` start from these activations instead of embeddings (top layers only).
     """
+    whole, config = config, config.merged
 
     def apply(params: Mapping[str, Any], inputs: ModelInput) -> tuple[Float[Array, "R T D"], Head]:
+        params = switched_on(whole, params)
         cap = config.attention.softcap
         attend = {window: attention(inputs, window, cap) for window in {kind.window for kind in config.kinds}}
         mix_of = rotary_mix(

@@ -6,7 +6,7 @@ No host holds more than a few tensors beyond what its devices hold.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -154,12 +154,21 @@ def file_tensors(params: PyTree, family: Family, config: DecoderConfig) -> Itera
             if (place.layers is None) == (layer is None):
                 parts.setdefault(place.name(layer or 0), []).append(path)
         for name, paths in parts.items():
-            yield _file_tensor(name, sorted(paths, key=lambda path: where[path].start), flat, where, layer)
+            yield file_tensor(name, sorted(paths, key=lambda path: where[path].start), flat, where, layer)
 
 
-def _file_tensor(
-    name: str, paths: list[str], flat: dict[str, Any], where: dict[str, Placed], layer: int | None
+def file_tensor(
+    name: str, paths: list[str], flat: Mapping[str, Any], where: Mapping[str, Placed], layer: int | None
 ) -> FileTensor:
+    """One tensor of a model's files, of the parameters that it holds in their order.
+
+    Args:
+      name: of the tensor.
+      paths: of the parameters.
+      flat: the parameters by path.
+      where: their places.
+      layer: the layer, of parameters that are stacked; None: they are not.
+    """
     shapes = [where[path].tensor.shape(where[path].shape) for path in paths]
     axis = 0 if where[paths[0]].tensor.outputs_first or len(shapes[0]) == 1 else 1  # of the outputs
     shape = list(shapes[0])
