@@ -64,10 +64,19 @@ class AdapterFiles:
     raw: dict[str, Any]
     tensors: Mapping[str, Any]
 
-    @property
-    def base(self) -> str | None:
-        """The base's name, as the adapter has it."""
-        return self.raw.get("base_model_name_or_path")
+    def base_name(self) -> str:
+        """The base's name, as the adapter has it.
+
+        Raises:
+          UserError: it has none, or none that is there.
+        """
+        name = self.raw.get("base_model_name_or_path")
+        beside = f"give the base as --model and the adapter as --adapter, or set it in {self.path / CONFIG}"
+        if not name:
+            raise UserError(f"{self.path}: no base_model_name_or_path says what it is an adapter of; {beside}")
+        if not Path(name).expanduser().exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+            raise UserError(f"{self.path}: its base {name} is not there; {beside}")
+        return name
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, float32."""
