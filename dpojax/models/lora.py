@@ -171,7 +171,7 @@ def merge(config: DecoderConfig, params: PyTree) -> PyTree:
 
 
 @jax.jit(static_argnames="back")
-def _merged(w: Array, a: Array, b: Array, scale: float, *, back: bool) -> Array:
+def _merged(w: Array, a: Array, b: Array, scale: float | Array, *, back: bool) -> Array:
     forms = {3: "lkf,ldk->ldf", 4: "lknh,ldk->ldnh"} if back else {3: "ldk,lkf->ldf", 4: "ldk,lknh->ldnh"}
     product = jnp.einsum(forms[w.ndim], a, b, preferred_element_type=jnp.float32)
     return (w + scale * product).astype(w.dtype)

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def _alpha(files: AdapterFiles, module: str) -> float:
 def _with_saved(files: AdapterFiles, family: Family, config: DecoderConfig, lora: Lora, left: set[str]) -> Lora:
     """The adapter with the parameters that it has whole: ``modules_to_save``, and resized embeddings."""
     saved, vocab = [], None
-    for path, place in places(family, dataclasses.replace(config, tied=False)).items():
+    untied = dataclasses.replace(config, tied=config.tied and "head" not in family.tensors)
+    for path, place in places(family, untied).items():
         names = [place.name(i) for i in range(place.layers or 1)]
         if not left.intersection(names):
             continue
@@ -322,7 +323,7 @@ def save_adapter(params: PyTree, config: DecoderConfig, family: Family, director
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     saved = _saved_tensors(flat, family, config)
     tensors |= {PREFIX + name: x for name, x in saved.items()}
-    raw = peft_config(lora, ranks, base=base, conv1d=_is_conv1d(lora, family))
+    raw = peft_config(lora, _short(ranks, modules(family, config)), base=base, conv1d=_is_conv1d(lora, family))
     raw["modules_to_save"] = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in saved}) or None
     raw["task_type"] = "SEQ_CLS" if config.reward else "CAUSAL_LM"
     with written_aside(directory, patterns=("adapter_model*", CONFIG), last=CONFIG) as aside:
@@ -380,10 +381,14 @@ def _is_conv1d(lora: Lora, family: Family) -> bool:
     return first is not None and family.tensors[f"blocks/{first}"].outputs_first == (first in BACK)
 
 
+def _short(ranks: Mapping[str, tuple[int, float]], every: Iterable[str]) -> dict[str, tuple[int, float]]:
+    """The same by the last part of each module's name, where that means no other module."""
+    last = collections.Counter(module.rsplit(".", 1)[-1] for module in every)
+    return {name if last[name := module.rsplit(".", 1)[-1]] == 1 else module: x for module, x in ranks.items()}
+
+
 def peft_config(lora: Lora, ranks: Mapping[str, tuple[int, float]], *, base: str, conv1d: bool) -> dict[str, Any]:
     """An ``adapter_config.json``; ``ranks`` are rank and alpha by module."""
-    last = collections.Counter(module.rsplit(".", 1)[-1] for module in ranks)
-    short = {m: m.rsplit(".", 1)[-1] if last[m.rsplit(".", 1)[-1]] == 1 else m for m in ranks}
     rank, alpha = collections.Counter(ranks.values()).most_common(1)[0][0] if ranks else (8, 8.0)
     return {
         "peft_type": "LORA",
@@ -393,9 +398,9 @@ def peft_config(lora: Lora, ranks: Mapping[str, tuple[int, float]], *, base: str
         "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
         "bias": "none",
-        "target_modules": sorted(short.values()),
-        "rank_pattern": {short[m]: r for m, (r, _) in ranks.items() if r != rank},
-        "alpha_pattern": {short[m]: a for m, (_, a) in ranks.items() if a != alpha},
+        "target_modules": sorted(ranks),
+        "rank_pattern": {m: r for m, (r, _) in ranks.items() if r != rank},
+        "alpha_pattern": {m: a for m, (_, a) in ranks.items() if a != alpha},
         "use_rslora": lora.rslora,
         "fan_in_fan_out": conv1d,
         "init_lora_weights": True,

@@ -42,6 +42,9 @@ from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
 from dpojax.train.writers import JsonLines, TensorBoard
 
+STILL_STEPS = 20
+"""After the warmup, steps by which a loss should have left ln 2."""
+
 OnStep = Callable[[int, TrainState], Any]
 """``on_step(step, state)``, called after every step; returning False stops. The state's arrays live until the next
 step: what is kept of them must be copied."""
@@ -222,7 +225,8 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     del model, ref_model
 
     # ---- steps ----------------------------------------------------------------------------------------------------
-    log = MetricsLog([JsonLines(run, done), TensorBoard(run, done)], total_steps, len(batches.examples))
+    writers = [JsonLines(run, done), TensorBoard(run, done)]
+    log = MetricsLog(writers, total_steps, len(batches.examples), config.warmup_steps + STILL_STEPS)
 
     def figures_of(step: int, state: TrainState, reference: Reference) -> float | None:
         if eval_batches is None:
