@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from dpojax.models.config import DecoderConfig, Norm
 from dpojax.models.params import BACK
@@ -44,7 +44,7 @@ class Fused:
 class Dropout:
     """What training sets to zero of the adapters' inputs: a share, drawn by a key of the layer's own."""
 
-    key: Key[Array, "*layers"]
+    key: Any  # an array of keys while layers are stacked; JAX puts other things there
     share: float = struct.field(pytree_node=False)
 
 

@@ -119,7 +119,7 @@ def test_eight_devices_train_the_same_adapter(config, params):
         policy = with_adapter(program.layout.config, params, mesh=mesh)
         reference = live_reference(program, without_adapter(policy))
         batch = random_batch(np.random.default_rng(0), B=8, P=5, C=6, sequences=4)
-        item = IndexedBatch(batch, np.arange(8))
+        item = IndexedBatch(index=np.arange(8), batch=batch)
         state, on_mesh = initial_state(program, policy), put_global(batch, batch_sharding(mesh))
         for _ in range(2):
             state, metrics = program.step(state, on_mesh, reference.of(item))
@@ -166,9 +166,9 @@ def test_a_run_keeps_its_adapter_alone_and_is_read_as_a_model(tiny_dir, pairs_fi
     policy, step = load_run(run)
     assert step == 12 and not any(of_adapter(path) for path in flatten(policy.params))
     assert fingerprint(policy.params) != fingerprint(load_model(tiny_dir).params)
-    assert main(["eval", "--model", str(run), "--data", pairs_file, "--output", str(tmp_path / "e.json")]) == 0
-    figures = json.loads((tmp_path / "e.json").read_text())
-    assert figures["rewards/margins"]["mean"] == pytest.approx(lines[-1]["eval_rewards/margins"], rel=1e-4)
+    assert main(["logps", "--model", str(run), "--data", pairs_file, "--output", str(tmp_path / "l.jsonl")]) == 0
+    chosen = [json.loads(line)["chosen_logps"] for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert np.mean(chosen) == pytest.approx(lines[-1]["eval_logps/chosen"], rel=1e-5)
     assert main(["sample", "--model", str(run), "--prompt", "the film", "--max-new-tokens", "4"]) == 0
 
 
