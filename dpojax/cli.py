@@ -169,8 +169,8 @@ def run_export(config: ExportConfig) -> int:
         raise UserError(f"--output {output}: is a file; name a directory")
     if config.adapter:
         model, base, step = load_adapter_of_run(config.run, config.checkpoint)
-        if model.config.lora is not None and is_run(base):
-            console.print(f"its base is the policy of {base}; export that too, and name it in adapter_config.json")
+        if is_run(base) or base.endswith(".gguf"):  # neither is a directory that transformers reads
+            console.print(f"its base is {base}; for peft, export that too, and name it in adapter_config.json")
         save_adapter(model.params, model.config, model.family, output, base=base)
         what = "adapter"
     else:
