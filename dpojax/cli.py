@@ -83,9 +83,10 @@ def run_eval(config: EvalConfig) -> int:
     scores = FileScores(config)
     own = options_of_run(config.model)
     ref_name = config.ref_model or own.get("ref_model") or own.get("model")
+    adapter = None if config.ref_model or own.get("ref_model") else own.get("adapter")
     beta = config.beta or own.get("beta") or beta_of_run(own)
     policy, lengths, prompts = scores.pairs(scores.of(config.model))
-    ref = scores.pairs(scores.of(ref_name))[0] if ref_name else None
+    ref = scores.pairs(scores.of(ref_name, adapter))[0] if ref_name else None
     figures = preference_estimates(policy, ref, lengths, beta=beta, groups=prompts)
     for name, figure in sorted(figures.items()):
         console.print(f"{name:30} {figure}")
@@ -175,16 +176,28 @@ def run_sample(config: SampleConfig) -> int:
 def run_export(config: ExportConfig) -> int:
     """``dpojax export``."""
     from dpojax.models import load_tokenizer, save_model
+    from dpojax.models.peft import save_adapter
     from dpojax.progress import console
-    from dpojax.train.by_name import load_run
+    from dpojax.train.by_name import load_adapter_of_run, load_run
+    from dpojax.train.rundir import is_run
 
+    if config.adapter and config.dtype != "float32":
+        raise UserError(f"--dtype {config.dtype}: an adapter is written in float32; leave one of them out")
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a directory")
-    model, step = load_run(config.run, config.checkpoint)
-    save_model(model, output, dtype=config.dtype)
+    if config.adapter:
+        model, base, step = load_adapter_of_run(config.run, config.checkpoint)
+        if is_run(base) or base.endswith(".gguf"):  # neither is a directory that transformers reads
+            console.print(f"its base is {base}; for peft, export that too, and name it in adapter_config.json")
+        save_adapter(model.params, model.config, model.family, output, base=base)
+        what = "adapter"
+    else:
+        model, step = load_run(config.run, config.checkpoint)
+        save_model(model, output, dtype=config.dtype)
+        what = "policy"
     load_tokenizer(str(Path(config.run) / "model")).save_pretrained(output)
-    console.print(f"the policy of step {step} written to {output}")
+    console.print(f"the {what} of step {step} written to {output}")
     return 0
 
 

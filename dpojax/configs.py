@@ -137,10 +137,28 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     """Micro-batches that a batch is computed in, one after another; results agree, memory falls."""
     train_top_layers: int | None = None
     """Train only the top N layers and the final norm; the layers below are computed once for every row."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank beside the frozen model (default: train the model itself; or the adapter that
+    --model or --adapter names)."""
+    lora_alpha: float | None = None
+    """The adapter's products are multiplied with alpha / rank (default: twice the rank, as TRL's 32 for 16)."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Modules that get an adapter, by the names that PEFT has for them, as in q_proj v_proj; all-linear is every one of
+    the layers."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that training sets to zero."""
+    use_rslora: bool = False
+    """Multiply with alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    lora_init: Literal["b-zero", "a-zero"] = "b-zero"
+    """The factor that starts at zero; the other is random. From B, the first steps move slower; from A, they cannot
+    hang at ln 2."""
+    adapter: str | None = None
+    """PEFT adapter on --model to start from; the reference is both together. (--model may also be such a directory,
+    which names its base.)"""
     mesh: MeshConfig = MeshConfig()
     """How the devices are arranged."""
     seed: int = 0
-    """Seed of the data order."""
+    """Seed of the data order, and of a new adapter."""
     logging_steps: int = 1
     """Steps between two lines of metrics."""
     eval_steps: int = 100
@@ -263,7 +281,7 @@ class SampleConfig(ModelOptions, ChatOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a run's policy as a Hugging Face directory: safetensors, config and tokenizer."""
+    """Write a run's policy as a Hugging Face directory: safetensors, config and tokenizer; an adapter merged."""
 
     run: str
     """The --output directory of a run."""
@@ -273,6 +291,8 @@ class ExportConfig:
     """Which checkpoint: latest, best, or a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the written weights."""
+    adapter: bool = False
+    """Write a LoRA run's adapter alone, in float32, as a directory that peft loads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,9 @@ RANGES: dict[str, tuple[str, Any]] = {
     "weight_decay": ("at least 0", lambda v: v >= 0),
     "warmup_steps": ("at least 0", lambda v: v >= 0),
     "eval_share": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "lora_alpha": ("above 0 and finite", lambda v: 0 < v < inf),
+    "lora_dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "lora_targets": ("at least one module, or all-linear", len),
     "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
     "temperature": ("at least 0", lambda v: v >= 0),
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
@@ -36,7 +39,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     for name in (
         *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
         *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
-        *("min_prompt_length", "ref_model_sync_steps"),
+        *("min_prompt_length", "ref_model_sync_steps", "lora_rank"),
     )
 }
 
@@ -61,6 +64,8 @@ def check_options(config: Any) -> None:
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
     check_reading(config)
     check_scorer(config)
+    if hasattr(config, "lora_rank"):
+        check_lora(config)
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
         raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
     if getattr(config, "temperature", 1) == 0:
@@ -94,6 +99,22 @@ def check_scorer(config: Any) -> None:
         value = getattr(config, field.name)
         if field.name not in OF_TEXT and value != field.default:
             raise UserError(f"{flag(field.name)} {value}: --scorer reads text and no tokens; leave one of them out")
+
+
+def check_lora(config: Any) -> None:
+    """Refuse options that do not go together with an adapter.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    named = {"lora_rank": config.lora_rank, "adapter": config.adapter}
+    for name, value in named.items():
+        if value is None:
+            continue
+        if config.train_top_layers is not None:
+            raise UserError(f"{flag(name)} {value}: --train-top-layers trains layers themselves; leave one of them out")
+        if getattr(config, "sync_ref_model", False):
+            raise UserError(f"{flag(name)} {value}: --sync-ref-model mixes whole models; leave one of them out")
 
 
 def check_reading(config: Any) -> None:

@@ -46,13 +46,26 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     """Files that base and changed configs name."""
     from transformers import AutoTokenizer
 
-    from dpojax.models import as_reward_model, load_model, load_tokenizer, new_model, save_model
+    from dpojax.models import (
+        FAMILIES,
+        as_reward_model,
+        load_model,
+        load_tokenizer,
+        new_lora,
+        new_model,
+        save_model,
+        with_adapter,
+    )
+    from dpojax.models.peft import save_adapter
     from tests.conftest import HF_CONFIG, decoder_config, write_rows
 
     root = tmp_path_factory.mktemp("world")
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
     save_model(new_model(decoder_config(HF_CONFIG), seed=9), root / "model2")
     tokenizer.save_pretrained(root / "model2")
+    lora = dataclasses.replace(decoder_config(HF_CONFIG), lora=new_lora(("q",), 1, 1.0))
+    drawn = with_adapter(lora, new_model(decoder_config(HF_CONFIG)).params)
+    save_adapter(drawn, lora, FAMILIES["llama"], root / "adapter", base=str(root / "model2"))
     tokenizer.eos_token = "<unk>"
     tokenizer.save_pretrained(root / "tokenizer2")
     rows = Path(pairs_file).read_text().splitlines(keepends=True)
@@ -150,6 +163,13 @@ def train_changes(w) -> dict:
         "max_grad_norm": 1e-3,
         "gradient_accumulation_steps": (2, {"batch_size": 16}),
         "train_top_layers": 1,
+        "lora_rank": 2,
+        "lora_alpha": (9.0, {"lora_rank": 2}),
+        "lora_targets": (("q_proj",), {"lora_rank": 2}),
+        "lora_dropout": (0.3, {"lora_rank": 2}),
+        "use_rslora": (True, {"lora_rank": 2}),
+        "lora_init": ("a-zero", {"lora_rank": 2}),
+        "adapter": str(root / "adapter"),
         "remat": "block",
         "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
         "seed": 5,
@@ -231,6 +251,7 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "output": "elsewhere",
                 "checkpoint": "2",
                 "dtype": "bfloat16",
+                "adapter": True,  # refused: the run has none
             },
         ),
         "CheckDataConfig": (

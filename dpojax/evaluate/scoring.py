@@ -115,9 +115,10 @@ class FileScores:
         names = ("chosen_logps", "rejected_logps", "chosen_len", "rejected_len")
         return dict(zip(names, (*logps, *lengths), strict=True))
 
-    def of(self, name: str) -> np.ndarray:
-        """``[n, N]`` log-probabilities of the completions under the model of this name, nats."""
-        config, files = self.config, open_policy(name)
+    def of(self, name: str, adapter: str | None = None) -> np.ndarray:
+        """``[n, N]`` log-probabilities of the completions under the model of this name, nats, with an adapter merged
+        into it."""
+        config, files = self.config, open_policy(name, adapter=adapter)
         check_fit(files.config, [self.examples], config.tokenizer or name)
         model = files.load(make_mesh(MeshConfig()))
         keep_memory()

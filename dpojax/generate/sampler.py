@@ -30,6 +30,7 @@ from dpojax.models.decoder import (
     weights_of_layer,
 )
 from dpojax.models.experts import NAMES as EXPERTS
+from dpojax.models.lora import check_merged
 from dpojax.models.params import param_shardings
 from dpojax.sharding import batch_sharding, replicated
 from dpojax.types import Head, PyTree
@@ -236,6 +237,7 @@ def make_sampler(
     Raises:
       ValueError: a stop string is empty, or there is no tokenizer to find it with.
     """
+    check_merged(config)
     if stop and (tokenizer is None or not all(stop)):
         raise ValueError("stop strings must not be empty, and need tokenizer=, which decodes completions")
     draw = DrawOptions(temperature, top_k, top_p, min_p, repetition_penalty)

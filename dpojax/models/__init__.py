@@ -1,7 +1,18 @@
 """The decoder, its choices and parameters, and its weights in and out."""
 
 from dpojax.models.attention import make_attention
-from dpojax.models.config import Attention, DecoderConfig, LayerKind, Learned, Mlp, Norm, Rope, RopeScaling
+from dpojax.models.config import (
+    Attention,
+    DecoderConfig,
+    LayerKind,
+    Learned,
+    Lora,
+    LowRank,
+    Mlp,
+    Norm,
+    Rope,
+    RopeScaling,
+)
 from dpojax.models.decoder import make_apply, unembedding_of
 from dpojax.models.families import FAMILIES, config_from_hf
 from dpojax.models.identity import fingerprint
@@ -15,6 +26,7 @@ from dpojax.models.load import (
     open_model,
     save_model,
 )
+from dpojax.models.lora import merge, new_lora, with_adapter, without_adapter
 from dpojax.models.params import (
     abstract_params,
     check_divides,
@@ -31,6 +43,8 @@ __all__ = [
     "DecoderConfig",
     "LayerKind",
     "Learned",
+    "Lora",
+    "LowRank",
     "Mlp",
     "Model",
     "ModelFiles",
@@ -48,6 +62,8 @@ __all__ = [
     "load_tokenizer",
     "make_apply",
     "make_attention",
+    "merge",
+    "new_lora",
     "new_model",
     "open_model",
     "param_shardings",
@@ -55,4 +71,6 @@ __all__ = [
     "partition",
     "save_model",
     "unembedding_of",
+    "with_adapter",
+    "without_adapter",
 ]

@@ -5,6 +5,7 @@ Optimization barriers are for XLA's CPU compiler; ``scripts/profile_step.py`` me
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from dpojax.models.config import DecoderConfig, Norm
+from dpojax.models.params import BACK
 
 Weights = Mapping[str, Any]
 Cache = tuple[Array, Array] | None
@@ -36,6 +38,14 @@ class Fused:
     matrix: Float[Array, "F D"]
     bias: Float[Array, " F"] | None
     shapes: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Dropout:
+    """What training sets to zero of the adapters' inputs: a share, drawn by a key of the layer's own."""
+
+    key: Any  # an array of keys while layers are stacked; JAX puts other things there
+    share: float = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -64,11 +74,37 @@ def project(weights: Weights, names: Sequence[str], x: Float[Array, "R T D"]) ->
         return [part.reshape(*x.shape[:2], *shape) for part, shape in zip(parts, fused.shapes, strict=True)]
     products = {2: "rtd,df->rtf", 3: "rtd,dnh->rtnh"}
     each = ((name, weights[name].astype(x.dtype)) for name in names)
-    return [_with_bias(weights, name, jnp.einsum(products[w.ndim], x, w)) for name, w in each]
+    outs = [_with_bias(weights, name, jnp.einsum(products[w.ndim], x, w)) for name, w in each]
+    return [y + low_rank(weights, name, x, weights.get("dropout")) if adapted(weights, name) else y
+            for name, y in zip(names, outs, strict=True)]  # fmt: skip
 
 
-def project_back(weights: Weights, name: str, x: Float[Array, "R T *in"]) -> Float[Array, "R T D"]:
-    """The product of activations with a weight ``[D, *in]`` back to the model's width, bias added."""
+def adapted(weights: Weights, name: str) -> bool:
+    """Whether a weight has an adapter beside it."""
+    return f"{name}_lora_a" in weights
+
+
+def low_rank(weights: Weights, name: str, x: Array, dropout: Dropout | None = None) -> Array:
+    """``(x A) B`` of the adapter beside a weight, ``[R, T, *out]``; its scale is in A already.
+
+    With dropout, elements of x are 0 with the probability of its share, and the others are divided by what is left.
+    """
+    a, b = weights[f"{name}_lora_a"].astype(x.dtype), weights[f"{name}_lora_b"].astype(x.dtype)
+    if dropout is not None:
+        key = jax.random.fold_in(dropout.key, zlib.crc32(name.encode()))
+        kept = jax.random.bernoulli(key, 1 - dropout.share, x.shape)
+        x = jnp.where(kept, x / (1 - dropout.share), 0)
+    if x.ndim == 4:
+        return jnp.einsum("rtk,dk->rtd", jnp.einsum("rtnh,knh->rtk", x, a), b)
+    if name in BACK:
+        return jnp.einsum("rtk,dk->rtd", jnp.einsum("rtf,kf->rtk", x, a), b)
+    return jnp.einsum({2: "rtk,kf->rtf", 3: "rtk,knh->rtnh"}[b.ndim], jnp.einsum("rtd,dk->rtk", x, a), b)
+
+
+def project_back(
+    weights: Weights, name: str, x: Float[Array, "R T *in"], dropout: Dropout | None = None
+) -> Float[Array, "R T D"]:
+    """The product of activations with a weight ``[D, *in]`` back to the model's width, bias and adapter added."""
     w = weights[name]
     if isinstance(w, Flat):
         # The weights as first factor, which XLA's CPU compiler multiplies faster where the input is wide and tokens
@@ -77,6 +113,7 @@ def project_back(weights: Weights, name: str, x: Float[Array, "R T *in"]) -> Flo
         y = jax.lax.optimization_barrier(product).transpose(1, 2, 0)
     else:
         y = jnp.einsum({2: "rtf,df->rtd", 3: "rtnh,dnh->rtd"}[w.ndim], x, w.astype(x.dtype))
+    y = y + low_rank(weights, name, x, dropout) if adapted(weights, name) else y
     return _with_bias(weights, name, y)
 
 
@@ -144,12 +181,14 @@ def normalize_heads(norm: Norm, weights: Weights, name: str, x: Float[Array, "R 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def activate_and_project(act: str, inputs: tuple[Array, ...], weights: Weights) -> Float[Array, "R T D"]:
+def activate_and_project(
+    act: str, inputs: tuple[Array, ...], weights: Weights, dropout: Dropout | None = None
+) -> Float[Array, "R T D"]:
     """``down(act(a) * b)`` of the gated MLP's two projections, ``down(act(a))`` of one.
 
     The backward pass is written by hand: it keeps the projections alone and computes all that is elementwise in one go.
     """
-    return project_back(weights, "down", _activate(act, inputs))
+    return project_back(weights, "down", _activate(act, inputs), dropout)
 
 
 def _activate(act: str, inputs: tuple[Array, ...]) -> Array:
@@ -157,21 +196,23 @@ def _activate(act: str, inputs: tuple[Array, ...]) -> Array:
     return h * inputs[1] if len(inputs) == 2 else h
 
 
-def _activate_and_project_forward(act: str, inputs: tuple[Array, ...], weights: Weights) -> tuple[Array, tuple]:
-    return activate_and_project(act, inputs, weights), (inputs, weights)
+def _activate_and_project_forward(
+    act: str, inputs: tuple[Array, ...], weights: Weights, dropout: Dropout | None
+) -> tuple[Array, tuple]:
+    return activate_and_project(act, inputs, weights, dropout), (inputs, weights, dropout)
 
 
-def _activate_and_project_backward(act: str, kept: tuple, do: Array) -> tuple[tuple[Array, ...], Weights]:
-    inputs, weights = kept
+def _activate_and_project_backward(act: str, kept: tuple, do: Array) -> tuple[tuple[Array, ...], Weights, None]:
+    inputs, weights, dropout = kept
     # The product is linear in h, so its gradient by h needs no h.
-    (dh,) = jax.linear_transpose(lambda h: project_back(_without_bias(weights), "down", h), inputs[0])(do)
+    (dh,) = jax.linear_transpose(lambda h: project_back(_without_bias(weights), "down", h, dropout), inputs[0])(do)
     # The first barrier keeps XLA from keeping the forward pass's activation; the second keeps its CPU compiler from
     # computing these inside of the products' transpositions, element by element.
     inputs, dh = jax.lax.optimization_barrier((inputs, dh))
     h, back = jax.vjp(lambda inputs: _activate(act, inputs), inputs)
     h, dinputs = jax.lax.optimization_barrier((h, back(dh)[0]))
-    dweights = jax.vjp(lambda weights: project_back(weights, "down", h), weights)[1](do)[0]
-    return dinputs, dweights
+    dweights = jax.vjp(lambda weights: project_back(weights, "down", h, dropout), weights)[1](do)[0]
+    return dinputs, dweights, None
 
 
 def _without_bias(weights: Weights) -> Weights:
@@ -184,8 +225,8 @@ activate_and_project.defvjp(_activate_and_project_forward, _activate_and_project
 def mlp(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
     """The feed-forward half of a layer (:class:`~dpojax.models.config.Mlp`)."""
     inputs = project(weights, ("gate", "up") if config.mlp.gated else ("up",), x)
-    down = {name: weights[name] for name in ("down", "down_bias") if name in weights}
-    return activate_and_project(config.mlp.act, tuple(inputs), down)
+    down = {name: w for name, w in weights.items() if name.startswith("down")}
+    return activate_and_project(config.mlp.act, tuple(inputs), down, weights.get("dropout"))
 
 
 Feed = Callable[[DecoderConfig, Weights, Array], Array]
@@ -203,7 +244,7 @@ def attention(
     if config.attention.scale is not None:  # kernels multiply scores with head_dim ** -0.5
         q = q * jnp.asarray(config.attention.scale * config.attention.head_dim**0.5, q.dtype)
     out, cache = mix(q, k, v, cache)
-    return project_back(weights, "o", out), cache
+    return project_back(weights, "o", out, weights.get("dropout")), cache
 
 
 def block(

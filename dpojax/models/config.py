@@ -106,6 +106,39 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """The rank and alpha of the adapter beside one weight of every layer, by the weight's name."""
+
+    name: str
+    rank: int
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """An adapter (Hu et al. 2021, arXiv 2106.09685): ``x W + scale (x A) B`` beside each weight W of ``weights``.
+
+    The scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv 2312.03732).
+    ``zero`` is the factor that starts at zero. ``dropout`` is the share of A's inputs that training sets to zero.
+    ``saved`` are parameters that the adapter has whole, in place of the base's. ``vocab_size`` is that of resized
+    embeddings (None: the base's), ``tied`` whether the adapted model's unembedding is its embedding (None: as in the
+    base).
+    """
+
+    weights: tuple[LowRank, ...]
+    rslora: bool = False
+    zero: Literal["a", "b"] = "b"
+    dropout: float = 0.0
+    saved: tuple[str, ...] = ()
+    vocab_size: int | None = None
+    tied: bool | None = None
+
+    def scale(self, low: LowRank) -> float:
+        """What the product of a weight's factors is multiplied with."""
+        return low.alpha / (low.rank**0.5 if self.rslora else low.rank)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """All that shapes the program; hashable, so it can be a static argument.
 
@@ -115,6 +148,7 @@ class DecoderConfig:
     first. ``head`` is the unembedding to the vocabulary, or one score (a reward model). Embeddings are multiplied with
     ``embed_scale``; logits z become ``c tanh(z / c)`` with c the ``logits_softcap``. ``experts`` stand in place of the
     MLP in all layers but the ``dense_layers``. ``max_positions`` is the longest text that the model was made for.
+    ``lora`` is an adapter beside the parameters; all other choices are the base's.
     """
 
     vocab_size: int
@@ -135,6 +169,21 @@ class DecoderConfig:
     logits_softcap: float | None = None
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()
+    lora: Lora | None = None
+
+    @property
+    def base(self) -> "DecoderConfig":
+        """The choices without the adapter."""
+        return dataclasses.replace(self, lora=None)
+
+    @property
+    def merged(self) -> "DecoderConfig":
+        """The choices of the model that has the adapter in its own parameters."""
+        if self.lora is None:
+            return self
+        vocab, tied = self.lora.vocab_size, self.lora.tied
+        tied = self.tied if tied is None else tied
+        return dataclasses.replace(self.base, vocab_size=self.vocab_size if vocab is None else vocab, tied=tied)
 
     @property
     def reward(self) -> bool:

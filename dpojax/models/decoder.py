@@ -15,6 +15,7 @@ from dpojax.models.attention import MakeAttention, rope_table, rotate, shared_pr
 from dpojax.models.block import Cache, Feed, Mix, Weights, block, mlp, normalize
 from dpojax.models.config import DecoderConfig, LayerKind, Learned, Rope
 from dpojax.models.experts import Routing, mixture, mixture_over_mesh, routing
+from dpojax.models.lora import switched_on
 from dpojax.models.params import layers_with
 from dpojax.packing import ApplyFn, ModelInput
 from dpojax.sharding import Constrain
@@ -224,10 +225,13 @@ def make_apply(
       routings: a list to which every call of a mixture of experts adds what its routers did
         (:func:`~dpojax.models.experts.balance_loss`), as values of the computation that the call is traced in.
 
+    With an adapter (``config.lora``) the parameters are the base's and its own, and all of them are read.
     Inputs that carry ``hidden`` start from these activations instead of embeddings (top layers only).
     """
+    whole, config = config, config.merged
 
     def apply(params: Mapping[str, Any], inputs: ModelInput) -> tuple[Float[Array, "R T D"], Head]:
+        params = switched_on(whole, params)
         cap = config.attention.softcap
         windows = {kind.window for kind in config.kinds}
         attend = {window: attention(inputs, window, cap) for window in windows}

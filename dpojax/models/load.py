@@ -17,6 +17,7 @@ from dpojax.models.generation import model_eos_ids, read_generation_config, with
 from dpojax.models.gguf import GGUFFile, GGUFSource
 from dpojax.models.gguf_tokenizer import gguf_tokenizer
 from dpojax.models.params import init_params, param_shardings
+from dpojax.models.peft import is_adapter
 from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, without_quantization
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
 from dpojax.models.unread import check_dtypes, check_unread
@@ -165,6 +166,12 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
+def adapter_directory(name: str) -> Path | None:
+    """The directory of a model's name where that is an adapter's; None where it is a whole model."""
+    path = resolve(name)
+    return path if path.is_dir() and is_adapter(path) else None
+
+
 def open_model(name: str) -> ModelFiles:
     """A model's files, opened: its choices, and where its tensors are.
 
@@ -186,7 +193,9 @@ def _open_directory(path: Path) -> ModelFiles:
     source: RawTensors = SafetensorsSource(path)
     adapter = path / "adapter_config.json"
     if adapter.exists():
-        raise UserError(f"{adapter}: an adapter is not read; merge it into the model, or remove its files")
+        raise UserError(
+            f"{adapter}: an adapter beside a whole model, and only one can be meant; remove the files of the other"
+        )
     quantization = quantization_of(raw)
     beside = path / "quantize_config.json"
     if quantization is None and beside.exists():

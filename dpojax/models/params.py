@@ -29,7 +29,9 @@ class ParamSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Literal["normal", "zeros", "ones"] = "normal"
+    init: Literal["normal", "zeros", "ones", "uniform"] = "normal"
+    bound: float = 0.0
+    """Of uniform values, on both sides of zero."""
 
 
 def _norm(norm: Norm, name: str, width: int) -> dict[str, ParamSpec]:
@@ -88,7 +90,9 @@ def norms_of(config: DecoderConfig) -> tuple[str, ...]:
 
 
 def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
-    """Every tensor of a decoder, by path."""
+    """Every tensor of a decoder, by path; those of its adapter, if it has one, behind the base's."""
+    if config.lora is not None:
+        return param_specs(config.base) | adapter_specs(config)
     V, D = config.vocab_size, config.width
     out = {"embed": ParamSpec((V, D), ("vocab", "embed"))}
     if isinstance(config.positions, Learned):
@@ -104,6 +108,44 @@ def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
     if config.head_bias and not config.reward:
         out["head_bias"] = ParamSpec((V,), ("vocab",), "zeros")
     return out
+
+
+BACK = ("o", "down")
+"""The weights back to the model's width, whose inputs are behind it."""
+ADAPTABLE = ("q", "k", "v", "o", "gate", "up", "down")
+"""The weights that can have an adapter."""
+
+
+def adapter_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
+    """The tensors of a decoder's adapter, by path.
+
+    A weight ``[D, *out]`` has the factors ``blocks/q_lora_a [D, r]`` and ``blocks/q_lora_b [r, *out]``; one back to the
+    model's width, ``[D, *in]``, has ``[r, *in]`` and ``[D, r]``. The factor that is not zero starts uniform, within
+    one over the root of its inputs, as in PEFT. A parameter that the adapter has whole is ``saved/head``.
+    """
+    if config.lora is None:
+        return {}
+    inner, base, out = layer_specs(config), param_specs(config.base), {}
+    for low in config.lora.weights:
+        (D, *rest), (width, *axes), r = inner[low.name].shape, inner[low.name].axes, low.rank
+        narrow, wide = ((D, r), (width, None)), ((r, *rest), (None, *axes))
+        a, b = (wide, narrow) if low.name in BACK else (narrow, wide)
+        inputs = {"a": math.prod(rest) if low.name in BACK else D, "b": r}
+        for factor, (shape, sharded) in (("a", a), ("b", b)):
+            zero = factor == config.lora.zero
+            fresh = ("zeros", 0.0) if zero else ("uniform", inputs[factor] ** -0.5)
+            spec = ParamSpec((config.layers, *shape), ("layers", *sharded), *fresh)
+            out[f"blocks/{low.name}_lora_{factor}"] = spec
+    whole = param_specs(config.merged)
+    for path in {**base, **whole}:
+        if (name := path.removeprefix("blocks/")) in config.lora.saved:
+            out[f"saved/{name}"] = whole[path]
+    return out
+
+
+def of_adapter(path: str) -> bool:
+    """Whether a path is one of an adapter's."""
+    return path.startswith("saved/") or path.endswith(("_lora_a", "_lora_b"))
 
 
 def flatten(params: PyTree) -> dict[str, Any]:
@@ -147,21 +189,24 @@ def init_params(config: DecoderConfig, seed: int, mesh: Mesh | None = None) -> P
 
     On a mesh they are made where they lie, and are the same on every mesh.
     """
-    specs = param_specs(config)
+    return init_specs(param_specs(config), seed, mesh)
+
+
+def init_specs(specs: Mapping[str, ParamSpec], seed: int, mesh: Mesh | None = None) -> PyTree:
+    """Fresh values of these tensors, float32, as :func:`init_params` makes a whole decoder's."""
 
     def make() -> PyTree:
         keys = jax.random.split(jax.random.key(seed), len(specs))
-        fresh: dict[str, Callable[[Any, tuple[int, ...]], Array]] = {
-            "normal": lambda key, shape: SPREAD * jax.random.normal(key, shape),
-            "zeros": lambda key, shape: jnp.zeros(shape),
-            "ones": lambda key, shape: jnp.ones(shape),
+        fresh: dict[str, Callable[[Any, ParamSpec], Array]] = {
+            "normal": lambda key, spec: SPREAD * jax.random.normal(key, spec.shape),
+            "uniform": lambda key, spec: jax.random.uniform(key, spec.shape, minval=-spec.bound, maxval=spec.bound),
+            "zeros": lambda key, spec: jnp.zeros(spec.shape),
+            "ones": lambda key, spec: jnp.ones(spec.shape),
         }
-        values = {
-            path: fresh[spec.init](key, spec.shape) for key, (path, spec) in zip(keys, specs.items(), strict=True)
-        }
-        return nest(values)
+        return nest({path: fresh[spec.init](key, spec) for key, (path, spec) in zip(keys, specs.items(), strict=True)})
 
-    return jax.jit(make, out_shardings=None if mesh is None else param_shardings(mesh, config))()
+    placed = None if mesh is None else {path: NamedSharding(mesh, RULES.spec(s.axes)) for path, s in specs.items()}
+    return jax.jit(make, out_shardings=placed and nest(placed))()
 
 
 def partition(params: PyTree, trainable: Callable[[str], bool]) -> tuple[PyTree, PyTree]:

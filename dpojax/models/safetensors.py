@@ -59,7 +59,12 @@ def tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
     raise UserError(f"{directory}: no model.safetensors or model.safetensors.index.json; export weights as safetensors")
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A file's tensors, opened.
+
+    Raises:
+      UserError: there is no such file, or it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -80,10 +85,10 @@ class SafetensorsSource:
         self.path = directory
         files = tensor_files(directory)
         if isinstance(files, list):
-            handles = {files[0]: _open(files[0])}
+            handles = {files[0]: open_safetensors(files[0])}
             self.names = dict.fromkeys(handles[files[0]].keys(), files[0])
         else:
-            handles = {path: _open(path) for path in sorted(set(files.values()))}
+            handles = {path: open_safetensors(path) for path in sorted(set(files.values()))}
             self.names = {name: path for path, file in handles.items() for name in list(file.keys())} | files
         self.handles = handles
         self.headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # where the data begins, and the header
@@ -154,7 +159,7 @@ def save_directory(
         size += tensor.size * itemsize
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = ["model.safetensors"] if len(shards) == 1 else files
-    with _written_aside(directory) as aside:
+    with written_aside(directory) as aside:
         for file, shard in zip(files, shards, strict=True):
             _write(aside / file, shard, dtype)
         if len(shards) > 1:
@@ -189,8 +194,11 @@ def _write(path: Path, tensors: list[FileTensor], dtype: str) -> None:
 
 
 @contextlib.contextmanager
-def _written_aside(directory: Path) -> Iterator[Path]:
-    """A new directory, whose files replace the model files of ``directory`` once all are written."""
+def written_aside(
+    directory: Path, *, patterns: tuple[str, ...] = ("model*.safetensors*", GENERATION), last: str = "config.json"
+) -> Iterator[Path]:
+    """A new directory, whose files replace those of ``directory`` with these patterns once all are written; the file
+    ``last`` comes last: where it is, all is."""
     aside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -200,8 +208,8 @@ def _written_aside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{directory}: cannot be written ({error}); free some space or name another place") from None
     directory.mkdir(parents=True, exist_ok=True)
-    for old in (*directory.glob("model*.safetensors*"), *directory.glob(GENERATION)):
+    for old in (path for pattern in patterns for path in directory.glob(pattern)):
         old.unlink()
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):  # last: where it is, all is
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
         path.replace(directory / path.name)
     aside.rmdir()

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -93,6 +93,25 @@ class Placed:
     start: int
     whole: tuple[int, ...]
     heads: int
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers have it; None for a parameter of no layer."""
+        return len(self.numbers[0]) if self.numbers else None
+
+    @property
+    def fused(self) -> bool:
+        """Whether its tensor holds other parameters too."""
+        return self.whole != self.tensor.shape(self.shape)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts the parameters that lie in one tensor."""
+        return self.start, 0 if self.tensor.of_head is None else self.tensor.of_head[0]
+
+    def name(self, layer: int = 0) -> str:
+        """The name of its tensor in a layer."""
+        return self.tensor.name.format(layer)
 
     def names(self) -> Iterator[str]:
         """The names of the tensors that it is stacked of."""
@@ -217,16 +236,20 @@ def file_tensors(params: PyTree, family: Family, config: DecoderConfig) -> Itera
             key = (numbers[0] if numbers else -1), place.tensor.name.format(*numbers)
             parts.setdefault(key, []).append((path, tuple(i for i, _ in at)))
     for (_, name), held in sorted(parts.items(), key=lambda item: item[0][0]):
-        yield _file_tensor(name, sorted(held, key=lambda part: _order(where[part[0]])), flat, where)
+        yield file_tensor(name, sorted(held, key=lambda part: where[part[0]].order), flat, where)
 
 
-def _order(place: Placed) -> tuple[int, int]:
-    return place.start, place.tensor.of_head[0] if place.tensor.of_head is not None else 0
-
-
-def _file_tensor(
-    name: str, held: list[tuple[str, tuple[int, ...]]], flat: dict[str, Any], where: dict[str, Placed]
+def file_tensor(
+    name: str, held: Sequence[tuple[str, tuple[int, ...]]], flat: Mapping[str, Any], where: Mapping[str, Placed]
 ) -> FileTensor:
+    """One tensor of a model's files, of the parameters that it holds.
+
+    Args:
+      name: of the tensor.
+      held: the parameters' paths, in their order, and where each stands in its stack.
+      flat: the parameters by path.
+      where: their places.
+    """
     first = where[held[0][0]]
 
     def fetch() -> np.ndarray:

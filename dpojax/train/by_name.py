@@ -16,16 +16,21 @@ from dpojax.models import (
     abstract_params,
     as_reward_model,
     config_from_hf,
+    fingerprint,
     load_tokenizer,
+    merge,
     open_model,
 )
+from dpojax.models.families import family_of
 from dpojax.models.generation import read_generation_config
-from dpojax.models.load import reward_config
+from dpojax.models.load import adapter_directory, resolve, reward_config
+from dpojax.models.params import flatten, nest, of_adapter, partition
+from dpojax.models.peft import CONFIG, load_adapter, lora_of, open_adapter
 from dpojax.models.safetensors import read_json
 from dpojax.progress import Stage
 from dpojax.sharding import single_device_mesh
 from dpojax.train.checkpoint import Checkpoints, readable, restore_params
-from dpojax.train.rundir import is_run, options_of_run
+from dpojax.train.rundir import RunAdapter, adapter_of_run, is_run, options_of_run
 from dpojax.train.top_layers import join, separate_shapes
 from dpojax.types import PyTree
 
@@ -45,16 +50,22 @@ class PolicyFiles:
     """The model with its parameters born on a mesh (default: whole, on JAX's first device)."""
 
 
-def open_policy(name: str, *, reward: bool = False) -> PolicyFiles:
-    """A model by name, where the name may also be a run's directory (its latest checkpoint).
+def open_policy(name: str, *, reward: bool = False, adapter: str | None = None) -> PolicyFiles:
+    """A model by name, where the name may also be a run's directory (its latest checkpoint) or an adapter's, which is
+    merged into its base.
 
     Args:
-      name: a Hugging Face directory, a hub id, a ``.gguf`` file, or a run.
+      name: a Hugging Face directory, a hub id, a ``.gguf`` file, a run, or a PEFT adapter.
       reward: a reward model is wanted: others get a head that scores completions.
+      adapter: a PEFT adapter to be merged into this model.
 
     Raises:
       UserError: no such model; or it is a reward model, which writes no text, and none is asked for.
     """
+    if adapter is not None:
+        return _open_adapted(adapter, name, reward=reward)
+    if not is_run(name) and adapter_directory(name) is not None:
+        return _open_adapted(name, None, reward=reward)
     if is_run(name):
         hf_config = read_json(Path(name) / "model" / "config.json")
         config = config_from_hf(hf_config, str(Path(name) / "model" / "config.json"))
@@ -74,6 +85,48 @@ def open_policy(name: str, *, reward: bool = False) -> PolicyFiles:
         return PolicyFiles(name, config, hf_config, generation, read)
     config, hf_config = reward_config(config, hf_config)
     return PolicyFiles(name, config, hf_config, {}, lambda mesh: as_reward_model(read(mesh), mesh))
+
+
+def _open_adapted(name: str, base: str | None, *, reward: bool = False) -> PolicyFiles:
+    """An adapter merged into its base, or into another that is named instead."""
+    adapter = open_adapter(resolve(name))
+    below = open_policy(base or adapter.base_name())
+    family = family_of(below.hf_config, below.name)
+    config = dataclasses.replace(below.config, lora=lora_of(adapter, family, below.config))
+    raw = merged_hf_config(below.hf_config, config)
+
+    def read(mesh: Mesh | None) -> Model:
+        model = below.load(mesh)
+        params = nest({**flatten(model.params), **load_adapter(adapter, family, config, mesh)})
+        return Model(config.merged, merge(config, params), raw, below.generation_config)
+
+    if not reward:
+        return PolicyFiles(name, config.merged, raw, below.generation_config, read)
+    scoring, raw_scoring = reward_config(config.merged, raw)
+    return PolicyFiles(name, scoring, raw_scoring, {}, lambda mesh: as_reward_model(read(mesh), mesh))
+
+
+def merged_hf_config(hf_config: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The ``config.json`` of a base with an adapter merged into it.
+
+    Raises:
+      UserError: the family has no models of these choices.
+    """
+    merged, base = config.merged, config.base
+    if merged == base:
+        return hf_config
+    raw = {**hf_config, "vocab_size": merged.vocab_size, "tie_word_embeddings": merged.tied}
+    if config_from_hf(raw, "config.json") != merged:
+        raise UserError(
+            f"{hf_config.get('model_type')}: the family has no models with an unembedding apart from the embedding, "
+            "which the adapter has"
+        )
+    return raw
+
+
+def same_model(name: str, other: str) -> bool:
+    """Whether two names are one model's."""
+    return name == other or (Path(name).exists() and Path(other).exists() and Path(name).samefile(other))
 
 
 def load_policy(name: str, *, reward: bool = False, mesh: Mesh | None = None) -> Model:
@@ -102,14 +155,73 @@ def load_run(path: str | Path, which: str = "latest", *, mesh: Mesh | None = Non
     raise UserError(f"{run}: its checkpoints change faster than they can be read; try again")
 
 
-def _load_checkpoint(run: Path, which: str, mesh: Mesh) -> tuple[Model, int]:
+def load_adapter_of_run(path: str | Path, which: str = "latest") -> tuple[Model, str, int]:
+    """The adapter of a LoRA run, its base's name, and its step; the model's parameters are the adapter's alone.
+
+    Raises:
+      UserError: no such run or checkpoint, or the run has trained no adapter.
+    """
+    run = Path(path)
+    beside = adapter_of_run(run) if is_run(run) else None
+    if beside is None:
+        raise UserError(f"{run}: no run with an adapter; leave --adapter out, or give a run with --lora-rank")
     checkpoints = Checkpoints(run, read_only=True)
+    step = _step_of(run, checkpoints, which)
+    raw = read_json(run / "model" / "config.json")
+    config = _base_of(beside, raw)
+    params = _restore_adapter(checkpoints.directory / str(step), config, single_device_mesh())
+    return Model(config, nest(params), raw), beside.base, step
+
+
+def _base_of(beside: RunAdapter, raw: dict[str, Any]) -> DecoderConfig:
+    """The choices of a run's base and adapter, from the merged model's ``config.json``."""
+    base = {**raw, "vocab_size": beside.vocab_size, "tie_word_embeddings": beside.tied}
+    return dataclasses.replace(config_from_hf(base, "config.json"), lora=beside.lora)
+
+
+def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh) -> Model:
+    """A LoRA run's policy, its base read by its name.
+
+    Raises:
+      UserError: the base is not there, or is another than the run began with.
+    """
+    raw = read_json(run / "model" / "config.json")
+    config = _base_of(beside, raw)
+    adapter = _restore_adapter(checkpoint, config, mesh)
+    try:
+        base = open_policy(beside.base, reward=config.reward).load(mesh)
+    except UserError as error:
+        raise UserError(f"{run}: the base of its adapter cannot be read: {error}") from None
+    if base.config != config.base or fingerprint(base.params) != options_of_run(run).get("base_hash"):
+        raise UserError(f"{run}: {beside.base} is not the base that its adapter was trained on; put that back there")
+    params = nest({**flatten(base.params), **adapter})
+    return Model(config, params, raw, read_generation_config(run / "model"))
+
+
+def _restore_adapter(checkpoint: Path, config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
+    shapes, _ = partition(abstract_params(config, mesh), of_adapter)
+    with readable(checkpoint):
+        return flatten(restore_params(checkpoint / "params", shapes))
+
+
+def _step_of(run: Path, checkpoints: Checkpoints, which: str) -> int:
     steps = sorted(checkpoints.manager.all_steps())
     if not steps:
         raise UserError(f"{run}: no checkpoint yet; let the run reach its first --save-steps")
     step = {"latest": steps[-1], "best": checkpoints.manager.best_step()}.get(which, which)
     if str(step) not in map(str, steps):
         raise UserError(f"{run}: no checkpoint {which!r}; it has latest, best with eval data, and {steps}")
+    return int(str(step))
+
+
+def _load_checkpoint(run: Path, which: str, mesh: Mesh) -> tuple[Model, int]:
+    checkpoints = Checkpoints(run, read_only=True)
+    step = _step_of(run, checkpoints, which)
+    beside = adapter_of_run(run)
+    if beside is not None:
+        adapted = _restore_adapted(run, checkpoints.directory / str(step), beside, mesh)
+        params = merge(adapted.config, adapted.params)
+        return dataclasses.replace(adapted, config=adapted.config.merged, params=params), int(step)
     hf_config = read_json(run / "model" / "config.json")
     config = config_from_hf(hf_config, str(run / "model" / "config.json"))
     trained, n = abstract_params(config, mesh), options_of_run(run).get("train_top_layers")
@@ -133,11 +245,25 @@ def _restore_frozen(directory: Path, shapes: PyTree) -> PyTree:
 
 def tokenizer_for(options: ModelOptions) -> "PreTrainedTokenizerBase":
     """The tokenizer that the options name; that they name a model with weights is checked first, which is quick."""
-    if not is_run(options.model):
+    adapter = getattr(options, "adapter", None)
+    if not is_run(options.model) and adapter_directory(options.model) is None:
         open_model(options.model)
+    if options.tokenizer is None and adapter is not None and has_tokenizer(resolve(adapter)):
+        return load_policy_tokenizer(adapter)
     return load_policy_tokenizer(options.tokenizer or options.model)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether an adapter's directory has a tokenizer of its own."""
+    return (directory / "tokenizer_config.json").exists()
+
+
 def load_policy_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model by name, or of a run."""
-    return load_tokenizer(str(Path(name) / "model") if is_run(name) else name)
+    """The tokenizer of a model by name, or of a run; an adapter without one has its base's."""
+    if is_run(name):
+        return load_tokenizer(str(Path(name) / "model"))
+    path = Path(name).expanduser()
+    directory = adapter_directory(name) if not path.exists() or (path / CONFIG).exists() else None
+    if directory is not None and not has_tokenizer(directory):
+        return load_policy_tokenizer(open_adapter(directory).base_name())
+    return load_tokenizer(name)

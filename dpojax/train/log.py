@@ -29,6 +29,10 @@ CONSOLE_NAMES = {
 }
 
 
+STANDS_STILL = 1e-4
+"""How near to ln 2, nats, the loss of a policy is that is its reference still."""
+
+
 class MetricsLog:
     """Figures by step.
 
@@ -39,13 +43,15 @@ class MetricsLog:
       writers: take every figure.
       total_steps: of the run.
       examples: of an epoch.
+      patience: steps after which a loss that has never left ln 2 is said to stand still; None: it is not looked at.
     """
 
-    def __init__(self, writers: Sequence[Writer], total_steps: int, examples: int):
+    def __init__(self, writers: Sequence[Writer], total_steps: int, examples: int, patience: int | None = None):
         self.writers, self.total_steps, self.examples = writers, total_steps, examples
         self.pending: list[tuple[int, PairCount, Metrics]] = []
         self.unshown: list[dict[str, float]] = []
         self.shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self.patience, self.moved = patience, False
         self.clock = time.perf_counter()
 
     def add(self, step: int, item: IndexedBatch, metrics: Metrics) -> None:
@@ -75,6 +81,7 @@ class MetricsLog:
             figures = {name: metric.mean for name, metric in metrics.items()}
             if not math.isfinite(figures["loss"]):
                 raise UserError(f"step {step}: the loss is {figures['loss']}; try a lower --learning-rate")
+            self._look(step, figures)
             figures["epoch"] = step * count.batch_size / self.examples
             figures["padding_share"] = 1 - count.tokens / count.computed
             if count.timed:
@@ -86,6 +93,16 @@ class MetricsLog:
         for writer in self.writers:
             with self._disk(writer):
                 writer.flush()
+
+    def _look(self, step: int, figures: dict[str, float]) -> None:
+        """Say once that the loss has not left ln 2, where it stands as long as the policy is its reference."""
+        self.moved = self.moved or abs(figures["loss"] - math.log(2)) > STANDS_STILL
+        if step == self.patience and not self.moved:
+            figures["loss_stands_still"] = 1.0
+            console.print(
+                f"step {step}: the loss is ln 2 still, as if nothing were learned; try a higher --learning-rate or, "
+                "with an adapter, --lora-init a-zero"
+            )
 
     @contextlib.contextmanager
     def _disk(self, writer: Writer) -> Iterator[None]:

@@ -13,13 +13,11 @@ import jax
 
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
-from dpojax.errors import UserError
-from dpojax.models import Model, check_divides, fingerprint, partition
+from dpojax.models import Model, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
 from dpojax.startup import keep_memory
-from dpojax.train.by_name import open_policy
 from dpojax.train.checkpoint import IN_FLIGHT, Checkpoints
 from dpojax.train.heldout import evaluate
 from dpojax.train.inputs import Data, check_fit, load_data
@@ -36,12 +34,16 @@ from dpojax.train.reference import (
     moving_reference,
     no_reference,
 )
-from dpojax.train.rundir import claim_directory, file_hash, save_model_files
+from dpojax.train.rundir import RunAdapter, claim_directory, file_hash, save_adapter_of_run, save_model_files
 from dpojax.train.scoring import model_key
+from dpojax.train.start import open_start, reference_of
 from dpojax.train.state import TrainState, placed
 from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
-from dpojax.train.writers import JsonLines, TensorBoard
+from dpojax.train.writers import JsonLines, TensorBoard, Writer
+
+STILL_STEPS = 20
+"""After the warmup, steps by which a loss should have left ln 2."""
 
 OnStep = Callable[[int, TrainState], Any]
 """``on_step(step, state)``, called after every step; returning False stops. The state's arrays live until the next
@@ -120,28 +122,26 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     fit together."""
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
-    files = open_policy(config.model, reward=task.traits.on == "scores")
-    check_divides(mesh, files.config)
-    check_top_layers(config.train_top_layers, files.config)
-    ref_files = files
-    if task.reference.model is not None:
-        ref_files = open_policy(task.reference.model)
-        if ref_files.config != files.config:
-            raise UserError(f"--ref-model {task.reference.model}: differs from --model in shape; use one of its kind")
+    start = open_start(config, mesh, reward=task.traits.on == "scores")
+    check_top_layers(config.train_top_layers, start.config)
+    ref_config, ref_files = reference_of(start, task.reference.model)
     data = load_data(config, task, mesh)
-    check_fit(files.config, data.examples, config.tokenizer or config.model)
-    program = program_of(config, task, files.config, mesh, data.total_steps)
-    model = files.load(mesh)
-    ref_model = model if ref_files is files else ref_files.load(mesh)
-    identities = {"model_hash": fingerprint(model.params), "data_hash": data.content_hash}
-    if task.reference.form != "none":
-        same = ref_model is model
-        identities["reference_hash"] = identities["model_hash"] if same else fingerprint(ref_model.params)
+    for shape in {start.config.merged, ref_config.merged}:
+        check_fit(shape, data.examples, config.tokenizer or config.model)
+    program = program_of(config, task, ref_config, mesh, data.total_steps, start.config.lora)
+    model = start.load(mesh, config.seed)
+    ref_model = ref_files.load(mesh) if ref_files is not None else start.reference_model(model, ref_config)
+    identities = start.hashes(model, None if task.reference.form == "none" else ref_model)
+    identities["data_hash"] = data.content_hash
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
     if data.today is not None:
         identities["today"] = data.today
     claim_directory(config, identities)
-    save_model_files(files.hf_config, files.generation_config, data.tokenizer, Path(config.output) / "model")
+    run = Path(config.output)
+    save_model_files(start.merged.hf_config, start.merged.generation_config, data.tokenizer, run / "model")
+    if start.config.lora is not None and start.base is not None:
+        shape = start.config.base
+        save_adapter_of_run(run, RunAdapter(start.base, start.config.lora, shape.vocab_size, shape.tied))
     return data, model, ref_model, program, identities
 
 
@@ -228,7 +228,8 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     del model, ref_model
 
     # ---- steps ----------------------------------------------------------------------------------------------------
-    log = MetricsLog([JsonLines(run, done), TensorBoard(run, done)], total_steps, len(batches.examples))
+    writers: list[Writer] = [JsonLines(run, done), TensorBoard(run, done)]
+    log = MetricsLog(writers, total_steps, len(batches.examples), config.warmup_steps + STILL_STEPS)
 
     def figures_of(step: int, state: TrainState, reference: Reference) -> float | None:
         if eval_batches is None:

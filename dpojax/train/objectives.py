@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dpojax.logprobs import completion_rewards, completion_stats, labelled_logps, pair_up
 from dpojax.losses import Objective, Traits, at_beta, log_ratios, per_token, traits_of, without_reference
+from dpojax.models.lora import with_dropout
 from dpojax.packing import ApplyFn, PairBatch, target_len
 from dpojax.types import (
     CompletionStats,
@@ -25,6 +26,8 @@ from dpojax.types import (
 
 Metrics = dict[str, Metric]
 Running = dict[str, dict[str, Array]]
+DROPOUT_DRAW = 1
+"""Folded into a row's key, so that dropout and an objective do not draw the same."""
 
 
 @struct.dataclass
@@ -36,7 +39,7 @@ class BatchContext:
       mean_chosen_len: mean length of the chosen sides of the global batch, tokens.
       step: steps done before this one.
       running: the objective's running statistics after those steps.
-      training: whether the running statistics are updated; held-out batches read them alone.
+      training: whether the running statistics are updated, and adapters' inputs dropped; held-out batches do neither.
     """
 
     beta: Float[Array, ""]
@@ -169,14 +172,17 @@ def empty_running(objective: Objective) -> Running:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def make_loss(apply_fn: ApplyFn, objective: Objective, *, chunk_tokens: int) -> LossFn:
+def make_loss(apply_fn: ApplyFn, objective: Objective, *, chunk_tokens: int, dropout: bool = False) -> LossFn:
     """The loss of a batch under an objective, summed over its pairs or its labelled completions; its weight is their
-    number."""
+    number. With dropout, training gives the adapter a key of the batch's own."""
     traits = traits_of(objective)
 
     def loss_fn(
         params: PyTree, batch: PairBatch, ref: ReferenceOutput | None, context: BatchContext
     ) -> tuple[Metric, Metrics, Running]:
+        if dropout and context.training:
+            assert batch.key is not None
+            params = with_dropout(params, jax.random.fold_in(batch.key[0], DROPOUT_DRAW))
         if traits.on == "scores":
             stats = CompletionStats(completion_rewards(apply_fn, params, batch))
         else:

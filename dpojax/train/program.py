@@ -13,7 +13,16 @@ from jax.sharding import Mesh
 from dpojax.configs import ComputeOptions, MeshConfig, TrainOptions
 from dpojax.logprobs import completion_stats
 from dpojax.losses import Objective, Traits, traits_of
-from dpojax.models import DecoderConfig, abstract_params, check_divides, make_apply, make_attention, unembedding_of
+from dpojax.models import (
+    DecoderConfig,
+    Lora,
+    abstract_params,
+    check_divides,
+    make_apply,
+    make_attention,
+    unembedding_of,
+)
+from dpojax.models.params import of_adapter
 from dpojax.packing import ApplyFn, PairBatch
 from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh
 from dpojax.train.objectives import (
@@ -47,7 +56,7 @@ class Program:
       sequences: R, packed sequences of a global batch: the devices that split it, times the micro-batches.
       objective: ``(policy, ref) -> [B]`` losses.
       traits: what the objective reads.
-      config: shape of the whole model, the reference's; the policy's is ``layout.config``.
+      config: shape of the whole model, the reference's; the policy's is ``layout.config``, with its adapter.
       layout: how a train state looks and lies.
       step: ``(state, batch, ref) -> (state, metrics)``, jitted; the state is donated.
       eval_step: ``(params, batch, ref, i, running, beta) -> metrics`` of a held-out batch, undivided, jitted.
@@ -81,11 +90,12 @@ def make_program(
     micro_batches: int = 1,
     compute: ComputeOptions | None = None,
     train_top_layers: int | None = None,
+    lora: Lora | None = None,
 ) -> Program:
     """The program of a model and an objective.
 
     Args:
-      config: the model's shape.
+      config: the reference's shape: the model's, with the adapter if it is the reference's too.
       objective: ``(policy, ref) -> [B]`` losses.
       mesh: default: all devices, each with a copy of the model.
       beta: strength of the KL penalty, for the terms of the objective that bind none (default: the one in the
@@ -97,17 +107,20 @@ def make_program(
       micro_batches: pieces that a batch is computed in, one after another.
       compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
       train_top_layers: N trains the top N layers and the final norm alone.
+      lora: the policy's adapter, which alone is trained (:func:`~dpojax.models.lora.with_adapter`).
 
     Raises:
       UserError: the mesh does not divide the model.
     """
     mesh, compute = mesh or make_mesh(MeshConfig()), compute or ComputeOptions()
-    check_divides(mesh, config)
+    policy = config if lora is None else dataclasses.replace(config, lora=lora)
+    for shape in {config, policy}:
+        check_divides(mesh, shape)
     peak = learning_rate if learning_rate is not None else 1e-6 if optimizer is None else 1.0
     schedule = schedule or make_schedule()
     optimizer = optimizer or make_optimizer(schedule)
-    trained = config if train_top_layers is None else top_config(config, train_top_layers)
-    trainable = every if train_top_layers is None else of_top
+    trained = policy if train_top_layers is None else top_config(policy, train_top_layers)
+    trainable = of_adapter if trained.lora else every if train_top_layers is None else of_top
     traits, chunk = traits_of(objective), compute.logprob_chunk_tokens
     attention, place = make_attention(compute.attention, mesh, compute.dtype), constrainer(mesh)
 
@@ -117,7 +130,8 @@ def make_program(
     def logps_of_model(shape: DecoderConfig) -> LogpsStep:
         return make_logps_step(apply_of(shape), mesh, shape, chunk_tokens=chunk, micro_batches=micro_batches)
 
-    loss_fn = make_loss(apply_of(trained, compute.remat), objective, chunk_tokens=chunk)
+    dropout = trained.lora is not None and trained.lora.dropout > 0
+    loss_fn = make_loss(apply_of(trained, compute.remat), objective, chunk_tokens=chunk, dropout=dropout)
     layout = state_layout(
         mesh,
         trained,
@@ -150,8 +164,15 @@ def default_beta(objective: Objective) -> float:
     return option.default if option is not None and isinstance(option.default, int | float) else 0.1
 
 
-def program_of(config: TrainOptions, task: Task, model: DecoderConfig, mesh: Mesh, total_steps: int) -> Program:
-    """The program of a command's options.
+def program_of(
+    config: TrainOptions,
+    task: Task,
+    model: DecoderConfig,
+    mesh: Mesh,
+    total_steps: int,
+    lora: Lora | None = None,
+) -> Program:
+    """The program of a command's options; ``model`` is the reference's shape, ``lora`` the policy's adapter.
 
     Raises:
       UserError: the mesh does not divide the model.
@@ -178,6 +199,7 @@ def program_of(config: TrainOptions, task: Task, model: DecoderConfig, mesh: Mes
         micro_batches=micro,
         compute=config,
         train_top_layers=config.train_top_layers,
+        lora=lora,
     )
 
 
@@ -231,7 +253,8 @@ def initial_state(program: Program, params: PyTree, seed: int = 0, *, donate: bo
       program: the run's functions.
       params: of the policy, as host arrays or on the devices.
       seed: of the random key for objectives that draw.
-      donate: whether the state may take over the memory of ``params``, which must not be used afterwards.
+      donate: whether the state may take over the memory of what is trained of ``params``, which must not be used
+        afterwards.
     """
     return program.layout.initial(params, seed, donate=donate)
 

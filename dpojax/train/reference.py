@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dpojax.data import Batches, IndexedBatch
 from dpojax.losses import Traits
+from dpojax.models import combine, partition
 from dpojax.packing import PairBatch
 from dpojax.sharding import batch_sharding, put_global
 from dpojax.train.logps_cache import LogpsCache
@@ -120,8 +121,10 @@ def cached_reference(
 
 
 def live_reference(program: Program, params: PyTree) -> LiveReference:
-    """The reference of any batch; it has a copy of the parameters, as the policy's are donated to the step."""
-    return LiveReference(copied(program, params), program.ref_step, program.mesh)
+    """The reference of any batch; it has a copy of what a step trains, whose memory the step takes over, and reads the
+    policy's own arrays of what is frozen."""
+    trained, frozen = partition(place_params(params, program.mesh, program.config), program.layout.trainable)
+    return LiveReference(combine(_copy(trained), frozen), program.ref_step, program.mesh)
 
 
 def moving_reference(program: Program, params: PyTree, *, alpha: float = 0.6, every: int = 512) -> MovingReference:
@@ -131,5 +134,8 @@ def moving_reference(program: Program, params: PyTree, *, alpha: float = 0.6, ev
 
 def copied(program: Program, params: PyTree) -> PyTree:
     """A copy of the parameters on the mesh."""
-    placed = place_params(params, program.mesh, program.config)
-    return jax.jit(lambda p: jax.tree.map(jnp.copy, p))(placed)
+    return _copy(place_params(params, program.mesh, program.config))
+
+
+def _copy(params: PyTree) -> PyTree:
+    return jax.jit(lambda p: jax.tree.map(jnp.copy, p))(params) if params else params

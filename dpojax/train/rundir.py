@@ -2,10 +2,11 @@
 
 run.json          format, the command's options, content hashes of model, reference and data
 model/            config.json, generation_config.json if there is one, and tokenizer, for export
+adapter.json      with an adapter: what it is, and the name of its base, which is not copied
 frozen/           with --train-top-layers: the parameters that no step changes
 metrics.jsonl, tensorboard/
-checkpoints/N/    params (the trained ones) | train (step, optimizer state, random key) | position (of the data),
-                  and, with --sync-ref-model, reference
+checkpoints/N/    params (the trained ones: of an adapter, it alone) | train (step, optimizer state, random key) |
+                  position (of the data), and, with --sync-ref-model, reference
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
+from dpojax.models.config import Lora
+from dpojax.models.lora import lora_of_dict
 from dpojax.models.safetensors import GENERATION, read_json
 
 if TYPE_CHECKING:
@@ -38,6 +41,35 @@ def options_of_run(path: str | Path) -> dict[str, Any]:
     if "freeze" in options:  # format 1
         options["train_top_layers"] = options.pop("freeze")
     return options
+
+
+@dataclasses.dataclass(frozen=True)
+class RunAdapter:
+    """What a run's ``adapter.json`` says: the base's name, what the adapter is, and what of the base's ``config.json``
+    the merged model's does not have."""
+
+    base: str
+    lora: Lora
+    vocab_size: int
+    tied: bool
+
+
+def adapter_of_run(path: str | Path) -> RunAdapter | None:
+    """The adapter that a run trains; None where it trains a model's own parameters."""
+    file = Path(path) / "adapter.json"
+    if not file.exists():
+        return None
+    raw = read_json(file)
+    return RunAdapter(raw["base"], lora_of_dict(raw["lora"]), raw["vocab_size"], raw["tied"])
+
+
+def save_adapter_of_run(path: Path, adapter: RunAdapter) -> None:
+    """Write ``adapter.json``, whole."""
+    base = Path(adapter.base).expanduser()  # by a name that holds wherever the run is read from
+    named = dataclasses.replace(adapter, base=str(base.absolute()) if base.exists() else adapter.base)
+    partial = path / "adapter.json.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(named), indent=2))
+    partial.replace(path / "adapter.json")
 
 
 def file_hash(path: str) -> str:

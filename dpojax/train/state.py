@@ -108,23 +108,29 @@ class StateLayout:
     def make(self, params: PyTree, hyper: Hyper, seed: int) -> TrainState:
         """The state before the first step, as a pure function of the parameters."""
         trained, frozen = partition(params, self.trainable)
+        return dataclasses.replace(self._make(trained, hyper, seed), frozen=frozen)
+
+    def _make(self, trained: PyTree, hyper: Hyper, seed: int) -> TrainState:
         opt_state, rng = self.optimizer.init(trained), jax.random.key(seed)
-        return TrainState(jnp.int32(0), trained, opt_state, rng, hyper, frozen, self.running)
+        return TrainState(jnp.int32(0), trained, opt_state, rng, hyper, running=self.running)
 
     def initial(self, params: PyTree, seed: int = 0, *, donate: bool = False) -> TrainState:
         """The state before the first step, laid out over the mesh.
 
         Args:
-          params: host arrays, or arrays on the devices.
+          params: host arrays, or arrays on the devices. What is frozen is not copied: no step writes over it.
           seed: of the random key.
-          donate: whether the state may take over the memory of ``params``, which must not be used afterwards.
+          donate: whether the state may take over the memory of what is trained of ``params``, which must not be used
+            afterwards.
         """
 
-        def init(params: PyTree, hyper: Hyper) -> TrainState:
-            return self.make(params if donate else jax.tree.map(jnp.copy, params), hyper, seed)
+        def init(trained: PyTree, hyper: Hyper) -> TrainState:
+            return self._make(trained if donate else jax.tree.map(jnp.copy, trained), hyper, seed)
 
-        jitted = jax.jit(init, out_shardings=self.shardings, donate_argnums=(0,) if donate else ())
-        return jitted(placed(params, self.shardings.policy), self.placed_hyper())
+        shardings = dataclasses.replace(self.shardings, frozen={})
+        jitted = jax.jit(init, out_shardings=shardings, donate_argnums=(0,) if donate else ())
+        trained, frozen = partition(placed(params, self.shardings.policy), self.trainable)
+        return dataclasses.replace(jitted(trained, self.placed_hyper()), frozen=frozen)
 
     def placed_hyper(self) -> Hyper:
         """The state's numbers on the mesh."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,10 +99,41 @@ def row_keys(state: TrainState, batch: PairBatch) -> PRNGKeyArray:
     return jax.random.split(jax.random.fold_in(state.rng, state.step), len(batch.prompt_len))
 
 
+@dataclasses.dataclass(frozen=True)
+class StepBesideFrozen:
+    """A compiled step of a state with frozen parameters: it takes them as they are and gives back the same arrays, so
+    that a reference can read them too."""
+
+    jitted: Any
+
+    def __call__(self, state: TrainState, batch: PairBatch, ref: ReferenceOutput | None) -> tuple[TrainState, Metrics]:
+        moved, metrics = self.jitted(*self._apart(state), batch, ref)
+        return dataclasses.replace(moved, frozen=state.frozen), metrics
+
+    def lower(self, state: TrainState, batch: PairBatch, ref: ReferenceOutput | None) -> Any:
+        """The step lowered for inputs of these shapes."""
+        return self.jitted.lower(*self._apart(state), batch, ref)
+
+    def _apart(self, state: TrainState) -> tuple[TrainState, PyTree]:
+        return dataclasses.replace(state, frozen={}), state.frozen
+
+
 def jit_train_step(step: StepFn, mesh: Mesh, shardings: TrainState) -> StepFn:
-    """The step compiled for a mesh: state and batch laid out over it, the old state's memory reused for the new."""
-    by_batch = batch_sharding(mesh)
+    """The step compiled for a mesh: state and batch laid out over it, the old state's memory reused for the new.
+
+    Frozen parameters are not donated: they are the same arrays before and after every step.
+    """
+    by_batch, frozen = batch_sharding(mesh), shardings.frozen
+    moving = dataclasses.replace(shardings, frozen={})
+
+    def beside(
+        state: TrainState, frozen: PyTree, batch: PairBatch, ref: ReferenceOutput | None
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = step(dataclasses.replace(state, frozen=frozen), batch, ref)
+        return dataclasses.replace(state, frozen={}), metrics
+
     # The reference's log-probabilities lie as the batch does, its unembedding as it lies among its parameters.
-    return jax.jit(
-        step, in_shardings=(shardings, by_batch, None), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
-    )
+    inputs = (moving, frozen, by_batch, None) if frozen else (moving, by_batch, None)
+    function = beside if frozen else step
+    jitted = jax.jit(function, in_shardings=inputs, out_shardings=(moving, replicated(mesh)), donate_argnums=0)
+    return StepBesideFrozen(jitted) if frozen else jitted

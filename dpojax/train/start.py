@@ -1,0 +1,171 @@
+"""Where a run's policy begins: a model as it is, or a model and an adapter beside it, new or read from files."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from dpojax.configs import TrainOptions
+from dpojax.errors import UserError
+from dpojax.models import DecoderConfig, Model, check_divides, fingerprint
+from dpojax.models.families import family_of
+from dpojax.models.load import adapter_directory, resolve
+from dpojax.models.lora import check_linear, new_lora, parameters, targeted, with_adapter, without_adapter
+from dpojax.models.params import flatten, nest
+from dpojax.models.peft import AdapterFiles, load_adapter, lora_of, open_adapter
+from dpojax.options import flag
+from dpojax.progress import console
+from dpojax.train.by_name import PolicyFiles, merged_hf_config, open_policy, same_model
+
+ONLY_NEW = ("lora_alpha", "lora_targets", "use_rslora", "lora_init")
+"""Options of a new adapter; one that is read has its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A run's policy before its first step; no tensor has been read.
+
+    Attributes:
+      files: the model, of an adapter the base.
+      config: the policy's choices, its adapter among them.
+      base: the name of the base, where there is an adapter.
+      adapter: the files that the adapter is read from; None: there is none, or it is new.
+    """
+
+    files: PolicyFiles
+    config: DecoderConfig
+    base: str | None = None
+    adapter: AdapterFiles | None = None
+
+    @property
+    def reference(self) -> DecoderConfig:
+        """The choices of the policy as it is before training: without a new adapter, which changes nothing yet."""
+        return self.config if self.adapter is not None else self.files.config
+
+    @property
+    def merged(self) -> PolicyFiles:
+        """The files with the choices of the merged model, for whoever reads the run."""
+        raw = merged_hf_config(self.files.hf_config, self.config)
+        return dataclasses.replace(self.files, config=self.config.merged, hf_config=raw)
+
+    def load(self, mesh: Mesh, seed: int) -> Model:
+        """The policy with its parameters born on the mesh: the base's, and the adapter's beside them."""
+        model = self.files.load(mesh)
+        if self.config.lora is None:
+            return model
+        params = model.params
+        if self.adapter is None:
+            params = with_adapter(self.config, params, seed, mesh)
+        else:
+            family = family_of(self.files.hf_config, "config.json")
+            params = nest({**flatten(params), **load_adapter(self.adapter, family, self.config, mesh)})
+        return dataclasses.replace(model, config=self.config, params=params)
+
+    def reference_model(self, policy: Model, reference: DecoderConfig) -> Model:
+        """The reference of these choices, of the policy's own arrays."""
+        if reference == policy.config:
+            return policy
+        return dataclasses.replace(policy, config=reference, params=without_adapter(policy.params))
+
+    def hashes(self, policy: Model, reference: Model | None) -> dict[str, str]:
+        """Content hashes of the policy, of its reference, and, where there is an adapter, of the base."""
+        out = {}
+        if policy.config.lora is not None:
+            out["base_hash"] = fingerprint(without_adapter(policy.params))
+        # A new adapter changes nothing yet.
+        out["model_hash"] = fingerprint(policy.params) if self.reference == self.config else out["base_hash"]
+        if reference is not None:
+            out["reference_hash"] = out["model_hash"] if reference is policy else fingerprint(reference.params)
+        return out
+
+
+def open_start(config: TrainOptions, mesh: Mesh, *, reward: bool) -> Start:
+    """The policy that a command's options begin with.
+
+    Args:
+      config: the options.
+      mesh: where it will lie.
+      reward: a reward model is wanted.
+
+    Raises:
+      UserError: no such model or adapter, they do not fit together, or an option has no effect.
+    """
+    directory = config.adapter or adapter_directory(config.model)
+    whole = config.lora_rank is not None or config.train_top_layers is not None or reward
+    continues = directory is not None and not whole
+    check_adapter_options(config, new=config.lora_rank is not None, read=continues)
+    if continues:
+        if getattr(config, "sync_ref_model", False):
+            raise UserError(f"{directory}: is an adapter, and --sync-ref-model mixes whole models; leave it out")
+        start = _from_adapter(config, str(directory))
+    else:
+        if config.adapter is not None:
+            other = "--loss reward_model" if config.lora_rank is None else "--lora-rank"
+            raise UserError(
+                f"--adapter {config.adapter}: is trained as it is, and {other} trains another; give it as --model, "
+                "which merges it first"
+            )
+        files = open_policy(config.model, reward=reward)
+        start = Start(files, files.config) if config.lora_rank is None else _with_new(config, files, reward)
+    check_divides(mesh, start.config)
+    if start.config.lora is not None:
+        trained, total = parameters(start.config)
+        console.print(f"  the adapter has {trained:,} parameters, {trained / total:.2%} of {total:,}; they are trained")
+    return start
+
+
+def _from_adapter(config: TrainOptions, directory: str) -> Start:
+    adapter = open_adapter(resolve(directory))
+    base = config.model if config.adapter is not None else adapter.base_name()
+    files = open_policy(base)
+    lora = lora_of(adapter, family_of(files.hf_config, base), files.config)
+    lora = dataclasses.replace(lora, dropout=config.lora_dropout)
+    return Start(files, dataclasses.replace(files.config, lora=lora), base, adapter)
+
+
+def _with_new(config: TrainOptions, files: PolicyFiles, reward: bool) -> Start:
+    assert config.lora_rank is not None
+    check_linear(files.config, config.model)
+    lora = new_lora(
+        targeted(config.lora_targets, family_of(files.hf_config, config.model), files.config),
+        config.lora_rank,
+        2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+        zero="a" if config.lora_init == "a-zero" else "b",
+        saved=("score",) if reward else (),  # a new head is zero, and trained whole
+    )
+    return Start(files, dataclasses.replace(files.config, lora=lora), config.model)
+
+
+def check_adapter_options(config: TrainOptions, *, new: bool, read: bool) -> None:
+    """Refuse options of an adapter that have no effect.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    unused: Sequence[str] = () if new else ONLY_NEW if read else (*ONLY_NEW, "lora_dropout")
+    for name in unused:
+        if (value := getattr(config, name)) != defaults[name]:
+            shown = " ".join(value) if isinstance(value, tuple) else value
+            why = "the adapter that is read has its own" if read else "there is no adapter; add --lora-rank"
+            raise UserError(f"{flag(name)} {shown}: {why}")
+
+
+def reference_of(start: Start, name: str | None) -> tuple[DecoderConfig, PolicyFiles | None]:
+    """The reference's choices, and its files; None where it reads arrays of the policy's.
+
+    ``--ref-model`` may name the policy's own base, which is not read twice.
+
+    Raises:
+      UserError: it differs from the policy in shape.
+    """
+    if name is None:
+        return start.reference, None
+    if start.base is not None and same_model(name, start.base):
+        return start.files.config, None
+    files = open_policy(name)
+    if files.config != start.config.merged:
+        raise UserError(f"--ref-model {name}: differs from --model in shape; use one of its kind")
+    return files.config, files
