@@ -155,6 +155,8 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     adapter: str | None = None
     """PEFT adapter on --model to start from; the reference is both together. (--model may also be such a directory,
     which names its base.)"""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, which is logged as aux_loss (0: logged alone)."""
     mesh: MeshConfig = MeshConfig()
     """How the devices are arranged."""
     seed: int = 0

@@ -19,6 +19,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "warmup_steps": ("at least 0", lambda v: v >= 0),
     "eval_share": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "lora_alpha": ("above 0 and finite", lambda v: 0 < v < inf),
+    "router_aux_loss_coef": ("at least 0 and finite", lambda v: 0 <= v < inf),
     "lora_dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "lora_targets": ("at least one module, or all-linear", len),
     "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),

@@ -163,6 +163,7 @@ def train_changes(w) -> dict:
         "max_grad_norm": 1e-3,
         "gradient_accumulation_steps": (2, {"batch_size": 16}),
         "train_top_layers": 1,
+        "router_aux_loss_coef": 0.5,  # refused: this model has no experts
         "lora_rank": 2,
         "lora_alpha": (9.0, {"lora_rank": 2}),
         "lora_targets": (("q_proj",), {"lora_rank": 2}),

@@ -33,7 +33,7 @@ def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_s
     mesh = make_mesh(MeshConfig())
     check_divides(mesh, config)
     kernel = make_attention(attention, mesh, dtype)
-    return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel), mesh, batch_size
+    return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel, mesh=mesh), mesh, batch_size
 
 
 def make_scorer(

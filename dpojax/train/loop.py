@@ -124,6 +124,9 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
     start = open_start(config, mesh, reward=task.traits.on == "scores")
     check_top_layers(config.train_top_layers, start.config)
+    if config.router_aux_loss_coef and start.config.experts is None:
+        coefficient = f"--router-aux-loss-coef {config.router_aux_loss_coef}"
+        raise UserError(f"{coefficient}: the model has no mixture of experts; leave it out")
     ref_config, ref_files = reference_of(start, task.reference.model)
     data = load_data(config, task, mesh)
     for shape in {start.config.merged, ref_config.merged}:

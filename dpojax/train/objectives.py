@@ -172,9 +172,26 @@ def empty_running(objective: Objective) -> Running:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def make_loss(apply_fn: ApplyFn, objective: Objective, *, chunk_tokens: int, dropout: bool = False) -> LossFn:
+def make_loss(
+    apply_fn: ApplyFn,
+    objective: Objective,
+    *,
+    chunk_tokens: int,
+    dropout: bool = False,
+    balance: Callable[[], Array] | None = None,
+    router_aux_loss_coef: float = 0.0,
+) -> LossFn:
     """The loss of a batch under an objective, summed over its pairs or its labelled completions; its weight is their
-    number. With dropout, training gives the adapter a key of the batch's own."""
+    number.
+
+    Args:
+      apply_fn: the model.
+      objective: gives the losses.
+      chunk_tokens: completion tokens whose logits exist at one time.
+      dropout: whether training gives the adapter a key of the batch's own.
+      balance: the load-balancing loss of the model's last call, where it has a mixture of experts.
+      router_aux_loss_coef: how often it is added to each pair's loss.
+    """
     traits = traits_of(objective)
 
     def loss_fn(
@@ -197,6 +214,11 @@ def make_loss(apply_fn: ApplyFn, objective: Objective, *, chunk_tokens: int, dro
             policy = dataclasses.replace(policy, running=running)
         paired = batch.completion_len.shape[1] > 1
         metrics = summed(terms_of(policy, theirs, objective, context.beta, paired=paired))
-        return metrics.pop("loss"), metrics, running
+        loss = metrics.pop("loss")
+        if balance is not None:
+            aux = balance()
+            metrics["aux_loss"] = Metric(aux * loss.weight, loss.weight)
+            loss = Metric(loss.sum + router_aux_loss_coef * aux * loss.weight, loss.weight)
+        return loss, metrics, running
 
     return loss_fn

@@ -22,6 +22,7 @@ from dpojax.models import (
     make_attention,
     unembedding_of,
 )
+from dpojax.models.experts import Routing, balance_loss
 from dpojax.models.params import of_adapter
 from dpojax.packing import ApplyFn, PairBatch
 from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh
@@ -91,6 +92,7 @@ def make_program(
     compute: ComputeOptions | None = None,
     train_top_layers: int | None = None,
     lora: Lora | None = None,
+    router_aux_loss_coef: float = 0.0,
 ) -> Program:
     """The program of a model and an objective.
 
@@ -107,6 +109,7 @@ def make_program(
       micro_batches: pieces that a batch is computed in, one after another.
       compute: dtype, attention kernel, chunks of logits, and what the backward pass recomputes.
       train_top_layers: N trains the top N layers and the final norm alone.
+      router_aux_loss_coef: weight of a mixture's load-balancing loss (:func:`~dpojax.models.experts.balance_loss`).
       lora: the policy's adapter, which alone is trained (:func:`~dpojax.models.lora.with_adapter`).
 
     Raises:
@@ -124,14 +127,22 @@ def make_program(
     traits, chunk = traits_of(objective), compute.logprob_chunk_tokens
     attention, place = make_attention(compute.attention, mesh, compute.dtype), constrainer(mesh)
 
-    def apply_of(shape: DecoderConfig, remat: str = "none") -> ApplyFn:
-        return make_apply(shape, dtype=compute.dtype, remat=remat, constrain=place, attention=attention)
+    def apply_of(shape: DecoderConfig, **more: Any) -> ApplyFn:
+        return make_apply(shape, dtype=compute.dtype, constrain=place, attention=attention, mesh=mesh, **more)
 
     def logps_of_model(shape: DecoderConfig) -> LogpsStep:
         return make_logps_step(apply_of(shape), mesh, shape, chunk_tokens=chunk, micro_batches=micro_batches)
 
     dropout = trained.lora is not None and trained.lora.dropout > 0
-    loss_fn = make_loss(apply_of(trained, compute.remat), objective, chunk_tokens=chunk, dropout=dropout)
+    routings: list[Routing] = []
+    loss_fn = make_loss(
+        apply_of(trained, remat=compute.remat, routings=routings),
+        objective,
+        chunk_tokens=chunk,
+        dropout=dropout,
+        balance=None if trained.experts is None else lambda: balance_loss(trained, routings.pop()),
+        router_aux_loss_coef=router_aux_loss_coef,
+    )
     layout = state_layout(
         mesh,
         trained,
@@ -199,6 +210,7 @@ def program_of(
         micro_batches=micro,
         compute=config,
         train_top_layers=config.train_top_layers,
+        router_aux_loss_coef=config.router_aux_loss_coef,
         lora=lora,
     )
 

@@ -36,13 +36,15 @@ def of_top(path: str) -> bool:
 
 
 def check_top_layers(n: int | None, config: DecoderConfig) -> None:
-    """Refuse a number of layers that the model does not have.
+    """Refuse a number of layers that the model does not have, and layers that are not alike.
 
     Raises:
-      UserError: naming the flag and the model's number of layers.
+      UserError: naming the flag.
     """
     if n is not None and not 1 <= n <= config.layers:
         raise UserError(f"--train-top-layers {n}: must be from 1 to the model's number of layers, {config.layers}")
+    if n is not None and config.dense_layers:
+        raise UserError(f"--train-top-layers {n}: some of the model's layers have experts, others none; leave it out")
 
 
 def top_config(config: DecoderConfig, n: int) -> DecoderConfig:
@@ -171,7 +173,8 @@ def make_trunk_step(
 ) -> Callable[[PyTree, PairBatch], Array]:
     """A jitted ``trunk_step(params, batch) -> [R, T, D]``: the hidden states after the trunk's last layer."""
     attention = make_attention(compute.attention, mesh, compute.dtype)
-    apply_fn = make_apply(shape, dtype=compute.dtype, constrain=constrainer(mesh), attention=attention, normed=False)
+    place = constrainer(mesh)
+    apply_fn = make_apply(shape, dtype=compute.dtype, constrain=place, attention=attention, normed=False, mesh=mesh)
 
     def forward(params: PyTree, batch: PairBatch) -> Float[Array, "R T D"]:
         return apply_fn(params, model_input(batch))[0]
