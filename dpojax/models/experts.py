@@ -24,11 +24,11 @@ NAMES = ("router", "experts_gate", "experts_up", "experts_down")
 @struct.dataclass
 class Routing:
     """Where a layer's router sent its tokens, added up over the real ones among them: how many of their choices fell on
-    each expert, the experts' probabilities, and how many tokens there were."""
+    each expert, the experts' probabilities, and how many tokens there were. Layers' may be stacked."""
 
-    chosen: Float[Array, " E"]
-    probs: Float[Array, " E"]
-    tokens: Float[Array, ""]
+    chosen: Float[Array, "*L E"]
+    probs: Float[Array, "*L E"]
+    tokens: Float[Array, "*L"]
 
 
 def route(
@@ -88,9 +88,13 @@ def mixture_over_mesh(
 
     def local(weights: Weights, x: Array) -> Array:
         first = jax.lax.axis_index(axis) * len(weights["experts_gate"])
-        return jax.lax.psum(mixture(config, weights, x, first), axis)
+        return jax.lax.psum(mixture(config, weights, x[0], first), axis)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(specs, by_batch), out_specs=by_batch)(held, x)
+    # A copy of the rows for each device with experts: gradients by the copies are added up. Left to shard_map (jax
+    # 0.10), the rows' gradient was that of one device's experts.
+    copies = jnp.broadcast_to(x[None], (mesh.shape[axis], *x.shape))
+    split = jax.shard_map(local, mesh=mesh, in_specs=(specs, PartitionSpec(axis, *by_batch)), out_specs=by_batch)
+    return split(held, copies)
 
 
 def routing(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], real: Array) -> Routing:

@@ -13,6 +13,7 @@ import jax
 
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
+from dpojax.errors import UserError
 from dpojax.models import Model, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
