@@ -85,7 +85,7 @@ DEFAULT_ROPES = {
 GEMMA_SIZES = {"head_dim": 256, "query_pre_attn_scalar": 256}
 # transformers passes over biases, scalings, Gemma's scale and caps, and sizes that are not its defaults.
 READ_RIGHT = {name: TINY[name] | UNTIED for name in ("llama", "mistral", "qwen2", "phi3")}
-READ_RIGHT |= {name: TINY[name] for name in ("mixtral", "qwen3_moe") if name in TINY}
+READ_RIGHT |= {name: TINY[name] | {"moe_intermediate_size": 768} for name in ("qwen3_moe",) if name in TINY}
 READ_RIGHT |= {
     "qwen3": TINY["qwen3"] | {"head_dim": 128},
     "gpt2": TINY["gpt2"] | {"n_positions": 1024, "n_inner": 128},
