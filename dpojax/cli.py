@@ -20,6 +20,7 @@ from dpojax.configs import (
     LossesConfig,
     MakeTfdsConfig,
     SampleConfig,
+    ScoreConfig,
     SFTConfig,
     ShowDataConfig,
     TrainOptions,
@@ -27,13 +28,14 @@ from dpojax.configs import (
 from dpojax.errors import UserError
 
 if TYPE_CHECKING:
-    from dpojax.data import Encoder, RowKind
+    from dpojax.data import RowKind
 
 Config = (
     DPOConfig
     | SFTConfig
     | LogpsConfig
     | EvalConfig
+    | ScoreConfig
     | SampleConfig
     | ExportConfig
     | CheckDataConfig
@@ -104,19 +106,39 @@ def beta_of_run(own: dict[str, Any]) -> float:
         raise UserError(f"--loss {own['loss']} of the run: {error}; give --beta") from None
 
 
+def run_score(config: ScoreConfig) -> int:
+    """``dpojax score``."""
+    from dpojax.data import parse_filter
+    from dpojax.data.prepare import Reading
+    from dpojax.evaluate.rewards import model_rewards, scorer_rewards, write_scored
+    from dpojax.progress import console
+
+    check_file(config.output)
+    if any(Path(name).resolve() == Path(config.output).resolve() for name in config.data):
+        raise UserError(f"--output {config.output}: is among --data; name another file")
+    reading = Reading("candidates", config.format, tuple(map(parse_filter, config.filter)))
+    rewards = scorer_rewards(config.scorer) if config.scorer else model_rewards(config, config.model or "")
+    rows = write_scored(config, reading, rewards)
+    console.print(f"{rows} rows written to {config.output}")
+    return 0
+
+
 def run_sample(config: SampleConfig) -> int:
     """``dpojax sample``."""
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
+    from dpojax.generate.prompts import check_prompts, encode_prompt
     from dpojax.progress import track
     from dpojax.startup import keep_memory
-    from dpojax.train.by_name import load_policy, tokenizer_for
+    from dpojax.train.by_name import open_policy, tokenizer_for
     from dpojax.train.inputs import encoding_of
 
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer, encoding_of(config))
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
-    model = load_policy(config.model)
+    files = open_policy(config.model)
+    check_prompts(config, files.config, prompts)
+    model = files.load(None)
     keep_memory()
     # A prompt is computed once for as many of its completions as a batch holds.
     together = min(config.num_samples, config.batch_size)
@@ -125,9 +147,14 @@ def run_sample(config: SampleConfig) -> int:
         model.config,
         num_samples=together,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=model.eos_ids(tokenizer),
+        eos_ids=(*model.eos_ids(tokenizer), *config.stop_token_ids),
         temperature=config.temperature,
+        top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        stop=config.stop,
+        tokenizer=tokenizer,
         dtype=config.dtype,
     )
     drawn = sample_all(
@@ -137,20 +164,12 @@ def run_sample(config: SampleConfig) -> int:
         batch_size=min(max(1, config.batch_size // together), len(prompts) * rounds),
         seed=config.seed,
         track=lambda batches: track(batches, "Sampling"),
-    ).texts(tokenizer)
+    ).texts(tokenizer, config.stop)
     for i, prompt in enumerate(config.prompt):
         completions = [text for round in drawn[i * rounds : (i + 1) * rounds] for text in round]
         for text in completions[: config.num_samples]:  # by print, which leaves a model's text as it is
             print(f"{i + 1}. {prompt}|{text}")
     return 0
-
-
-def encode_prompt(encoder: "Encoder", text: str, chat: bool) -> list[int]:
-    """A prompt in tokens, as a row of data would have it."""
-    try:
-        return encoder.encode_prompt([{"role": "user", "content": text}] if chat else text)
-    except ValueError as error:
-        raise UserError(f"--prompt {text!r}: {error}") from None
 
 
 def run_export(config: ExportConfig) -> int:
@@ -281,6 +300,7 @@ COMMANDS = {
     "sft": (SFTConfig, run_train),
     "logps": (LogpsConfig, run_logps),
     "eval": (EvalConfig, run_eval),
+    "score": (ScoreConfig, run_score),
     "sample": (SampleConfig, run_sample),
     "export": (ExportConfig, run_export),
     "check-data": (CheckDataConfig, run_check_data),

@@ -22,13 +22,19 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ForwardOptions:
-    """How a forward pass computes."""
+class PassOptions:
+    """How hidden states are computed."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, log-probabilities and losses stay float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel: XLA's own, cuDNN's for GPUs (bfloat16), Splash for TPUs, or what fits the devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardOptions(PassOptions):
+    """How a forward pass computes."""
+
     logprob_chunk_tokens: int = 512
     """Completion tokens whose logits exist at one time; less takes less memory."""
 
@@ -206,6 +212,22 @@ class EvalConfig(ScoringOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig(DataOptions, PassOptions):
+    """Give every completion its reward, by a reward model or by a function of your own."""
+
+    model: str | None = None
+    """Reward model: a Hugging Face directory or hub id of ...ForSequenceClassification with one label, or the --output
+    directory of a run with --loss reward_model."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from, as for --model (default: the model's own)."""
+    scorer: str | None = None
+    """In place of a model, path/to/file.py:name of a function that takes a list of prompts and a list of completions
+    and gives a number for each."""
+    output: str
+    """JSONL file, a line a row in their order: the row with score, scores, or score_chosen and score_rejected."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(ModelOptions, ChatOptions):
     """Draw completions."""
 
@@ -221,8 +243,18 @@ class SampleConfig(ModelOptions, ChatOptions):
     """Completions per prompt."""
     temperature: float = 1.0
     """Softmax temperature; 0 takes the most probable token each time."""
+    top_k: int = 0
+    """How many of the most probable tokens are sampled from (0: all)."""
     top_p: float = 1.0
     """Probability mass of the nucleus sampled from."""
+    min_p: float = 0.0
+    """Least probability of a token that is sampled, as a share of the most probable one's."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of the prompt and of the completion so far are less probable, as in CTRL (arXiv 1909.05858)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, each in quotes (in bash, $'\\n' is a line break); what is printed ends before."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the model's EOS; they are not printed."""
     batch_size: int = 16
     """Completions drawn side by side."""
     seed: int = 0

@@ -21,6 +21,11 @@ RANGES: dict[str, tuple[str, Any]] = {
     "max_length": ("at least 2, one token of prompt and one of completion", lambda v: v >= 2),
     "temperature": ("at least 0", lambda v: v >= 0),
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "top_k": ("at least 0, and 0 for all", lambda v: v >= 0),
+    "min_p": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "repetition_penalty": ("above 0 and finite, and 1 for none", lambda v: 0 < v < inf),
+    "stop": ("texts that are not empty", all),
+    "stop_token_ids": ("token ids, which count from 0", lambda v: min(v, default=0) >= 0),
     "rows": ("at least 0", lambda v: v >= 0),
     "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),
@@ -55,13 +60,40 @@ def check_options(config: Any) -> None:
                 shown = "" if value == () else f" {value}"
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
     check_reading(config)
+    check_scorer(config)
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
         raise UserError(f"--weight-decay {config.weight_decay}: {config.optim} has none; use --optim adamw")
+    if getattr(config, "temperature", 1) == 0:
+        for name in ("top_k", "top_p", "min_p"):
+            if (value := getattr(config, name)) != getattr(type(config), name):
+                raise UserError(f"{flag(name)} {value}: --temperature 0 samples nothing; leave one of them out")
     if getattr(config, "row", ()) and config.rows is not None:
         raise UserError(f"--rows {config.rows}: --row says which rows are shown; leave one of them out")
     if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
         n = config.gradient_accumulation_steps
         raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
+
+
+OF_TEXT = ("data", "format", "filter", "as_chat", "scorer", "output")
+"""The options of `score` that a scorer has a use for."""
+
+
+def check_scorer(config: Any) -> None:
+    """Refuse `score` by nothing or by two things at once, and a model's options where there is none.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if not hasattr(config, "scorer"):
+        return
+    if config.scorer is None:
+        if config.model is None:
+            raise UserError("--model: name a reward model, or give --scorer path/to/file.py:name")
+        return
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in OF_TEXT and value != field.default:
+            raise UserError(f"{flag(field.name)} {value}: --scorer reads text and no tokens; leave one of them out")
 
 
 def check_reading(config: Any) -> None:

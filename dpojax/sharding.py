@@ -31,6 +31,7 @@ class Rules:
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
     mlp: MeshAxes = "tensor"
+    experts: MeshAxes = "tensor"
     vocab: MeshAxes = "tensor"
 
     def mesh_axes(self, axis: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence that names the place and how to fix it, status 2, no traceback."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -197,3 +198,36 @@ def test_chat_without_a_template(capsys, tiny_dir, tmp_path):
     data.write_text(lines({"prompt": [user], "chosen": "b", "rejected": "c"}))
     said = say(capsys, "logps", "--model", model, "--data", data, "--output", tmp_path / "o")
     assert "row 1" in said and "no chat template" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--top-k", "-1"], ["--top-k -1", "at least 0"]),
+        (["--min-p", "1.5"], ["--min-p 1.5", "from 0 to 1"]),
+        (["--repetition-penalty", "0"], ["--repetition-penalty 0.0", "above 0"]),
+        (["--stop", "a", ""], ["--stop ('a', '')", "not empty"]),
+        (["--stop-token-ids", "-2"], ["--stop-token-ids (-2,)", "count from 0"]),
+        (["--stop-token-ids", "384"], ["--stop-token-ids 384", "the model has 384 tokens"]),
+        (["--temperature", "0", "--top-k", "5"], ["--top-k 5", "--temperature 0 samples nothing"]),
+    ],
+)
+def test_sampling(capsys, tiny_dir, flags, parts):
+    said = say(capsys, "sample", "--model", tiny_dir, "--prompt", "a", *flags)
+    assert all(part in said for part in parts), said
+
+
+def test_sampling_beyond_learned_positions(tiny_dir):
+    """A family of learned positions would read its last one again and again."""
+    from dpojax.configs import SampleConfig
+    from dpojax.errors import UserError
+    from dpojax.generate.prompts import check_prompts
+    from dpojax.models import Learned, open_model
+
+    config = dataclasses.replace(open_model(tiny_dir).config, positions=Learned(size=16), max_positions=16)
+    options = SampleConfig(model="", prompt=("a",), max_new_tokens=12)
+    check_prompts(options, config, [[5, 6, 7, 8], [5]])
+    with pytest.raises(UserError, match="--max-new-tokens 12: the model has 16 positions for a prompt of 5 tokens"):
+        check_prompts(options, config, [[5, 6, 7, 8, 9]])
+    with pytest.raises(UserError, match="the tokenizer gives id 384, the model has 384 embeddings"):
+        check_prompts(options, config, [[384]])

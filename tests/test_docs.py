@@ -45,7 +45,7 @@ def json_examples() -> list[tuple[RowKind, list[dict]]]:
 def test_every_row_of_the_data_page_is_read(tiny_dir, tmp_path):
     encoder = Encoder(load_tokenizer(tiny_dir))
     examples = json_examples()
-    assert {kind.form for kind, _ in examples} == {"pairs", "completions", "labels", "prompts"}
+    assert {kind.form for kind, _ in examples} == {"pairs", "completions", "labels", "prompts", "candidates"}
     for kind, rows in examples:
         for row in rows:
             from_file, _ = load_examples([write_rows(tmp_path / "rows.jsonl", [row])], encoder, kind=kind)

@@ -1,15 +1,20 @@
 """Sampling: the cache against no cache, the drawn distribution against the model's, and where completions end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpojax.configs import MeshConfig
-from dpojax.generate import make_sampler, next_token, pad_left, sample_all
-from dpojax.models import make_apply, param_shardings
+from dpojax.generate import DrawOptions, make_sampler, next_token, pad_left, sample_all
+from dpojax.generate.sampler import Decoding
+from dpojax.models import init_params, make_apply, param_shardings
+from dpojax.models.config import LayerKind
 from dpojax.sharding import make_mesh
 from tests.conftest import plain_input
+from tests.test_stop import Letters
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
@@ -25,6 +30,25 @@ def test_greedy_with_cache_is_greedy_without(config, params):
     for prompt, (completion,) in zip(PROMPTS, got, strict=True):
         best = logits(config, params, prompt + completion).argmax(axis=-1)
         assert best[len(prompt) - 1 : -1].tolist() == completion
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 11, 14, 40])
+def test_a_windows_cache_is_as_long_as_the_window(window, config):
+    """Prompts of 5, 1 and 3 tokens in 8 columns and 7 new tokens: windows below, between and above these."""
+    kinds = (LayerKind(window=window), LayerKind())
+    config = dataclasses.replace(config, layers=3, kinds=kinds, kind_of_layer=(0, 1, 0))
+    params = jax.tree.map(lambda x: x if (x == 1).all() else 10 * x, init_params(config, seed=1))
+    sampler = make_sampler(config, max_new_tokens=7, eos_ids=(), num_samples=2)
+    drawn = sample_all(sampler, params, PROMPTS, batch_size=3, seed=0)
+    for i, prompt in enumerate(PROMPTS):
+        for k, completion in enumerate(drawn.lists()[i]):
+            logps = jax.nn.log_softmax(logits(config, params, prompt + completion))[len(prompt) - 1 : -1]
+            expected = np.take_along_axis(np.asarray(logps), np.array(completion)[:, None], axis=1)[:, 0]
+            np.testing.assert_allclose(drawn.logps[i, k], expected, atol=1e-4)
+    decoding = Decoding(config, 7, (), 2, DrawOptions(), jnp.dtype("float32"))
+    prompt = map(jnp.asarray, pad_left(PROMPTS, 8))
+    caches = jax.eval_shape(lambda *inputs: decoding.begin(*inputs)[1].caches, params, *prompt, jax.random.key(0))
+    assert [values.shape[2] for _, values in caches] == [min(window, 15), 15, min(window, 15)]
 
 
 def test_samples_follow_the_models_distribution(config, params):
@@ -82,9 +106,11 @@ def test_compute_dtype_reaches_the_cache(config, params, dtype):
     assert "1x2x5x8xbf16" in text
 
 
-def test_samples_on_a_mesh_are_those_of_one_device(config, params):
+@pytest.mark.parametrize("more", [{}, {"top_k": 5, "repetition_penalty": 1.1, "stop": ("h",), "tokenizer": Letters()}])
+def test_samples_on_a_mesh_are_those_of_one_device(config, params, more):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     options = {"max_new_tokens": 6, "eos_ids": (1,), "num_samples": 2}
+    options |= more
     prompts = [*PROMPTS, [20, 21]]
     alone = sample_all(make_sampler(config, **options), params, prompts, batch_size=4, seed=0)
     spread = jax.tree.map(jax.device_put, params, param_shardings(mesh, config))

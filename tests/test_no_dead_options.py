@@ -46,7 +46,7 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     """Files that base and changed configs name."""
     from transformers import AutoTokenizer
 
-    from dpojax.models import new_model, save_model
+    from dpojax.models import as_reward_model, load_model, load_tokenizer, new_model, save_model
     from tests.conftest import HF_CONFIG, decoder_config, write_rows
 
     root = tmp_path_factory.mktemp("world")
@@ -66,6 +66,11 @@ def world(tiny_dir, pairs_file, tmp_path_factory):
     write_rows(root / "published.jsonl", [{"sol1": "a", "sol2": "b", "goal": "c", "label": 0}])
     write_rows(root / "rated.jsonl", [json.loads(row) | {"stars": i % 5} for i, row in enumerate(rows)])
     chatty().save_pretrained(root / "chatty")
+    reward = as_reward_model(load_model(tiny_dir))
+    params = reward.params | {"score": jax.random.normal(jax.random.key(0), (1, reward.config.width))}
+    save_model(dataclasses.replace(reward, params=params), root / "reward")
+    load_tokenizer(tiny_dir).save_pretrained(root / "reward")
+    (root / "scorer.py").write_text("def length(prompts, completions): return list(map(len, completions))")
     run = root / "run"
     flags = ("--batch-size", "8", "--save-steps", "1", "--warmup-steps", "0", "--learning-rate", "0.01")
     base = ("--model", tiny_dir, "--data", pairs_file, "--output", str(run))
@@ -188,6 +193,15 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
             },
         ),
+        "ScoreConfig": (
+            scoring | {"model": str(root / "reward"), "output": "out.jsonl"},
+            {name: change for name, change in shared_changes(w).items() if name != "logprob_chunk_tokens"}
+            | {
+                "max_shapes": 3,
+                "output": "elsewhere.jsonl",
+                "scorer": (str(root / "scorer.py") + ":length", {"model": None}),
+            },
+        ),
         "SampleConfig": (
             {"model": w["model"], "prompt": ("the film",), "max_new_tokens": 12, "num_samples": 3},
             chat_changes(w, {"chat": True, "tokenizer": str(root / "chatty"), "prompt": ("hm </s> hm",)})
@@ -200,7 +214,12 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "max_new_tokens": 5,
                 "num_samples": 2,
                 "temperature": 0.2,
+                "top_k": 2,
                 "top_p": 0.3,
+                "min_p": 0.5,
+                "repetition_penalty": 1.5,
+                "stop": ("a",),
+                "stop_token_ids": tuple(range(3, 200)),
                 "batch_size": 2,
                 "seed": 4,
             },
@@ -301,6 +320,7 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys, de
         patch.setattr(program, "jit_train_step", recording(program.jit_train_step))
         for module in (program, scoring):
             patch.setattr(module, "make_logps_step", recording(module.make_logps_step))
+        patch.setattr(scoring, "jit_forward", recording(scoring.jit_forward))
         patch.setattr(generate, "make_sampler", recording(generate.make_sampler))
         patch.setattr(progress, "SECONDS_BETWEEN_LINES", float("inf"))  # lines that only a slow machine has
         for module in (cache, logps_cache):  # what an earlier run has computed would change the words

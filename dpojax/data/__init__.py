@@ -3,7 +3,17 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dpojax.data.dialogue import COMPLETIONS, LABELS, PAIRS, PROMPTS, Dialogue, RowAnnotations, RowKind, kind_of
+from dpojax.data.dialogue import (
+    CANDIDATES,
+    COMPLETIONS,
+    LABELS,
+    PAIRS,
+    PROMPTS,
+    Dialogue,
+    RowAnnotations,
+    RowKind,
+    kind_of,
+)
 from dpojax.data.encode import Encoder, EncodingOptions
 from dpojax.data.examples import Example, Examples, truncate
 from dpojax.data.filters import parse_filter
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
     from dpojax.data.batches import Batches, IndexedBatch, collate, lengths_only
 
 __all__ = [
+    "CANDIDATES",
     "COMPLETIONS",
     "LABELS",
     "PAIRS",

@@ -10,7 +10,7 @@ from dpojax.data.messages import Message
 if TYPE_CHECKING:
     from dpojax.losses.traits import Traits
 
-Form = Literal["pairs", "completions", "labels", "prompts"]
+Form = Literal["pairs", "completions", "labels", "prompts", "candidates"]
 TokenIds = tuple[int, ...]
 Text = str | list[Message] | TokenIds  # plain text, chat messages, or token ids
 
@@ -34,6 +34,7 @@ class RowKind:
 
 PAIRS, COMPLETIONS = RowKind("pairs"), RowKind("completions")
 LABELS, PROMPTS = RowKind("labels"), RowKind("prompts")
+CANDIDATES = RowKind("candidates")
 
 
 def kind_of(traits: "Traits") -> RowKind:
@@ -55,6 +56,7 @@ def fields_read(form: Form) -> frozenset[str]:
         "completions": single | pair | several,
         "labels": single | pair | {"label"},
         "prompts": set(),
+        "candidates": pair | several,
     }
     return frozenset(chat | of_form[form])
 

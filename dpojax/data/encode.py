@@ -41,12 +41,14 @@ class EncodingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RenderedRow:
-    """A row as text: its prompt and its completions, or their token ids; ``prompt`` is a hash of the prompt."""
+    """A row as text: its prompt and its completions, or their token ids; ``prompt`` is a hash of the prompt, and
+    ``differ`` says that no two completions may be equal."""
 
     number: int
     parts: list[Any]  # Rendered or TokenIds
     prompt: int
     notes: Notes
+    differ: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Encoder:
             parts.append(np.array(done, np.int32))
             masks.append(mask)
             blank = max(blank, begins)
-        if any(np.array_equal(a, b) for i, a in enumerate(parts[1:]) for b in parts[1:][:i]):
+        if row.differ and any(np.array_equal(a, b) for i, a in enumerate(parts[1:]) for b in parts[1:][:i]):
             raise ValueError("two completions are equal in tokens; a preference needs different ones")
         known = zip(parts[1:], masks, strict=True)
         filled = tuple([np.ones(len(ids), bool) if mask is None else mask for ids, mask in known])

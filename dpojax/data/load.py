@@ -94,7 +94,7 @@ def judged(source: SourceTokens, kind: RowKind, max_length: int, min_prompt_leng
         if getattr(kind, name):
             refuse(missing[:, k] >= 0, lambda i, k=k: tokens.reasons[missing[i, k]])  # type: ignore[misc]
     fix = f"with --max-length {max_length}; raise it, or leave the row out"
-    several = lengths[:, 1:].shape[1] > 1
+    several = lengths[:, 1:].shape[1] > 1 and kind.form != "candidates"
     refuse(
         (tokens.common >= room) & several,
         lambda i: f"two completions are equal in the {room[i]} tokens that are kept of them {fix}",

@@ -93,7 +93,11 @@ def parse_rows(
             parsed = parse_row(Row(row.file, row.number, fields), reading.form)
             rendered = [
                 RenderedRow(
-                    row.number, encoder.render(dialogue) if encoder else [], hash_of_text(dialogue.prompt), notes
+                    row.number,
+                    encoder.render(dialogue) if encoder else [],
+                    hash_of_text(dialogue.prompt),
+                    notes,
+                    differ=reading.form != "candidates",
                 )
                 for dialogue, notes in parsed
             ]

@@ -8,6 +8,8 @@ Forms of rows (:class:`RowKind`), by their fields:
 - ``completions``: ``prompt``, ``completion``; or a pair, whose chosen side it is.
 - ``labels``: ``prompt``, ``completion``, ``label`` (true: desirable).
 - ``prompts``: ``prompt``.
+- ``candidates``: ``prompt``; and ``completion``, ``completions``, or a pair. All completions are wanted, to be scored,
+  in their order, equal ones too.
 
 A pair is also two labelled rows, and a list with scores is also the completion of the highest score. A text is plain
 text or a list of chat messages (:mod:`dpojax.data.messages`). Completions that are whole conversations may leave the
@@ -27,6 +29,7 @@ a message is added to it. A text that ends in EOS already stays as it is. It cha
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -253,6 +256,41 @@ def prompt_of(row: Row) -> Dialogue:
     return _with_template(Dialogue(_text(row.fields, "prompt", "a row has a prompt"), ()), row.fields)
 
 
+def candidates_of(row: Row) -> Dialogue:
+    """A row's prompt and all of its completions, in their order: ``completions``, ``completion``, or a pair's sides.
+
+    Raises:
+      ValueError: the row has none, or one that is not usable; the message says why.
+    """
+    fields, needs = row.fields, "a row has prompt and completion, completions, or chosen and rejected"
+    if not _is_ranked(fields):
+        if _has(fields, "completion") or not _has(fields, "chosen"):
+            return _single_of(fields, "completion", needs)
+        if not _has(fields, "rejected"):
+            return _single_of(fields, "chosen", needs)
+        pair = ("chosen", "rejected")
+        cut = tuple([_flag(fields.get(f"{name}_truncated"), f"{name}_truncated") for name in pair])
+        return _dialogue(fields, pair, [_text(fields, name, needs) for name in pair], needs, cut)
+    suffix = "_ids" if fields.get("completions_ids") is not None else ""
+    completions = fields[f"completions{suffix}"]
+    if not isinstance(completions, list) or not completions:
+        raise ValueError(f"field 'completions{suffix}' must be a list of at least one completion")
+    names = tuple([f"completions[{i}]" for i in range(1, len(completions) + 1)])
+    named = {f"{name}{suffix}": completion for name, completion in zip(names, completions, strict=True)}
+    sides = [_text(named, name, needs) for name in names]
+    return _dialogue(fields, names, sides, needs, _truncated_of(fields, len(completions)))
+
+
+def with_scores(fields: dict[str, Any], scores: Sequence[float]) -> dict[str, Any]:
+    """A row with the scores of its :func:`candidates_of`, under the names by which they are read: ``score``,
+    ``scores``, or ``score_chosen`` and ``score_rejected``; any that it had are replaced."""
+    if _is_ranked(fields):
+        return {**fields, "scores": list(scores)}
+    if _has(fields, "completion") or not _has(fields, "chosen"):
+        return {**fields, "score": scores[0]}
+    return {**fields, **dict(zip(("score_chosen", "score_rejected"), scores, strict=False))}
+
+
 def _truncated_of(fields: dict[str, Any], n: int) -> tuple[bool, ...]:
     flags = fields.get("truncated")
     if flags is None:
@@ -354,4 +392,5 @@ def parse_row(row: Row, form: Form) -> list[tuple[Dialogue, Notes]]:
         return [_preference_of(row)]
     if form == "labels":
         return _labelled_of(row)
-    return [(completion_of(row) if form == "completions" else prompt_of(row), Notes())]
+    of_form = {"completions": completion_of, "candidates": candidates_of, "prompts": prompt_of}
+    return [(of_form[form](row), Notes())]

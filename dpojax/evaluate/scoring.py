@@ -1,4 +1,4 @@
-"""Log-probabilities of any examples under any parameters of one model."""
+"""Log-probabilities, or rewards, of any examples under any parameters of one model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,19 +7,20 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, lengths_only
 from dpojax.data.batches import target_lengths
-from dpojax.logprobs import pair_up
+from dpojax.logprobs import completion_rewards, pair_up
 from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
-from dpojax.packing import ApplyFn
+from dpojax.packing import ApplyFn, PairBatch
 from dpojax.sharding import batch_shards, constrainer, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, encoding_of, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.scoring import collect_logps, make_logps_step, model_key, place_params
+from dpojax.train.scoring import collect_logps, jit_forward, make_logps_step, model_key, place_params
 from dpojax.types import CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
@@ -58,6 +59,32 @@ def make_scorer(
         return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
 
     return score
+
+
+def make_rewarder(
+    config: DecoderConfig,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    batch_size: int = 8,
+    max_shapes: int = 8,
+) -> Scorer:
+    """``reward(params, examples, label) -> [n, N]``: a reward model's scores of completions, in order.
+
+    Arguments as of :func:`make_scorer`; the parameters have a head of one score (``config.reward``).
+    """
+    apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
+
+    def rewards(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
+        return completion_rewards(apply_fn, params, batch)
+
+    step = jit_forward(rewards, mesh, config)
+
+    def reward(params: PyTree, examples: Sequence[Example], label: str) -> np.ndarray:
+        batches = Batches(examples, batch_size, max_shapes=max_shapes, sequences=batch_shards(mesh))
+        return collect_logps(step, lambda: place_params(params, mesh, config), batches, mesh, label)
+
+    return reward
 
 
 class FileScores:

@@ -188,6 +188,10 @@ def mlp(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"]) -> Fl
     return activate_and_project(config.mlp.act, tuple(inputs), down)
 
 
+Feed = Callable[[DecoderConfig, Weights, Array], Array]
+"""The feed-forward half of a layer, of its choices, its weights and the residual stream."""
+
+
 def attention(
     config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], mix: Mix, cache: Cache
 ) -> tuple[Float[Array, "R T D"], Cache]:
@@ -203,7 +207,12 @@ def attention(
 
 
 def block(
-    config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], mix: Mix, cache: Cache = None
+    config: DecoderConfig,
+    weights: Weights,
+    x: Float[Array, "R T D"],
+    mix: Mix,
+    cache: Cache = None,
+    feed: Feed = mlp,
 ) -> tuple[Float[Array, "R T D"], Cache]:
     """One layer's output and its KV cache.
 
@@ -213,6 +222,7 @@ def block(
       x: the residual stream.
       mix: rotary positions and attention over tokens.
       cache: keys and values of earlier tokens; None in training.
+      feed: the feed-forward half: an MLP, or a mixture of experts.
     """
 
     def norm(name: str, x: Array) -> Array:
@@ -222,9 +232,9 @@ def block(
     normed = norm("attn_norm", x) if before else x
     out, cache = attention(config, weights, normed, mix, cache)
     if config.residual == "parallel_shared":
-        return x + out + mlp(config, weights, normed), cache
+        return x + out + feed(config, weights, normed), cache
     if config.residual == "parallel":
-        return x + out + mlp(config, weights, norm("mlp_norm", x)), cache
+        return x + out + feed(config, weights, norm("mlp_norm", x)), cache
     x = x + (norm("attn_post_norm", out) if after else out)
-    out = mlp(config, weights, norm("mlp_norm", x) if before else x)
+    out = feed(config, weights, norm("mlp_norm", x) if before else x)
     return x + (norm("mlp_post_norm", out) if after else out), cache

@@ -85,6 +85,17 @@ class Mlp:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of gated MLPs, of which every token goes through a few (Shazeer et al. 2017, arXiv 1701.06538)."""
+
+    number: int
+    per_token: int
+    width: int
+    renormalize: bool = True
+    """Whether a token's weights add up to 1; otherwise they are the router's probabilities."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerKind:
     """What may alternate between layers: ``window``, the number of latest tokens that a token sees, itself included
     (None: all), rotary positions other than the decoder's, and another scale of scores than attention's."""
@@ -102,8 +113,8 @@ class DecoderConfig:
     "pre_post" (both), "parallel" (attention and MLP both of x, added together), or "parallel_shared" (the same behind
     one norm). Layer i is of kind ``kinds[kind_of_layer[i]]``; an empty ``kind_of_layer`` means that all are of the
     first. ``head`` is the unembedding to the vocabulary, or one score (a reward model). Embeddings are multiplied with
-    ``embed_scale``; logits z become ``c tanh(z / c)`` with c the ``logits_softcap``. ``max_positions`` is the longest
-    text that the model was made for.
+    ``embed_scale``; logits z become ``c tanh(z / c)`` with c the ``logits_softcap``. ``experts`` stand in place of the
+    MLP in all layers but the ``dense_layers``. ``max_positions`` is the longest text that the model was made for.
     """
 
     vocab_size: int
@@ -122,6 +133,8 @@ class DecoderConfig:
     head_bias: bool = False
     embed_scale: float = 1.0
     logits_softcap: float | None = None
+    experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()
 
     @property
     def reward(self) -> bool:

@@ -7,11 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import MakeAttention, rope_table, rotate, shared_prompt_attention
-from dpojax.models.block import Cache, Mix, Weights, block, normalize
+from dpojax.models.block import Cache, Feed, Mix, Weights, block, mlp, normalize
 from dpojax.models.config import DecoderConfig, LayerKind, Learned, Rope
+from dpojax.models.experts import Routing, mixture, mixture_over_mesh, routing
+from dpojax.models.params import layers_with
 from dpojax.packing import ApplyFn, ModelInput
 from dpojax.sharding import Constrain
 from dpojax.types import Head, PyTree, Unembedding
@@ -62,6 +66,34 @@ def rotary_mix(
     return of_kind
 
 
+def runs(config: DecoderConfig, layers: int) -> list[range]:
+    """Layers, one behind the other, whose tensors are of the same shapes: with an MLP, or with a mixture of experts."""
+    out = [range(0)]
+    for i in range(layers):
+        same = not out[-1] or (i in config.dense_layers) == (i - 1 in config.dense_layers)
+        out = [*out[:-1], range(out[-1].start, i + 1)] if same else [*out, range(i, i + 1)]
+    return out
+
+
+def weights_of(config: DecoderConfig, stacked: Weights, run: range) -> Weights:
+    """The tensors of a run of layers, of the layers' stacked ones."""
+    if config.experts is None or not config.dense_layers:
+        return stacked
+    out = {}
+    for name, x in stacked.items():
+        layers = layers_with(config, name)
+        if run.start in layers:
+            first = layers.index(run.start)
+            out[name] = x[first : first + len(run)]
+    return out
+
+
+def weights_of_layer(config: DecoderConfig, stacked: Weights, layer: int) -> Weights:
+    """One layer's tensors, of the layers' stacked ones."""
+    having = {name: layers_with(config, name) for name in stacked}
+    return {name: x[having[name].index(layer)] for name, x in stacked.items() if layer in having[name]}
+
+
 def scan_layers(
     config: DecoderConfig,
     stacked: Weights,
@@ -70,20 +102,36 @@ def scan_layers(
     *,
     remat: str = "none",
     constrain: Constrain = lambda x, axes: x,
-) -> Float[Array, "R T D"]:
+    feed: Feed | None = None,
+    kept: Callable[[], Any] = lambda: None,
+) -> tuple[Float[Array, "R T D"], list[Any]]:
     """The residual stream behind all layers, in a scan, so that a compiler reads one layer.
 
     Kinds of layers alternate inside of the scan by a switch around attention alone; scales of scores are scanned.
+    Layers of other tensors (:func:`runs`) are a scan of their own.
+
+    Args:
+      config: the decoder's choices.
+      stacked: the layers' tensors.
+      x: the residual stream before the first layer.
+      mix_of: attention of a kind of layers.
+      remat: key of :data:`REMAT`.
+      constrain: pins activations to their place on a mesh.
+      feed: the feed-forward half of layers with a mixture of experts (default: :func:`~dpojax.models.experts.mixture`).
+      kept: called after each layer, for what else its ``feed`` has left behind.
+
+    Returns:
+      The residual stream, and of each scan what ``kept`` has returned of its layers, stacked.
     """
-    layers = next(iter(stacked.values())).shape[0]
+    layers = stacked["o"].shape[0]
     kinds = [config.kind(i) for i in range(layers)]
     distinct = list(dict.fromkeys(dataclasses.replace(kind, scale=None) for kind in kinds))
     mixes = [mix_of(kind) for kind in distinct]
-    which = jnp.asarray([distinct.index(dataclasses.replace(kind, scale=None)) for kind in kinds], jnp.int32)
+    which = np.array([distinct.index(dataclasses.replace(kind, scale=None)) for kind in kinds], np.int32)
     scaled = any(kind.scale is not None for kind in kinds)
-    scales = jnp.asarray([relative_scale(config, kind) for kind in kinds], jnp.float32)
+    scales = np.array([relative_scale(config, kind) for kind in kinds], np.float32)
 
-    def layer(x: Array, scanned: tuple[Weights, Array, Array]) -> tuple[Array, None]:
+    def layer(x: Array, scanned: tuple[Weights, Array, Array]) -> tuple[Array, Any]:
         weights, kind, scale = scanned
 
         def mix(q: Array, k: Array, v: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -93,12 +141,24 @@ def scan_layers(
             branches = [functools.partial(lambda m, q, k, v: m(q, k, v, None)[0], m) for m in mixes]
             return jax.lax.switch(kind, branches, q, k, v), None
 
-        x, _ = block(config, weights, x, mix)
-        return constrain(x, ("batch", "length", None)), None
+        x, _ = block(config, weights, x, mix, feed=feed_of(weights, feed))
+        return constrain(x, ("batch", "length", None)), kept()
 
     if REMAT[remat] is not None:
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(layer, x, (stacked, which, scales))[0]
+    out = []
+    for run in runs(config, layers):
+        part = slice(run.start, run.stop)
+        x, more = jax.lax.scan(
+            layer, x, (weights_of(config, stacked, run), jnp.asarray(which[part]), jnp.asarray(scales[part]))
+        )
+        out.append(more)
+    return x, out
+
+
+def feed_of(weights: Weights, feed: Feed | None = None) -> Feed:
+    """The feed-forward half of a layer with these tensors; ``feed`` where it has a mixture of experts."""
+    return (feed or mixture) if "router" in weights else mlp
 
 
 def relative_scale(config: DecoderConfig, kind: LayerKind) -> float:
@@ -117,7 +177,7 @@ def unrolled_layers(
     """The residual stream behind all layers, one after another, and their KV caches: for sampling."""
     kept: list[Cache] = []
     for i, (weights, cache) in enumerate(zip(layers, caches or [None] * len(layers), strict=True)):
-        x, cache = block(config, weights, x, scaled_mix(config, config.kind(i), mix_of), cache)
+        x, cache = block(config, weights, x, scaled_mix(config, config.kind(i), mix_of), cache, feed_of(weights))
         kept.append(cache)
     return x, kept
 
@@ -148,6 +208,8 @@ def make_apply(
     constrain: Constrain = lambda x, axes: x,
     attention: MakeAttention = shared_prompt_attention,
     normed: bool = True,
+    mesh: Mesh | None = None,
+    routings: list[Routing] | None = None,
 ) -> ApplyFn:
     """``apply(params, inputs) -> (hidden [R, T, D], unembedding [V, D])``, the floors above need no more of a model.
 
@@ -158,6 +220,9 @@ def make_apply(
       constrain: pins activations to their place on a mesh.
       attention: which attention kernel (:func:`~dpojax.models.attention.make_attention`).
       normed: False returns activations before the final norm (bottom layers only).
+      mesh: the devices over which a mixture's experts are shared out (default: left to the compiler).
+      routings: a list to which every call of a mixture of experts adds what its routers did
+        (:func:`~dpojax.models.experts.balance_loss`), as values of the computation that the call is traced in.
 
     Inputs that carry ``hidden`` start from these activations instead of embeddings (top layers only).
     """
@@ -171,7 +236,26 @@ def make_apply(
         )
         x = embed(config, params, inputs.tokens, inputs.positions) if inputs.hidden is None else inputs.hidden
         x = constrain(x.astype(jnp.dtype(dtype)), ("batch", "length", None))
-        x = scan_layers(config, params["blocks"], x, mix_of, remat=remat, constrain=constrain)
+        real, left = inputs.padded_index < inputs.packed_index.shape[1], []
+
+        def feed(config: DecoderConfig, weights: Weights, x: Array) -> Array:
+            if routings is not None:
+                left.append(routing(config, weights, x, real))
+            return mixture_over_mesh(config, weights, x, mesh)
+
+        x, kept = scan_layers(
+            config,
+            params["blocks"],
+            x,
+            mix_of,
+            remat=remat,
+            constrain=constrain,
+            feed=feed,
+            kept=lambda: left.pop() if left else None,
+        )
+        if routings is not None and config.experts is not None:
+            some = [part for part in kept if part is not None]
+            routings.append(jax.tree.map(lambda *x: jnp.concatenate(x), *some))
         return final_norm(config, params, x) if normed else x, unembedding_of(config, params)
 
     return apply

@@ -38,17 +38,23 @@ def _norm(norm: Norm, name: str, width: int) -> dict[str, ParamSpec]:
 
 
 def layer_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
-    """The tensors of one layer, by name. ``project`` finds the bias of ``q`` under ``q_bias``."""
+    """The tensors of one layer, by name. ``project`` finds the bias of ``q`` under ``q_bias``. Of a mixture of experts
+    and an MLP a layer has one (:func:`layers_with`)."""
     D, F, a = config.width, config.mlp.width, config.attention
     out = {
         "q": ParamSpec((D, a.heads, a.head_dim), ("embed", "heads", "head_dim")),
         "k": ParamSpec((D, a.kv_heads, a.head_dim), ("embed", "kv_heads", "head_dim")),
         "v": ParamSpec((D, a.kv_heads, a.head_dim), ("embed", "kv_heads", "head_dim")),
         "o": ParamSpec((D, a.heads, a.head_dim), ("embed", "heads", "head_dim")),
-        **({"gate": ParamSpec((D, F), ("embed", "mlp"))} if config.mlp.gated else {}),
-        "up": ParamSpec((D, F), ("embed", "mlp")),
-        "down": ParamSpec((D, F), ("embed", "mlp")),
     }
+    if config.experts is not None:
+        E, width = config.experts.number, config.experts.width
+        out["router"] = ParamSpec((E, D), (None, "embed"))
+        for name in ("experts_gate", "experts_up", "experts_down"):
+            out[name] = ParamSpec((E, D, width), ("experts", "embed", None))
+    if config.experts is None or config.dense_layers:
+        names = ("gate", "up", "down") if config.mlp.gated else ("up", "down")
+        out |= {name: ParamSpec((D, F), ("embed", "mlp")) for name in names}
     biased = {"none": (), "qkv": ("q", "k", "v"), "all": ("q", "k", "v", "o")}[a.bias]
     biased += tuple(name for name in ("gate", "up", "down") if config.mlp.bias and name in out)
     for name in biased:
@@ -65,6 +71,15 @@ def layer_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
     return out
 
 
+def layers_with(config: DecoderConfig, name: str) -> tuple[int, ...]:
+    """The layers that have the tensor of this name, in whose order it is stacked."""
+    every = range(config.layers)
+    if name.startswith(("router", "experts_")):
+        return tuple(i for i in every if i not in config.dense_layers)
+    of_mlp = name.removesuffix("_bias") in ("gate", "up", "down")
+    return config.dense_layers if of_mlp and config.experts is not None else tuple(every)
+
+
 def norms_of(config: DecoderConfig) -> tuple[str, ...]:
     """The norms of a layer over the model's width, by its residual form."""
     before, after = ("attn_norm", "mlp_norm"), ("attn_post_norm", "mlp_post_norm")
@@ -79,7 +94,8 @@ def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
     if isinstance(config.positions, Learned):
         out["positions"] = ParamSpec((config.positions.size, D), (None, "embed"))
     for name, spec in layer_specs(config).items():
-        out[f"blocks/{name}"] = ParamSpec((config.layers, *spec.shape), ("layers", *spec.axes), spec.init)
+        stack = len(layers_with(config, name))
+        out[f"blocks/{name}"] = ParamSpec((stack, *spec.shape), ("layers", *spec.axes), spec.init)
     out |= _norm(config.norm, "final_norm", D)
     if config.unembedding == "score":
         out["score"] = ParamSpec((1, D), (None, "embed"), "zeros")
@@ -159,7 +175,14 @@ def combine(trained: PyTree, frozen: PyTree) -> PyTree:
     return nest({**flatten(frozen), **flatten(trained)})
 
 
-NAMES = {"embed": "width", "vocab": "vocabulary", "mlp": "MLP width", "heads": "heads", "kv_heads": "kv_heads"}
+NAMES = {
+    "embed": "width",
+    "vocab": "vocabulary",
+    "mlp": "MLP width",
+    "heads": "heads",
+    "kv_heads": "kv_heads",
+    "experts": "experts",
+}
 
 
 def check_divides(mesh: Mesh, config: DecoderConfig) -> None:

@@ -19,7 +19,7 @@ from dpojax.models.config import DecoderConfig
 from dpojax.models.dequantize import RawTensors
 from dpojax.models.families import Family, Tensor
 from dpojax.models.families.base import join, output_axis
-from dpojax.models.params import flatten, layer_specs, nest, param_specs
+from dpojax.models.params import flatten, layer_specs, layers_with, nest, param_specs
 from dpojax.sharding import RULES, single_device_mesh
 from dpojax.types import PyTree
 
@@ -104,7 +104,10 @@ def places(family: Family, config: DecoderConfig) -> dict[str, Placed]:
     inner, specs, out = layer_specs(config), param_specs(config), {}
 
     def shape_of(path: str) -> tuple[int, ...]:
-        return inner[path.removeprefix("blocks/")].shape if path.startswith("blocks/") else specs[path].shape
+        if not path.startswith("blocks/"):
+            return specs[path].shape
+        shape = inner[path.removeprefix("blocks/")].shape
+        return shape[1:] if path.startswith("blocks/experts_") else shape
 
     for path in specs:
         tensor, shape = family.tensors[path], shape_of(path)
@@ -112,7 +115,10 @@ def places(family: Family, config: DecoderConfig) -> dict[str, Placed]:
         together = [p for p in specs if family.tensors[p].name == tensor.name]
         whole = list(tensor.shape(shape))
         whole[output_axis(tensor, tuple(whole))] = sum(family.tensors[p].outputs(shape_of(p)) for p in together)
-        numbers = (tuple(range(config.layers)),) if path.startswith("blocks/") else ()
+        name, stacked = path.removeprefix("blocks/"), path.startswith("blocks/")
+        numbers = (layers_with(config, name),) if stacked else ()
+        if config.experts is not None and name.startswith("experts_"):
+            numbers = (*numbers, tuple(range(config.experts.number)))
         heads = shape[-2] if tensor.of_head is not None else 1
         out[path] = Placed(tensor, shape, numbers, start, tuple(whole), heads)
     return out

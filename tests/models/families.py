@@ -54,6 +54,11 @@ NEOX = _named("GPTNeoXForCausalLM", "gpt_neox", TOKEN_IDS, UNTIED, {"hidden_act"
 NEOX |= {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
 NEOX |= {"layer_norm_eps": 1e-5, "rope_parameters": PARTIAL}
 
+MIXTRAL = _named("MixtralForCausalLM", "mixtral", COMMON, UNTIED, {"num_local_experts": 4, "num_experts_per_tok": 2})
+MIXTRAL |= {"sliding_window": None}
+QWEN3_MOE = _named("Qwen3MoeForCausalLM", "qwen3_moe", COMMON, UNTIED, {"num_experts": 4, "num_experts_per_tok": 2})
+QWEN3_MOE |= {"moe_intermediate_size": 24, "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": []}
+
 FAMILIES = {
     "llama": HF_CONFIG,
     "llama biases": HF_CONFIG | UNTIED | {"attention_bias": True, "mlp_bias": True, "head_dim": 12},
@@ -84,6 +89,12 @@ FAMILIES = {
     "gpt_neox": NEOX,
     "gpt_neox serial": NEOX | TIED | {"use_parallel_residual": False, "attention_bias": False},
     "gptj": GPTJ,
+    "mixtral": MIXTRAL,
+    "mixtral window": MIXTRAL | TIED | {"sliding_window": 7, "num_experts_per_tok": 3},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe raw": QWEN3_MOE | TIED | {"norm_topk_prob": False, "attention_bias": True, "head_dim": 16},
+    "qwen3_moe dense between": QWEN3_MOE
+    | {"mlp_only_layers": [1], "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 7},
     "gptj whole": GPTJ | TIED | {"rotary_dim": 8},
 }
 TOKENS = np.random.default_rng(0).integers(0, 384, (2, 40)).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
-from dpojax.models.families import gemma, gpt, llama, olmo, phi
+from dpojax.models.families import gemma, gpt, llama, moe, olmo, phi
 from dpojax.models.families.base import Family, Tensor
 
 FAMILIES: dict[str, Family] = {
@@ -18,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     **olmo.FAMILIES,
     **phi.FAMILIES,
     **gpt.FAMILIES,
+    **moe.FAMILIES,
 }
 """``model_type`` -> family."""
 

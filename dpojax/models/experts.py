@@ -1,0 +1,119 @@
+"""A mixture of experts in place of a layer's MLP: exact routing, in which no token is dropped.
+
+Every token goes to the k experts that its router finds most probable, however many others go there: tokens are sorted
+by expert, and a ragged product multiplies each group with its expert's weights.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from dpojax.models.block import ACTIVATIONS, Weights
+from dpojax.models.config import DecoderConfig, Experts
+from dpojax.sharding import RULES
+
+NAMES = ("router", "experts_gate", "experts_up", "experts_down")
+"""The tensors of a mixture (:func:`~dpojax.models.params.layer_specs`)."""
+
+
+@struct.dataclass
+class Routing:
+    """Where a layer's router sent its tokens, added up over the real ones among them: how many of their choices fell on
+    each expert, the experts' probabilities, and how many tokens there were."""
+
+    chosen: Float[Array, " E"]
+    probs: Float[Array, " E"]
+    tokens: Float[Array, ""]
+
+
+def route(
+    experts: Experts, router: Float[Array, "E D"], x: Float[Array, "n D"]
+) -> tuple[Float[Array, "n k"], Int[Array, "n k"], Float[Array, "n E"]]:
+    """Every token's weights and numbers of its experts, and the probabilities of all experts, float32.
+
+    ``p = softmax(router x)``; the k largest are the weights, divided by their sum where the family renormalises them
+    (Mixtral, arXiv 2401.04088).
+    """
+    logits = jnp.einsum("nd,ed->ne", x, router.astype(x.dtype), preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(logits, axis=-1)
+    weights, chosen = jax.lax.top_k(probs, experts.per_token)
+    if experts.renormalize:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, chosen, probs
+
+
+def mixture(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], first: Any = 0) -> Float[Array, "R T D"]:
+    """The mixture's output: of every token, ``sum_i w_i down_i(act(gate_i x) * up_i x)`` over its experts.
+
+    Args:
+      config: the decoder's choices.
+      weights: the layer's; of the experts' tensors, those from ``first`` on, all or one device's.
+      x: the residual stream, normalised.
+      first: the number of the first expert of which there are weights. Others add nothing.
+    """
+    experts = config.experts
+    assert experts is not None
+    R, T, D = x.shape
+    tokens = x.reshape(R * T, D)
+    share, chosen, _ = route(experts, weights["router"], tokens)
+    gate, up, down = (weights[name].astype(x.dtype) for name in NAMES[1:])
+    own = chosen.reshape(-1) - first
+    # Tokens of experts that are elsewhere are sorted behind all groups, where a ragged product gives zeros.
+    own = jnp.where((own >= 0) & (own < len(gate)), own, len(gate))
+    order = jnp.argsort(own, stable=True)
+    sizes = jnp.bincount(own, length=len(gate) + 1)[:-1].astype(jnp.int32)
+    grouped = tokens[order // experts.per_token]
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+    h = ACTIVATIONS[config.mlp.act](product(grouped, gate)) * product(grouped, up)
+    y = product(h, jnp.swapaxes(down, 1, 2))[jnp.argsort(order)].reshape(R * T, experts.per_token, D)
+    return jnp.einsum("nkd,nk->nd", y, share.astype(x.dtype)).reshape(R, T, D)
+
+
+def mixture_over_mesh(
+    config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], mesh: Mesh | None
+) -> Float[Array, "R T D"]:
+    """:func:`mixture`, every device with its own rows and its own experts, whose outputs are added up."""
+    if mesh is None or mesh.size == 1:
+        return mixture(config, weights, x)
+    by_batch = PartitionSpec(RULES.batch, None, None)
+    (axis,) = RULES.mesh_axes("experts")
+    by_expert = PartitionSpec(axis, None, None)
+    held = {name: weights[name] for name in NAMES}
+    specs = {name: PartitionSpec() if name == "router" else by_expert for name in NAMES}
+
+    def local(weights: Weights, x: Array) -> Array:
+        first = jax.lax.axis_index(axis) * len(weights["experts_gate"])
+        return jax.lax.psum(mixture(config, weights, x, first), axis)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs, by_batch), out_specs=by_batch)(held, x)
+
+
+def routing(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], real: Array) -> Routing:
+    """What a layer's router does with the real tokens among these, ``real [R, T]``."""
+    experts = config.experts
+    assert experts is not None
+    _, chosen, probs = route(experts, weights["router"], x.reshape(-1, x.shape[-1]))
+    mask = real.reshape(-1).astype(jnp.float32)
+    counts = jnp.sum(jax.nn.one_hot(chosen, experts.number), axis=1)
+    return Routing(mask @ counts, mask @ probs, jnp.sum(mask))
+
+
+def balance_loss(config: DecoderConfig, layers: Routing) -> Float[Array, ""]:
+    """``E sum_e f_e P_e``: f the share of tokens that chose expert e, P its mean probability, over all layers' tokens.
+
+    It is k where experts are chosen evenly. Source: Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6, with the
+    layers taken together as transformers does.
+
+    Args:
+      config: the decoder's choices.
+      layers: of every layer with a mixture, stacked.
+    """
+    assert config.experts is not None
+    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), layers)
+    tokens = jnp.maximum(total.tokens, 1)
+    return config.experts.number * jnp.sum(total.chosen / tokens * total.probs / tokens)
