@@ -210,7 +210,6 @@ def _qwen3moe(keys: Keys) -> Raw:
         "num_experts": keys.need("expert_count"),
         "num_experts_per_tok": keys.need("expert_used_count"),
         "moe_intermediate_size": width,
-        "mlp_only_layers": [i for i in range(raw["num_hidden_layers"]) if not keys.has(f"blk.{i}.ffn_gate_inp.weight")],
     }
 
 
