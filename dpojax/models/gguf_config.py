@@ -158,6 +158,7 @@ def _llama(keys: Keys) -> Raw:
     raw["rope_parameters"] = _llama3_rope(keys, raw)
     window = keys.get("attention.sliding_window")
     if keys.get("expert_count"):
+        keys.only("expert_feed_forward_length", raw["intermediate_size"])
         experts = {"num_local_experts": keys.get("expert_count"), "num_experts_per_tok": keys.need("expert_used_count")}
         return {"model_type": "mixtral", **raw, **experts, "sliding_window": window or None}
     if window:
@@ -203,8 +204,13 @@ def _qwen3moe(keys: Keys) -> Raw:
     raw = _like_llama(keys, attention_bias=_attention_bias(keys), norm_topk_prob=True)
     gates = keys.file.tensors.get("blk.0.ffn_gate_exps.weight")
     width = keys.get("expert_feed_forward_length", None if gates is None else int(gates.shape[1]))
-    experts = {"num_experts": keys.need("expert_count"), "num_experts_per_tok": keys.need("expert_used_count")}
-    return {"model_type": "qwen3_moe", **raw, **experts, "moe_intermediate_size": width}
+    return {
+        "model_type": "qwen3_moe",
+        **raw,
+        "num_experts": keys.need("expert_count"),
+        "num_experts_per_tok": keys.need("expert_used_count"),
+        "moe_intermediate_size": width,
+    }
 
 
 def _gemma(keys: Keys) -> Raw:
