@@ -109,7 +109,7 @@ def test_a_step_logs_the_balance_loss_and_its_weight_lowers_it():
     batch = random_batch(np.random.default_rng(3), B=8, P=7, C=9, sequences=8)
 
     def steps(coefficient: float) -> list[dict[str, float]]:
-        program = make_program(model.config, LOSSES["sigmoid"], learning_rate=1e-3, router_aux_loss_coef=coefficient)
+        program = make_program(model.config, LOSSES["sigmoid"], learning_rate=3e-4, router_aux_loss_coef=coefficient)
         state, history = initial_state(program, model.params), []
         reference = live_reference(program, model.params)
         for _ in range(4):
