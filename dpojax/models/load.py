@@ -89,8 +89,9 @@ def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[Dec
     """
     if config.reward:
         return config, hf_config
-    architecture = family_of(hf_config, "config.json").architecture
-    raw = {**hf_config, "architectures": [f"{architecture}ForSequenceClassification"], "id2label": {"0": "reward"}}
+    family = family_of(hf_config, "config.json")
+    architecture = family.architecture + family.classifier
+    raw = {**hf_config, "architectures": [architecture], "id2label": {"0": "reward"}}
     raw |= {"label2id": {"reward": 0}, "num_labels": 1}
     if raw.get("pad_token_id") is None:  # transformers finds a row's end by it
         eos = raw.get("eos_token_id")
@@ -103,7 +104,7 @@ def as_reward_model(model: Model, mesh: Mesh | None = None) -> Model:
     if model.config.reward:
         return model
     config, raw = reward_config(model.config, model.hf_config)
-    params = {name: x for name, x in model.params.items() if name != "head"}
+    params = {name: x for name, x in model.params.items() if name not in ("head", "head_bias")}
     score = jnp.zeros((1, config.width), jnp.float32)
     params["score"] = score if mesh is None else jax.device_put(score, param_shardings(mesh, config)["score"])
     return Model(config, params, raw)

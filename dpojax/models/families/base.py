@@ -138,6 +138,7 @@ class Family:
       write: the fields, but for ``model_type`` and ``architectures``, of choices.
       tensors: by our path.
       causal: what the class that predicts tokens ends in.
+      classifier: what the class of reward models ends in.
     """
 
     model_type: str
@@ -146,6 +147,7 @@ class Family:
     write: Callable[[DecoderConfig], dict[str, Any]]
     tensors: Mapping[str, Tensor]
     causal: str = "ForCausalLM"
+    classifier: str = "ForSequenceClassification"
 
     def read(self, raw: Mapping[str, Any], source: str) -> DecoderConfig:
         """The choices of a ``config.json``.
@@ -168,7 +170,7 @@ class Family:
         Raises:
           UserError: the family has no models of these choices.
         """
-        kind = "ForSequenceClassification" if config.reward else self.causal
+        kind = self.classifier if config.reward else self.causal
         raw = {"architectures": [self.architecture + kind], "model_type": self.model_type}
         try:
             raw |= self.write(config) | ({"num_labels": 1} if config.reward else {})

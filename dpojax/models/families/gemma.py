@@ -117,6 +117,13 @@ def gemma3_fields(config: DecoderConfig) -> dict[str, Any]:
     return raw | {"rope_parameters": {FULL: write_rope(config.positions), SLIDING: write_rope(local)}}
 
 
-GEMMA3 = Family("gemma3_text", "Gemma3", gemma3_config, gemma3_fields, GEMMA3_TENSORS)
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3",
+    gemma3_config,
+    gemma3_fields,
+    GEMMA3_TENSORS,
+    classifier="TextForSequenceClassification",
+)
 
 FAMILIES = {family.model_type: family for family in (GEMMA2, GEMMA3)}
