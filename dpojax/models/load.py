@@ -246,9 +246,23 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     path = resolve(name)
     if path.is_file():
         return gguf_tokenizer(GGUFFile(path))
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = _tokenizer_class(path).from_pretrained(path)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
         raise UserError(f"{name}: no usable tokenizer ({first_line(error)}); name one with --tokenizer") from None
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise UserError(f"{name}: its tokenizer has no tokens, as where files are missing; name one with --tokenizer")
+    return tokenizer
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """What reads a directory's tokenizer: the class that it names, where it has no ``tokenizer.json``.
+
+    transformers' AutoTokenizer would take the class of the model's family there, and read nothing without an error.
+    """
+    import transformers
+
+    config = path / "tokenizer_config.json"
+    named = read_json(config).get("tokenizer_class") if config.exists() else None
+    alone = named is not None and not (path / "tokenizer.json").exists()
+    return (alone and getattr(transformers, str(named), None)) or transformers.AutoTokenizer

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
 from dpojax.data import Batches, Example
 from dpojax.errors import UserError
 from dpojax.generate import make_sampler, sample_all
 from dpojax.logprobs import completion_logps
-from dpojax.models import Learned, Model, fingerprint, init_params, load_model, make_apply
+from dpojax.models import Learned, Model, fingerprint, init_params, load_model, load_tokenizer, make_apply
 from dpojax.train.inputs import check_fit
 from tests.conftest import plain_input, random_batch
+from tests.models.families import FAMILIES as TINY
 from tests.models.families import GPT2
 from tests.models.test_families import random_model
 from tests.models.test_quantized import saved, tensors_of
@@ -57,3 +59,17 @@ def test_sampling_and_shared_prompts_run_the_same_block(model, residual):
     ((drawn,),) = sample_all(sampler, params, [prompt], batch_size=1, seed=0).lists()
     h, head = apply_fn(params, plain_input(jnp.array([prompt + drawn])))
     assert (h[0] @ head.T).argmax(axis=-1)[len(prompt) - 1 : -1].tolist() == drawn
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "llama"])
+def test_a_tokenizer_is_of_the_class_that_it_names(family, tmp_path):
+    """transformers' AutoTokenizer gives Qwen2's class here, which has read no token."""
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY[family]))
+    assert load_tokenizer(str(tmp_path))("a film").input_ids == ByT5Tokenizer()("a film").input_ids
+
+
+def test_a_tokenizer_without_tokens_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["qwen2"]))
+    with pytest.raises(UserError, match=r"no usable tokenizer|its tokenizer has no tokens"):
+        load_tokenizer(str(tmp_path))
