@@ -1,6 +1,7 @@
 """An adapter beside a frozen base: what is trained, kept, read by the reference, continued and exported."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from dpojax.configs import MeshConfig
 from dpojax.data import Batches, Example, IndexedBatch
 from dpojax.losses import sigmoid
 from dpojax.models import fingerprint, load_model, make_apply, merge, new_lora, with_adapter, without_adapter
+from dpojax.models.fewbits import quantized
 from dpojax.models.lora import with_dropout
 from dpojax.models.params import flatten, nest, of_adapter, param_specs, partition
 from dpojax.sharding import batch_sharding, make_mesh, put_global
@@ -288,3 +290,44 @@ def test_parameters_of_the_table(config):
     assert specs["blocks/q_lora_a"].shape == (2, 32, 3) and specs["blocks/q_lora_b"].shape == (2, 3, 4, 8)
     assert specs["blocks/o_lora_a"].shape == (2, 3, 4, 8) and specs["blocks/o_lora_b"].shape == (2, 32, 3)
     assert specs["blocks/down_lora_a"].shape == (2, 3, 64) and specs["blocks/down_lora_b"].shape == (2, 32, 3)
+
+
+needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs qwix, which CI installs")
+
+
+def copied(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+@needs_qwix
+@pytest.mark.parametrize(("kind", "error"), [("int8", 1 / 127 / 2), ("nf4", 0.16)])
+def test_a_quantised_weight_is_near_its_own(config, params, kind, error):
+    """Within half a step of the scale, which is the largest of an output, or of 64 numbers (here 32, the width)."""
+    few = dataclasses.replace(config, quantized=kind)
+    kept = quantized(few, copied(params))
+    assert {path: (x.shape, x.dtype) for path, x in flatten(kept).items()} == {
+        path: (spec.shape, spec.dtype) for path, spec in param_specs(few).items()
+    }
+    whole = flatten(merge(few, kept))
+    for path, x in flatten(params).items():
+        axes = (1,) if (path[-1] != "o" and not path.endswith("down")) or kind == "nf4" else tuple(range(2, x.ndim))
+        largest = np.abs(x).max(axis=axes, keepdims=True) if path.startswith("blocks/") and x.ndim > 2 else 0 * x
+        assert (np.abs(whole[path] - x) <= largest * error + 1e-6).all(), path
+    np.testing.assert_allclose(hidden(few, kept), hidden(config, nest(whole)), atol=1e-4)
+
+
+@needs_qwix
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_on_a_quantised_base(tiny_dir, pairs_file, tmp_path, kind):
+    """The reference reads the quantised base; the policy that is read from the run has it too."""
+    for name in ("live", "cached"):
+        more = {"quantize_base": kind, "reference": name}
+        assert main(flags(tiny_dir, pairs_file, tmp_path / name, **more)) == 0
+    for live, cached in zip(*(curve(tmp_path / name) for name in ("live", "cached")), strict=True):
+        assert live == pytest.approx(cached, rel=2e-3, abs=2e-3)  # rounding, grown in 12 steps of a high rate
+    lines = curve(tmp_path / "live")
+    assert lines[0]["eval_loss"] == pytest.approx(0.69314718, abs=1e-8) and lines[-1]["eval_loss"] < 0.6
+    args = ["logps", "--model", str(tmp_path / "live"), "--data", pairs_file, "--output", str(tmp_path / "l.jsonl")]
+    assert main(args) == 0
+    chosen = [json.loads(line)["chosen_logps"] for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert np.mean(chosen) == pytest.approx(lines[-1]["eval_logps/chosen"], rel=1e-5)
