@@ -152,6 +152,9 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     lora_init: Literal["b-zero", "a-zero"] = "b-zero"
     """The factor that starts at zero; the other is random. From B, the first steps move slower; from A, they cannot
     hang at ln 2."""
+    quantize_base: Literal["none", "int8", "nf4"] = "none"
+    """How the layers' frozen weights are kept beside an adapter: in 8 bits, or in the 4 of QLoRA; the reference reads
+    the same."""
     adapter: str | None = None
     """PEFT adapter on --model to start from; the reference is both together. (--model may also be such a directory,
     which names its base.)"""

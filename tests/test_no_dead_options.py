@@ -170,6 +170,7 @@ def train_changes(w) -> dict:
         "lora_dropout": (0.3, {"lora_rank": 2}),
         "use_rslora": (True, {"lora_rank": 2}),
         "lora_init": ("a-zero", {"lora_rank": 2}),
+        "quantize_base": ("int8", {"lora_rank": 2}),  # refused where qwix is not installed
         "adapter": str(root / "adapter"),
         "remat": "block",
         "mesh": MeshConfig(data=2, fsdp=2, tensor=2),

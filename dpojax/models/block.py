@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from dpojax.models.config import DecoderConfig, Norm
+from dpojax.models.fewbits import dequantized
 from dpojax.models.params import BACK
 
 Weights = Mapping[str, Any]
@@ -73,10 +74,16 @@ def project(weights: Weights, names: Sequence[str], x: Float[Array, "R T D"]) ->
         parts = jnp.split(y, ends[:-1], axis=-1)
         return [part.reshape(*x.shape[:2], *shape) for part, shape in zip(parts, fused.shapes, strict=True)]
     products = {2: "rtd,df->rtf", 3: "rtd,dnh->rtnh"}
-    each = ((name, weights[name].astype(x.dtype)) for name in names)
+    each = ((name, weight(weights, name, x.dtype)) for name in names)
     outs = [_with_bias(weights, name, jnp.einsum(products[w.ndim], x, w)) for name, w in each]
     return [y + low_rank(weights, name, x, weights.get("dropout")) if adapted(weights, name) else y
             for name, y in zip(names, outs, strict=True)]  # fmt: skip
+
+
+def weight(weights: Weights, name: str, dtype: Any) -> Array:
+    """A weight in a compute dtype, dequantised where it has scales."""
+    w, scale = weights[name], weights.get(f"{name}_scale")
+    return (w if scale is None else dequantized(w, scale)).astype(dtype)
 
 
 def adapted(weights: Weights, name: str) -> bool:
@@ -112,7 +119,7 @@ def project_back(
         product = jnp.einsum("df,rtf->drt", w.matrix.astype(x.dtype), x.reshape(*x.shape[:2], -1))
         y = jax.lax.optimization_barrier(product).transpose(1, 2, 0)
     else:
-        y = jnp.einsum({2: "rtf,df->rtd", 3: "rtnh,dnh->rtd"}[w.ndim], x, w.astype(x.dtype))
+        y = jnp.einsum({2: "rtf,df->rtd", 3: "rtnh,dnh->rtd"}[w.ndim], x, weight(weights, name, x.dtype))
     y = y + low_rank(weights, name, x, dropout) if adapted(weights, name) else y
     return _with_bias(weights, name, y)
 

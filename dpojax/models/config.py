@@ -105,6 +105,11 @@ class LayerKind:
     scale: float | None = None
 
 
+Quantized = Literal["none", "int8", "nf4"]
+"""Numbers of a frozen weight: its own; 8 bits and a scale for every output; or 4 bits of normal quantiles (Dettmers et
+al. 2023, arXiv 2305.14314) and a scale for every 64 numbers."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRank:
     """The rank and alpha of the adapter beside one weight of every layer, by the weight's name."""
@@ -149,6 +154,7 @@ class DecoderConfig:
     ``embed_scale``; logits z become ``c tanh(z / c)`` with c the ``logits_softcap``. ``experts`` stand in place of the
     MLP in all layers but the ``dense_layers``. ``max_positions`` is the longest text that the model was made for.
     ``lora`` is an adapter beside the parameters; all other choices are the base's.
+    ``quantized`` is how the layers' weights are kept where no step changes them.
     """
 
     vocab_size: int
@@ -170,6 +176,7 @@ class DecoderConfig:
     experts: Experts | None = None
     dense_layers: tuple[int, ...] = ()
     lora: Lora | None = None
+    quantized: Quantized = "none"
 
     @property
     def base(self) -> "DecoderConfig":
@@ -180,10 +187,11 @@ class DecoderConfig:
     def merged(self) -> "DecoderConfig":
         """The choices of the model that has the adapter in its own parameters."""
         if self.lora is None:
-            return self
+            return dataclasses.replace(self, quantized="none")
         vocab, tied = self.lora.vocab_size, self.lora.tied
         tied = self.tied if tied is None else tied
-        return dataclasses.replace(self.base, vocab_size=self.vocab_size if vocab is None else vocab, tied=tied)
+        size = self.vocab_size if vocab is None else vocab
+        return dataclasses.replace(self.base, vocab_size=size, tied=tied, quantized="none")
 
     @property
     def reward(self) -> bool:

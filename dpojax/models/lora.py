@@ -18,6 +18,7 @@ from dpojax.errors import UserError
 from dpojax.models.block import Dropout
 from dpojax.models.config import DecoderConfig, Lora, LowRank
 from dpojax.models.families import Family
+from dpojax.models.fewbits import restored
 from dpojax.models.params import (
     ADAPTABLE,
     BACK,
@@ -161,8 +162,8 @@ def with_dropout(params: PyTree, key: PRNGKeyArray) -> PyTree:
 def merge(config: DecoderConfig, params: PyTree) -> PyTree:
     """The parameters of the model that computes the same without an adapter (``config.merged``): ``W + scale A B``."""
     if config.lora is None:
-        return params
-    flat = _replaced(config, flatten(params))
+        return restored(config, params)
+    flat = _replaced(config, flatten(restored(config, params)))
     for low in config.lora.weights:
         a, b = (flat.pop(f"blocks/{low.name}_lora_{factor}") for factor in "ab")
         path = f"blocks/{low.name}"
@@ -183,8 +184,10 @@ def check_merged(config: DecoderConfig) -> None:
     Raises:
       ValueError: it says how to merge.
     """
-    if config.lora is not None:
-        raise ValueError("the model has an adapter; merge it first: merge(config, params), and config.merged")
+    if config != config.merged:
+        raise ValueError(
+            "the model has an adapter, or is quantised; merge it first: merge(config, params), and config.merged"
+        )
 
 
 def parameters(config: DecoderConfig) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class ParamSpec:
     init: Literal["normal", "zeros", "ones", "uniform"] = "normal"
     bound: float = 0.0
     """Of uniform values, on both sides of zero."""
+    dtype: Any = jnp.float32
 
 
 def _norm(norm: Norm, name: str, width: int) -> dict[str, ParamSpec]:
@@ -107,6 +108,29 @@ def param_specs(config: DecoderConfig) -> dict[str, ParamSpec]:
         out["head"] = ParamSpec((V, D), ("vocab", "embed"))
     if config.head_bias and not config.reward:
         out["head_bias"] = ParamSpec((V,), ("vocab",), "zeros")
+    return out if config.quantized == "none" else quantized_specs(config, out)
+
+
+NF4_BLOCK = 64
+"""Numbers that share a scale, along a weight's first axis."""
+
+
+def quantized_specs(config: DecoderConfig, specs: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
+    """The table with the layers' weights in few bits, each with its scales as ``blocks/q_scale``."""
+    out = dict(specs)
+    for name in ADAPTABLE:
+        if (path := f"blocks/{name}") not in specs:
+            continue
+        L, D, *rest = specs[path].shape
+        layers, width, *axes = specs[path].axes
+        if config.quantized == "nf4":
+            scale = ParamSpec((L, D // math.gcd(D, NF4_BLOCK), *rest), (layers, width, *axes), "ones")
+        elif name in BACK:
+            scale = ParamSpec((L, D, *[1] * len(rest)), (layers, width, *[None] * len(rest)), "ones")
+        else:
+            scale = ParamSpec((L, 1, *rest), (layers, None, *axes), "ones")
+        dtype = jnp.uint4 if config.quantized == "nf4" else jnp.int8
+        out |= {path: dataclasses.replace(specs[path], dtype=dtype), f"{path}_scale": scale}
     return out
 
 
@@ -176,8 +200,8 @@ def param_shardings(mesh: Mesh, config: DecoderConfig) -> PyTree:
 
 
 def abstract_params(config: DecoderConfig, mesh: Mesh | None = None) -> PyTree:
-    """Shapes, float32 and, on a mesh, placement of every parameter; nothing is allocated."""
-    shapes = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), config)
+    """Shapes, dtypes and, on a mesh, placement of every parameter; nothing is allocated."""
+    shapes = map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), config)
     if mesh is None:
         return shapes
     placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731

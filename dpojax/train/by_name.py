@@ -22,6 +22,7 @@ from dpojax.models import (
     open_model,
 )
 from dpojax.models.families import family_of
+from dpojax.models.fewbits import quantized
 from dpojax.models.generation import read_generation_config
 from dpojax.models.load import adapter_directory, resolve, reward_config
 from dpojax.models.params import flatten, nest, of_adapter, partition
@@ -176,7 +177,7 @@ def load_adapter_of_run(path: str | Path, which: str = "latest") -> tuple[Model,
 def _base_of(beside: RunAdapter, raw: dict[str, Any]) -> DecoderConfig:
     """The choices of a run's base and adapter, from the merged model's ``config.json``."""
     base = {**raw, "vocab_size": beside.vocab_size, "tie_word_embeddings": beside.tied}
-    return dataclasses.replace(config_from_hf(base, "config.json"), lora=beside.lora)
+    return dataclasses.replace(config_from_hf(base, "config.json"), lora=beside.lora, quantized=beside.quantized)
 
 
 def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh) -> Model:
@@ -192,9 +193,9 @@ def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh
         base = open_policy(beside.base, reward=config.reward).load(mesh)
     except UserError as error:
         raise UserError(f"{run}: the base of its adapter cannot be read: {error}") from None
-    if base.config != config.base or fingerprint(base.params) != options_of_run(run).get("base_hash"):
+    if base.config != config.base.merged or fingerprint(base.params) != options_of_run(run).get("base_hash"):
         raise UserError(f"{run}: {beside.base} is not the base that its adapter was trained on; put that back there")
-    params = nest({**flatten(base.params), **adapter})
+    params = nest({**flatten(quantized(config, base.params, mesh)), **adapter})
     return Model(config, params, raw, read_generation_config(run / "model"))
 
 

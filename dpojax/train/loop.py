@@ -133,9 +133,9 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     for shape in {start.config.merged, ref_config.merged}:
         check_fit(shape, data.examples, config.tokenizer or config.model)
     program = program_of(config, task, ref_config, mesh, data.total_steps, start.config.lora)
-    model = start.load(mesh, config.seed)
+    model, base_hash = start.load(mesh, config.seed)
     ref_model = ref_files.load(mesh) if ref_files is not None else start.reference_model(model, ref_config)
-    identities = start.hashes(model, None if task.reference.form == "none" else ref_model)
+    identities = start.hashes(base_hash, model, None if task.reference.form == "none" else ref_model)
     identities["data_hash"] = data.content_hash
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
     if data.today is not None:
@@ -144,8 +144,8 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     run = Path(config.output)
     save_model_files(start.merged.hf_config, start.merged.generation_config, data.tokenizer, run / "model")
     if start.config.lora is not None and start.base is not None:
-        shape = start.config.base
-        save_adapter_of_run(run, RunAdapter(start.base, start.config.lora, shape.vocab_size, shape.tied))
+        base = start.config.base
+        save_adapter_of_run(run, RunAdapter(start.base, start.config.lora, base.vocab_size, base.tied, base.quantized))
     return data, model, ref_model, program, identities
 
 

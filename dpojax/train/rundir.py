@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
-from dpojax.models.config import Lora
+from dpojax.models.config import Lora, Quantized
 from dpojax.models.lora import lora_of_dict
 from dpojax.models.safetensors import GENERATION, read_json
 
@@ -52,6 +52,7 @@ class RunAdapter:
     lora: Lora
     vocab_size: int
     tied: bool
+    quantized: Quantized = "none"
 
 
 def adapter_of_run(path: str | Path) -> RunAdapter | None:
@@ -60,7 +61,7 @@ def adapter_of_run(path: str | Path) -> RunAdapter | None:
     if not file.exists():
         return None
     raw = read_json(file)
-    return RunAdapter(raw["base"], lora_of_dict(raw["lora"]), raw["vocab_size"], raw["tied"])
+    return RunAdapter(**{**raw, "lora": lora_of_dict(raw["lora"])})
 
 
 def save_adapter_of_run(path: Path, adapter: RunAdapter) -> None:

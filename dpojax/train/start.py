@@ -7,11 +7,12 @@ from jax.sharding import Mesh
 
 from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
-from dpojax.models import DecoderConfig, Model, check_divides, fingerprint
+from dpojax.models import DecoderConfig, Lora, Model, check_divides, fingerprint
 from dpojax.models.families import family_of
+from dpojax.models.fewbits import check_qwix, quantized
 from dpojax.models.load import adapter_directory, resolve
 from dpojax.models.lora import check_linear, new_lora, parameters, targeted, with_adapter, without_adapter
-from dpojax.models.params import flatten, nest
+from dpojax.models.params import flatten, nest, of_adapter, partition
 from dpojax.models.peft import AdapterFiles, load_adapter, lora_of, open_adapter
 from dpojax.options import flag
 from dpojax.progress import console
@@ -40,7 +41,7 @@ class Start:
     @property
     def reference(self) -> DecoderConfig:
         """The choices of the policy as it is before training: without a new adapter, which changes nothing yet."""
-        return self.config if self.adapter is not None else self.files.config
+        return self.config if self.adapter is not None else self.config.base
 
     @property
     def merged(self) -> PolicyFiles:
@@ -48,18 +49,20 @@ class Start:
         raw = merged_hf_config(self.files.hf_config, self.config)
         return dataclasses.replace(self.files, config=self.config.merged, hf_config=raw)
 
-    def load(self, mesh: Mesh, seed: int) -> Model:
-        """The policy with its parameters born on the mesh: the base's, and the adapter's beside them."""
+    def load(self, mesh: Mesh, seed: int) -> tuple[Model, str]:
+        """The policy with its parameters born on the mesh, the base's and the adapter's beside them; and the content
+        hash of the model, or the base, as its files have it."""
         model = self.files.load(mesh)
+        content = fingerprint(model.params)
         if self.config.lora is None:
-            return model
-        params = model.params
+            return model, content
+        params = quantized(self.config, model.params, mesh)
         if self.adapter is None:
             params = with_adapter(self.config, params, seed, mesh)
         else:
             family = family_of(self.files.hf_config, "config.json")
             params = nest({**flatten(params), **load_adapter(self.adapter, family, self.config, mesh)})
-        return dataclasses.replace(model, config=self.config, params=params)
+        return dataclasses.replace(model, config=self.config, params=params), content
 
     def reference_model(self, policy: Model, reference: DecoderConfig) -> Model:
         """The reference of these choices, of the policy's own arrays."""
@@ -67,15 +70,24 @@ class Start:
             return policy
         return dataclasses.replace(policy, config=reference, params=without_adapter(policy.params))
 
-    def hashes(self, policy: Model, reference: Model | None) -> dict[str, str]:
-        """Content hashes of the policy, of its reference, and, where there is an adapter, of the base."""
-        out = {}
+    def hashes(self, content: str, policy: Model, reference: Model | None) -> dict[str, str]:
+        """Content hashes of the policy, of its reference, and, where there is an adapter, of the base.
+
+        Args:
+          content: of the model's or the base's files (:meth:`load`).
+          policy: as it begins. A new adapter changes nothing yet, so its hash is the base's.
+          reference: None where there is none.
+        """
+        kept = self.config.quantized
+        base = content if kept == "none" else f"{content}-{kept}"
+        read = None if self.adapter is None else fingerprint(partition(policy.params, of_adapter)[0])
+        out = {"model_hash": base if read is None else f"{base}+{read}"}
         if policy.config.lora is not None:
-            out["base_hash"] = fingerprint(without_adapter(policy.params))
-        # A new adapter changes nothing yet.
-        out["model_hash"] = fingerprint(policy.params) if self.reference == self.config else out["base_hash"]
+            out["base_hash"] = content
         if reference is not None:
-            out["reference_hash"] = out["model_hash"] if reference is policy else fingerprint(reference.params)
+            own = flatten(reference.params)["final_norm"] is flatten(policy.params)["final_norm"]
+            same = out["model_hash"] if reference.config == self.reference else base
+            out["reference_hash"] = same if own else fingerprint(reference.params)
         return out
 
 
@@ -120,7 +132,14 @@ def _from_adapter(config: TrainOptions, directory: str) -> Start:
     files = open_policy(base)
     lora = lora_of(adapter, family_of(files.hf_config, base), files.config)
     lora = dataclasses.replace(lora, dropout=config.lora_dropout)
-    return Start(files, dataclasses.replace(files.config, lora=lora), base, adapter)
+    return Start(files, _kept(config, files.config, lora), base, adapter)
+
+
+def _kept(config: TrainOptions, base: DecoderConfig, lora: Lora) -> DecoderConfig:
+    """The policy's choices: the base as the options keep it, and the adapter."""
+    if config.quantize_base != "none":
+        check_qwix()
+    return dataclasses.replace(base, lora=lora, quantized=config.quantize_base)
 
 
 def _with_new(config: TrainOptions, files: PolicyFiles, reward: bool) -> Start:
@@ -135,7 +154,7 @@ def _with_new(config: TrainOptions, files: PolicyFiles, reward: bool) -> Start:
         zero="a" if config.lora_init == "a-zero" else "b",
         saved=("score",) if reward else (),  # a new head is zero, and trained whole
     )
-    return Start(files, dataclasses.replace(files.config, lora=lora), config.model)
+    return Start(files, _kept(config, files.config, lora), config.model)
 
 
 def check_adapter_options(config: TrainOptions, *, new: bool, read: bool) -> None:
@@ -145,7 +164,7 @@ def check_adapter_options(config: TrainOptions, *, new: bool, read: bool) -> Non
       UserError: naming the flag.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
-    unused: Sequence[str] = () if new else ONLY_NEW if read else (*ONLY_NEW, "lora_dropout")
+    unused: Sequence[str] = () if new else ONLY_NEW if read else (*ONLY_NEW, "lora_dropout", "quantize_base")
     for name in unused:
         if (value := getattr(config, name)) != defaults[name]:
             shown = " ".join(value) if isinstance(value, tuple) else value
@@ -164,7 +183,7 @@ def reference_of(start: Start, name: str | None) -> tuple[DecoderConfig, PolicyF
     if name is None:
         return start.reference, None
     if start.base is not None and same_model(name, start.base):
-        return start.files.config, None
+        return start.config.base, None
     files = open_policy(name)
     if files.config != start.config.merged:
         raise UserError(f"--ref-model {name}: differs from --model in shape; use one of its kind")

@@ -96,7 +96,7 @@ def test_tensors_that_the_index_does_not_name_are_seen_too(model, tmp_path):
 def test_an_adapter_beside_a_model_is_refused(model, tmp_path):
     directory = with_tensors(model, tmp_path / "m")
     (tmp_path / "m" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"adapter_config.json: an adapter is not read; merge it into the model"):
+    with pytest.raises(UserError, match=r"adapter_config.json: an adapter beside a whole model, and only one"):
         open_model(directory)
 
 

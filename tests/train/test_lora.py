@@ -1,6 +1,7 @@
 """An adapter beside a frozen base: what is trained, kept, read by the reference, continued and exported."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from dpojax.configs import MeshConfig
 from dpojax.data import Batches, Example, IndexedBatch
 from dpojax.losses import sigmoid
 from dpojax.models import fingerprint, load_model, make_apply, merge, new_lora, with_adapter, without_adapter
+from dpojax.models.fewbits import quantized
 from dpojax.models.lora import with_dropout
 from dpojax.models.params import flatten, nest, of_adapter, param_specs, partition
 from dpojax.sharding import batch_sharding, make_mesh, put_global
@@ -150,6 +152,13 @@ def losses(run) -> list[float]:
     return [line["loss"] for line in curve(run) if "loss" in line]
 
 
+def saved_names(run, step: int) -> list[str]:
+    """The names of the parameters in a checkpoint."""
+    names = json.loads((run / "checkpoints" / str(step) / "params" / "_METADATA").read_text())["tree_metadata"]
+    assert names
+    return list(names)
+
+
 @pytest.fixture(scope="module")
 def run(tiny_dir, pairs_file, tmp_path_factory):
     run = tmp_path_factory.mktemp("lora") / "run"
@@ -161,8 +170,7 @@ def test_a_run_keeps_its_adapter_alone_and_is_read_as_a_model(tiny_dir, pairs_fi
     lines = curve(run)
     assert lines[0]["eval_loss"] == pytest.approx(0.69314718, abs=1e-8)
     assert lines[-1]["eval_loss"] < 0.6
-    saved = json.loads((run / "checkpoints" / "12" / "params" / "_METADATA").read_text())["tree_metadata"]
-    assert saved and all("_lora_" in name for name in saved)
+    assert all("_lora_" in name for name in saved_names(run, 12))
     policy, step = load_run(run)
     assert step == 12 and not any(of_adapter(path) for path in flatten(policy.params))
     assert fingerprint(policy.params) != fingerprint(load_model(tiny_dir).params)
@@ -189,8 +197,9 @@ def test_killed_and_continued_is_never_killed(tiny_dir, pairs_file, tmp_path):
 
 def test_cached_and_live_references_are_the_adapter_off(tiny_dir, pairs_file, tmp_path):
     for kind in ("cached", "live"):
-        assert main(flags(tiny_dir, pairs_file, tmp_path / kind, reference=kind)) == 0
-    named = flags(tiny_dir, pairs_file, tmp_path / "named", ref_model=tiny_dir, reference="live")
+        assert main(flags(tiny_dir, pairs_file, tmp_path / kind, reference=kind, learning_rate=1e-3)) == 0
+    more = {"ref_model": tiny_dir, "reference": "live", "learning_rate": 1e-3}
+    named = flags(tiny_dir, pairs_file, tmp_path / "named", **more)
     assert main(named) == 0
     for cached, live, base in zip(*(curve(tmp_path / kind) for kind in ("cached", "live", "named")), strict=True):
         assert cached == pytest.approx(live, rel=1e-5, abs=1e-5)
@@ -221,6 +230,17 @@ def test_an_exported_adapter_is_a_starting_point(tiny_dir, pairs_file, run, tmp_
         assert (zero["eval_loss"], zero["eval_rewards/margins"]) == (pytest.approx(0.69314718, abs=1e-6), 0.0)
     zero = curve(tmp_path / "against-base")[0]
     assert zero["eval_loss"] == pytest.approx(curve(run)[-1]["eval_loss"], abs=1e-5)
+
+
+def test_sft_trains_an_adapter_and_layers_train_on_the_merged_model(tiny_dir, pairs_file, run, tmp_path):
+    args = flags(tiny_dir, pairs_file, tmp_path / "sft", steps=4)
+    assert main(["sft", *args[1:]]) == 0
+    assert all("_lora_" in name for name in saved_names(tmp_path / "sft", 4))
+    assert losses(tmp_path / "sft")[-1] < losses(tmp_path / "sft")[0]
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "adapter"), "--adapter"]) == 0
+    more = {"model": tmp_path / "adapter", "lora_rank": None, "train_top_layers": 1, "steps": 2}
+    assert main(flags(tiny_dir, pairs_file, tmp_path / "top", **more)) == 0
+    assert curve(tmp_path / "top")[0]["eval_loss"] == pytest.approx(0.69314718, abs=1e-8)
 
 
 def test_another_base_is_refused(tiny_dir, pairs_file, tmp_path, capsys):
@@ -288,3 +308,49 @@ def test_parameters_of_the_table(config):
     assert specs["blocks/q_lora_a"].shape == (2, 32, 3) and specs["blocks/q_lora_b"].shape == (2, 3, 4, 8)
     assert specs["blocks/o_lora_a"].shape == (2, 3, 4, 8) and specs["blocks/o_lora_b"].shape == (2, 32, 3)
     assert specs["blocks/down_lora_a"].shape == (2, 3, 64) and specs["blocks/down_lora_b"].shape == (2, 32, 3)
+
+
+needs_qwix = pytest.mark.skipif(importlib.util.find_spec("qwix") is None, reason="needs qwix, which CI installs")
+
+
+def copied(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+@needs_qwix
+@pytest.mark.parametrize(("kind", "error"), [("int8", 1 / 127 / 2), ("nf4", 0.16)])
+def test_a_quantised_weight_is_near_its_own(config, params, kind, error):
+    """Within half a step of the scale, which is the largest of an output, or of 64 numbers (here 32, the width)."""
+    few = dataclasses.replace(config, quantized=kind)
+    kept = quantized(few, copied(params))
+    assert {path: (x.shape, x.dtype) for path, x in flatten(kept).items()} == {
+        path: (spec.shape, spec.dtype) for path, spec in param_specs(few).items()
+    }
+    whole = flatten(merge(few, kept))
+    for path, x in flatten(params).items():
+        axes = (1,) if (path[-1] != "o" and not path.endswith("down")) or kind == "nf4" else tuple(range(2, x.ndim))
+        largest = np.abs(x).max(axis=axes, keepdims=True) if path.startswith("blocks/") and x.ndim > 2 else 0 * x
+        assert (np.abs(whole[path] - x) <= largest * error + 1e-6).all(), path
+    np.testing.assert_allclose(hidden(few, kept), hidden(config, nest(whole)), atol=1e-4)
+
+
+@needs_qwix
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_on_a_quantised_base(tiny_dir, pairs_file, tmp_path, kind):
+    """The reference reads the quantised base; the policy that is read from the run has it too."""
+    for name in ("live", "cached"):
+        more = {
+            "quantize_base": kind,
+            "reference": name,
+            "learning_rate": 1e-3,
+            "steps": 6,
+        }  # high rates amplify rounding
+        assert main(flags(tiny_dir, pairs_file, tmp_path / name, **more)) == 0
+    for live, cached in zip(*(curve(tmp_path / name) for name in ("live", "cached")), strict=True):
+        assert live == pytest.approx(cached, rel=1e-4, abs=1e-4)
+    lines = curve(tmp_path / "live")
+    assert lines[0]["eval_loss"] == pytest.approx(0.69314718, abs=1e-8) and lines[-1]["eval_loss"] < 0.69
+    args = ["logps", "--model", str(tmp_path / "live"), "--data", pairs_file, "--output", str(tmp_path / "l.jsonl")]
+    assert main(args) == 0
+    chosen = [json.loads(line)["chosen_logps"] for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert np.mean(chosen) == pytest.approx(lines[-1]["eval_logps/chosen"], rel=1e-5)
