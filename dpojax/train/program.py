@@ -283,8 +283,11 @@ def abstract_inputs(program: Program, batch: PairBatch) -> tuple[TrainState, Pai
 
     ref = None
     if traits.needs_live_reference:
-        ref = jax.eval_shape(program.ref_step, abstract_params(program.config, program.mesh), placed(batch))
-        head = ref.head and unembedding_of(program.config, abstract_params(program.config, program.mesh))
+        params = abstract_params(program.config, program.mesh)
+        ref = jax.eval_shape(program.ref_step, params, placed(batch))
+        # The unembedding lies as it does among the reference's parameters.
+        own = [params[name] for name in (program.config.unembedding, "head_bias") if name in params]
+        head = None if ref.head is None else jax.tree.unflatten(jax.tree.structure(ref.head), own)
         ref = dataclasses.replace(placed(dataclasses.replace(ref, head=None)), head=head)
     elif traits.reference:
         zeros = jax.ShapeDtypeStruct(batch.completion_len.shape, jnp.float32)
