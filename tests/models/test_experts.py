@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from dpojax.configs import MeshConfig
+from dpojax.errors import UserError
 from dpojax.logprobs import completion_logps
 from dpojax.losses import LOSSES
-from dpojax.models import make_apply, param_shardings
+from dpojax.models import check_divides, make_apply, param_shardings
+from dpojax.models.config import Experts
 from dpojax.models.experts import Routing, balance_loss, mixture, route
 from dpojax.models.load import save_model
+from dpojax.models.lora import check_linear
 from dpojax.sharding import constrainer, make_mesh
 from dpojax.train import initial_state, live_reference, make_program
 from tests.conftest import plain_input, random_batch
@@ -122,3 +125,14 @@ def test_a_step_logs_the_balance_loss_and_its_weight_lowers_it():
     assert without[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert with_it[0]["loss"] == pytest.approx(np.log(2) + 10 * with_it[0]["aux_loss"], rel=1e-5)
     assert with_it[-1]["aux_loss"] < without[-1]["aux_loss"]
+
+
+def test_an_adapter_beside_experts_is_refused():
+    with pytest.raises(UserError, match="--model m: an adapter beside the experts' weights is not supported"):
+        check_linear(random_model(TINY["mixtral"]).config, "--model m")
+
+
+def test_experts_that_the_mesh_does_not_divide_are_refused():
+    config = dataclasses.replace(random_model(TINY["mixtral"]).config, experts=Experts(number=3, per_token=1, width=8))
+    with pytest.raises(UserError, match=r"--mesh.tensor: 2 does not divide the model's experts, 3; use a divisor"):
+        check_divides(make_mesh(MeshConfig(data=4, tensor=2)), config)
