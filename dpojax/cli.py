@@ -139,6 +139,7 @@ def run_sample(config: SampleConfig) -> int:
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
     files = open_policy(config.model)
     check_prompts(config, files.config, prompts)
+    ends = files.eos_ids(tokenizer)
     model = files.load(None)
     keep_memory()
     # A prompt is computed once for as many of its completions as a batch holds.
@@ -148,7 +149,7 @@ def run_sample(config: SampleConfig) -> int:
         model.config,
         num_samples=together,
         max_new_tokens=config.max_new_tokens,
-        eos_ids=(*model.eos_ids(tokenizer), *config.stop_token_ids),
+        eos_ids=(*ends, *config.stop_token_ids),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

@@ -1,6 +1,7 @@
 """Every EOS of a model stops sampling, and its generation_config.json stays with it: runs, exports, GGUF."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from dpojax.cli import main
 from dpojax.errors import UserError
 from dpojax.generate import Samples, make_sampler, sample_all
 from dpojax.models import as_reward_model, load_model, load_tokenizer, open_model, save_model
-from dpojax.train.by_name import load_policy
+from dpojax.train.by_name import load_policy, open_policy
 from tests.conftest import HF_CONFIG
 
 VOCAB = HF_CONFIG["vocab_size"]
@@ -54,8 +55,33 @@ def test_an_eos_that_is_no_token_is_one_sentence(file, eos, tiny_dir, tmp_path):
     path = directory(tiny_dir, tmp_path / "m", *([fields] if file != "config.json" else []))
     if file == "config.json":
         (path / file).write_text(json.dumps(HF_CONFIG | fields))
-    with pytest.raises(UserError, match=f"/{file}: eos_token_id .* is no token of the model, which has 384; fix it"):
-        open_model(str(path))
+    says = f"{file}: eos_token_id .* is no token of the model, which has 384; fix it, or set null"
+    files = open_policy(str(path))
+    with pytest.raises(UserError, match=f"/{says}"):
+        files.eos_ids(load_tokenizer(tiny_dir))
+    (note,) = open_model(str(path)).notes
+    assert re.search(f"/{says}, before texts are sampled$", note)
+
+
+def test_an_eos_that_is_no_token_is_refused_by_sampling_alone(tiny_dir, pairs_file, tmp_path, capsys):
+    """Log-probabilities, training and exports have the tokenizer's EOS, and say that sampling would refuse."""
+    path, run = directory(tiny_dir, tmp_path / "m", {"eos_token_id": 50256}), tmp_path / "run"
+    says = "generation_config.json: eos_token_id 50256 is no token of the model, which has 384"
+    flags = ["--batch-size", "8", "--steps", "1", "--max-shapes", "1"]
+    for command in (["logps", "--output", str(tmp_path / "out.jsonl")], ["dpo", "--output", str(run), *flags]):
+        assert main([*command, "--model", str(path), "--data", pairs_file]) == 0
+        printed = capsys.readouterr()
+        assert says in " ".join((printed.out + printed.err).split())
+    assert main(["export", "--run", str(run), "--output", str(tmp_path / "out")]) == 0
+    for model in (path, run):
+        assert main(["sample", "--model", str(model), "--prompt", "a"]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def test_a_reward_model_is_not_padded_with_an_eos_that_is_no_token(tiny_dir, tmp_path):
+    path = directory(tiny_dir, tmp_path / "m", eos_token_id=50256, pad_token_id=None)
+    assert as_reward_model(load_model(str(path))).hf_config["pad_token_id"] is None
 
 
 @pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ("[]", "not a JSON object")])

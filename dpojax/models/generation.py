@@ -55,6 +55,20 @@ def model_eos_ids(
     return tuple(dict.fromkeys([*ids, *eos_of(hf_config, vocab_size, str(where / "config.json"))]))
 
 
+def eos_notes(
+    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int, source: str | Path
+) -> list[str]:
+    """A sentence, where :func:`model_eos_ids` would refuse: only sampling needs these tokens.
+
+    Tiny models of transformers have the EOS of their class, which may be beyond their vocabulary.
+    """
+    try:
+        model_eos_ids(hf_config, generation_config, vocab_size, source)
+    except UserError as error:
+        return [f"{error}, before texts are sampled"]
+    return []
+
+
 def with_tokenizer_eos(ids: tuple[int, ...], tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> tuple[int, ...]:
     """The ids, and the tokenizer's EOS if it has one.
 

@@ -13,7 +13,7 @@ from dpojax.errors import UserError, first_line
 from dpojax.models.config import DecoderConfig
 from dpojax.models.dequantize import RawTensors
 from dpojax.models.families import FAMILIES, Family, family_of
-from dpojax.models.generation import model_eos_ids, read_generation_config, with_tokenizer_eos
+from dpojax.models.generation import eos_notes, model_eos_ids, read_generation_config, with_tokenizer_eos
 from dpojax.models.gguf import GGUFFile, GGUFSource
 from dpojax.models.gguf_tokenizer import gguf_tokenizer
 from dpojax.models.params import init_params, param_shardings
@@ -95,7 +95,8 @@ def reward_config(config: DecoderConfig, hf_config: dict[str, Any]) -> tuple[Dec
     raw |= {"label2id": {"reward": 0}, "num_labels": 1}
     if raw.get("pad_token_id") is None:  # transformers finds a row's end by it
         eos = raw.get("eos_token_id")
-        raw["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos
+        first = eos[0] if isinstance(eos, list) and eos else eos
+        raw["pad_token_id"] = first if isinstance(first, int) and 0 <= first < config.vocab_size else None
     return dataclasses.replace(config, head="score"), raw
 
 
@@ -222,8 +223,8 @@ def _checked(
     """Files of which all is read, or known to change nothing; notes name what is not understood."""
     check_dtypes(source)
     check_source(source, family, config)
-    model_eos_ids(raw, generation, config.vocab_size, source.path)
     notes = check_unread(source, family, config, rows=FIRST_ROWS)
+    notes += eos_notes(raw, generation, config.vocab_size, source.path)
     return ModelFiles(config, raw, source, generation, tuple(notes))
 
 

@@ -23,7 +23,7 @@ from dpojax.models import (
 )
 from dpojax.models.families import family_of
 from dpojax.models.fewbits import quantized
-from dpojax.models.generation import read_generation_config
+from dpojax.models.generation import model_eos_ids, read_generation_config, with_tokenizer_eos
 from dpojax.models.load import adapter_directory, resolve, reward_config
 from dpojax.models.params import flatten, nest, of_adapter, partition
 from dpojax.models.peft import CONFIG, load_adapter, lora_of, open_adapter
@@ -49,6 +49,16 @@ class PolicyFiles:
     generation_config: dict[str, Any]
     load: Callable[[Mesh | None], Model]
     """The model with its parameters born on a mesh (default: whole, on JAX's first device)."""
+
+    def eos_ids(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+        """Every token that ends a completion (:meth:`~dpojax.models.Model.eos_ids`), before weights are read.
+
+        Raises:
+          UserError: one of them is no token of the model.
+        """
+        where = Path(self.name) / "model" if is_run(self.name) else Path(self.name)
+        own = model_eos_ids(self.hf_config, self.generation_config, self.config.vocab_size, where)
+        return with_tokenizer_eos(own, tokenizer, self.config.vocab_size)
 
 
 def open_policy(name: str, *, reward: bool = False, adapter: str | None = None) -> PolicyFiles:

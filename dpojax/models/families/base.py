@@ -171,7 +171,9 @@ class Family:
           UserError: the family has no models of these choices.
         """
         kind = self.classifier if config.reward else self.causal
-        raw = {"architectures": [self.architecture + kind], "model_type": self.model_type}
+        raw: dict[str, Any] = {"architectures": [self.architecture + kind], "model_type": self.model_type}
+        # Left out, transformers would take the ids of its own default, which a small vocabulary does not have.
+        raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         try:
             raw |= self.write(config) | ({"num_labels": 1} if config.reward else {})
             same = self.read(raw, self.model_type) == config
@@ -194,8 +196,9 @@ ROPE_FIELDS = {
 
 
 def rope_fields(fields: Fields) -> dict[str, Any]:
-    """``rope_parameters`` as transformers 5 writes them, with earlier versions' ``rope_scaling`` among them."""
-    return {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    """``rope_parameters`` as transformers 5 writes them, or earlier versions' ``rope_scaling``, which goes before."""
+    new = fields.get("rope_parameters") or {}
+    return dict(fields.get("rope_scaling") or new)
 
 
 def read_rope(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from dpojax.errors import UserError
-from dpojax.models.config import DecoderConfig
+from dpojax.models.config import DecoderConfig, Rope
 
 IRRELEVANT = frozenset((
     "_attn_implementation", "_commit_hash", "_flash_attn_2_enabled", "_name_or_path", "adapters", "architectures",
@@ -75,7 +75,15 @@ class Fields:
     def optional(self, name: str, default: int | float | None = None) -> float | None:
         """A number, or None where it is null; the default where it is missing."""
         value = self.get(name, default)
-        return None if value is None else float(self._number(name, None))
+        return None if value is None else float(self._number(name, default))
+
+    def window(self, default: int | None) -> int | None:
+        """How many of the latest tokens a token sees in layers that have a window; None where it is null."""
+        name = "sliding_window"
+        if self.get(name, default) is None:
+            return None
+        value = self.integer(name, default)
+        return value if value > 0 else self.refuse(name, "use a window of at least 1 token")
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false; the default where it is missing or null."""
@@ -160,4 +168,7 @@ def check_sizes(config: DecoderConfig, source: str) -> DecoderConfig:
             raise UserError(f"{source}: a {name} of {size} makes no model; fix its config.json")
     if a.heads % a.kv_heads:
         raise UserError(f"{source}: {a.kv_heads} key-value heads do not divide {a.heads} heads; fix its config.json")
+    # As in transformers, an odd share of a head is rounded up.
+    if isinstance(config.positions, Rope) and int(a.head_dim * config.positions.share) == a.head_dim and a.head_dim % 2:
+        raise UserError(f"{source}: a head of {a.head_dim} numbers has no pairs to turn; use one of an even size")
     return config

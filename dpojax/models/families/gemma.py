@@ -13,7 +13,6 @@ from dpojax.models.families.base import (
     alternate,
     back,
     read_rope,
-    rope_fields,
     types_of,
     write_rope,
 )
@@ -60,13 +59,14 @@ def _read(fields: Fields, types: list[str], kinds: dict[str, LayerKind], **more:
 def _write(config: DecoderConfig) -> dict[str, Any]:
     scale = config.attention.scale
     assert scale is not None
+    scalar = round(scale**-2, 6)
     windows = [kind.window for kind in config.kinds if kind.window is not None]
     return write_like_llama(config, ACT[0]) | {
         "attention_bias": config.attention.bias == "all",
-        "query_pre_attn_scalar": round(scale**-2, 6),
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,  # transformers wants an int
         "attn_logit_softcapping": config.attention.softcap,
         "final_logit_softcapping": config.logits_softcap,
-        "sliding_window": windows[0] if windows else None,
+        "sliding_window": windows[0] if windows else 4096,  # transformers makes a mask of it at any rate
         "layer_types": types_of(config),
     }
 
@@ -75,8 +75,7 @@ def gemma2_config(fields: Fields) -> DecoderConfig:
     """Gemma 2 (arXiv 2408.00118): every other layer, from the first on, sees a window."""
     layers = fields.integer("num_hidden_layers")
     types = fields.get("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
-    window = fields.get("sliding_window", 4096)
-    kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=None if window is None else int(window))}
+    kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=fields.window(4096))}
     config = _read(fields, types, kinds, max_positions=8192, logits_cap=30.0)
     return with_attention(config, softcap=fields.optional("attn_logit_softcapping", 50.0))
 
@@ -88,19 +87,18 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
     """Gemma 3, text (arXiv 2503.19786): a full layer behind every five of windows, each kind with rotary positions of
     its own, of which the full layers' may be scaled; norms of queries and keys."""
     layers, every = fields.integer("num_hidden_layers"), fields.integer("sliding_window_pattern", 6)
+    if every < 1:
+        fields.refuse("sliding_window_pattern", "use the number of layers from one full layer to the next")
     fields.get("_sliding_window_pattern")  # transformers notes what layer_types were made of
     types = fields.get("layer_types") or [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
-    window = fields.get("sliding_window", 4096)
-    rope = rope_fields(fields)
+    rope = fields.get("rope_parameters") or {}
     nested = FULL in rope or SLIDING in rope
-    # Earlier files name the full layers' alone, beside the base of the others.
     of_full, of_window = (rope.get(FULL) or {}, rope.get(SLIDING) or {}) if nested else (rope, {})
+    # Earlier files name the full layers' alone, beside the base of the others.
+    of_full = {**of_full, **(fields.get("rope_scaling") or {})}
     global_rope = read_rope(fields, of_full, theta=fields.number("rope_theta", 1_000_000.0))
     local_rope = read_rope(fields, of_window, theta=fields.number("rope_local_base_freq", 10_000.0))
-    kinds = {
-        FULL: LayerKind(),
-        SLIDING: LayerKind(window=None if window is None else int(window), rope=local_rope),
-    }
+    kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=fields.window(4096), rope=local_rope)}
     fields.get("attn_logit_softcapping")  # transformers' Gemma 3 has the field and never caps scores
     alone = fields.without("rope_parameters", "rope_scaling")
     config = _read(alone, types, kinds, max_positions=131_072)

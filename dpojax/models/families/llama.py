@@ -132,10 +132,7 @@ LLAMA = Family("llama", "Llama", llama_config, llama_fields, LLAMA_TENSORS)
 
 def one_window(fields: Fields, config: DecoderConfig, default: int | None) -> DecoderConfig:
     """The config with one window for all layers, or none, as ``sliding_window`` says."""
-    window = fields.get("sliding_window", default)
-    if window is None:
-        return config
-    return dataclasses.replace(config, kinds=(LayerKind(window=fields.integer("sliding_window", default)),))
+    return dataclasses.replace(config, kinds=(LayerKind(window=fields.window(default)),))
 
 
 def mistral_config(fields: Fields) -> DecoderConfig:
@@ -162,9 +159,9 @@ MISTRAL = Family("mistral", "Mistral", mistral_config, mistral_fields, LLAMA_TEN
 def with_qwen_windows(fields: Fields, config: DecoderConfig) -> DecoderConfig:
     """The config with windows from a layer on, or in the layers that ``layer_types`` names."""
     on, first = fields.flag("use_sliding_window"), fields.integer("max_window_layers", 28)
-    window = fields.get("sliding_window", 4096) if on else fields.get("sliding_window") and None
+    window = fields.window(4096) if on else fields.get("sliding_window") and None
     types = fields.get("layer_types") or [SLIDING if i >= first else FULL for i in range(config.layers)]
-    kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=None if window is None else int(window))}
+    kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=window)}
     return dataclasses.replace(config, **alternate(fields, types, config.layers, kinds))
 
 
