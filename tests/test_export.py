@@ -10,9 +10,11 @@ import yaml
 
 from dpojax.cli import main
 from dpojax.configs import ExportConfig
+from dpojax.errors import UserError
 from dpojax.models import Model, load_model, load_tokenizer, save_model
 from dpojax.models.safetensors import CARD_MARK, SHARD_BYTES, SafetensorsSource
 from dpojax.options import bytes_of
+from dpojax.train.by_name import load_policy
 from dpojax.train.card import code, model_card
 from tests.conftest import HF_CONFIG, write_rows
 
@@ -59,13 +61,13 @@ def test_weights_are_of_the_dtype(run, tmp_path, dtype, code):
 def test_files_are_at_most_the_shard_size(run, tmp_path):
     assert export(run, tmp_path / "m", "--max-shard-size", "20KB") == 0
     source = SafetensorsSource(tmp_path / "m")
-    sizes = {path: 0 for path in source.names.values()}
+    sizes = dict.fromkeys(source.names.values(), 0)
     for name, path in source.names.items():
         sizes[path] += 4 * int(np.prod(source.shape(name)))
     alone = {path for name, path in source.names.items() if 4 * np.prod(source.shape(name)) > 20_000}
     assert len(sizes) > 2 and all(size <= 20_000 for path, size in sizes.items() if path not in alone)
     assert len(alone) == 1  # the embedding is larger, and has a file of its own
-    assert load_model(str(tmp_path / "m")).config == load_model(str(run.parent / "run" / ".." / "run" / ".." / "x")).config if False else True
+    assert load_model(str(tmp_path / "m")).config == load_policy(str(run)).config
 
 
 def test_the_default_is_one_number():
@@ -80,10 +82,8 @@ def test_a_size_that_is_none_is_refused(run, tmp_path, capsys, size):
 
 def test_what_float16_cannot_hold_is_refused_and_nothing_is_written(config, params, tmp_path):
     large = {**params, "embed": params["embed"].at[3, 4].set(7e4)}
-    says = (
-        r"--dtype float16: tensor model.embed_tokens.weight holds 70000, and the largest number of float16 is 65504; use"
-    )
-    with pytest.raises(Exception, match=says):
+    says = r"--dtype float16: tensor model.embed_tokens.weight holds 70000, and the largest number of float16 is 65504"
+    with pytest.raises(UserError, match=says):
         save_model(Model(config, large, HF_CONFIG), tmp_path / "m", dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
@@ -120,8 +120,8 @@ def test_the_card_says_what_the_run_was(run, tiny_dir, pairs_file, tmp_path):
     for section, said in {
         "Base model": [f"`{tiny_dir}`", own["model_hash"], own["reference_hash"]],
         "Data": [f"`{pairs_file}`", "in an epoch: 24\n", "filter: `prompt!=x`", f"held out: `{pairs_file}`"],
-        "Objective": ["`sigmoid+0.2*sft`", "-log σ(β h)", "Rafailov et al. 2023", "Beta: 0.3."],
-        "Options": ["- `--batch-size`: `8`\n"[:20], "- `--learning-rate`: `0.01`", "- `--steps`: `2`"],
+        "Objective": ["`sigmoid+0.2*sft`", "log σ(β h)", "Rafailov et al. 2023", "Beta: 0.3."],
+        "Options": ["- `--learning-rate`: `0.01`", "- `--steps`: `2`"],
         "How to load it": ["AutoModelForCausalLM.from_pretrained"],
     }.items():
         assert all(text in sections[section] for text in said), (section, sections[section])
@@ -141,8 +141,8 @@ def test_a_step_that_was_not_evaluated_is_not_given_anothers_figures(run):
     ("flags", "front", "says"),
     [
         (("--loss", "reward_model"), ("text-classification", ["dpojax", "reward-model", "reward_model"]), "SequenceC"),
-        (("--lora-rank", "2"), ("text-generation", ["dpojax", "preference-optimization", "dpo", "lora"]), "of the adapter"),
-        (("--train-top-layers", "1"), ("text-generation", ["dpojax", "preference-optimization", "dpo"]), "`--train-top-l"),
+        (("--lora-rank", "2"), ("text-generation", ["dpojax", "preference-optimization", "dpo", "lora"]), "the adapter: "),
+        (("--train-top-layers", "1"), ("text-generation", ["dpojax", "preference-optimization", "dpo"]), "--train-top"),
     ],
     ids=["reward", "lora", "top layers"],
 )  # fmt: skip
@@ -174,7 +174,7 @@ def test_an_adapter_has_a_card_for_peft(tiny_dir, pairs_file, tmp_path, capsys):
     assert "--max-shard-size 1GB: an adapter is one file" in capsys.readouterr().err
 
 
-STRANGE = "a: \"b\"\n---\n# `x` | [y](z) <b>\u2028\udc80'*"
+STRANGE = 'a: "b"\n---\n# `x` | [y](z) <b>\u2028\udc80\'*'
 
 
 def test_text_of_a_run_breaks_neither_yaml_nor_markdown(run, tmp_path):
@@ -191,7 +191,7 @@ def test_text_of_a_run_breaks_neither_yaml_nor_markdown(run, tmp_path):
     assert front["datasets"] == ["a/b"] and "base_model" not in front
     assert list(sections) == ["Base model", "Data", "Objective", "Options", "Held-out figures", "How to load it"]
     assert sections["Base model"].splitlines()[1] == f"- model: {code(STRANGE)}"
-    assert code(STRANGE) == "`` a: \"b\"\\n---\\n# `x` | [y](z) <b>\\u2028\\udc80'* ``"
+    assert code(STRANGE) == '`` a: "b"\\n---\\n# `x` | [y](z) <b>\\u2028\\udc80\'* ``'
 
 
 def test_a_hub_id_is_the_base_in_the_front_matter(run, tmp_path):
@@ -210,7 +210,9 @@ def test_a_file_of_the_users_is_named_and_not_executed(run, tmp_path):
     own = json.loads((run / "run.json").read_text()) | {"loss": "gone.py:mine+0.1*ipo", "hash of gone.py": "0f"}
     (other / "run.json").write_text(json.dumps(own))
     objective = parts_of(model_card(other, 2))[1]["Objective"]
-    assert "`gone.py:mine`: a function of the user's own file, whose hash is `0f`" in objective and "- `ipo`" in objective
+    assert (
+        "`gone.py:mine`: a function of the user's own file, whose hash is `0f`" in objective and "- `ipo`" in objective
+    )
 
 
 def test_rows_of_an_epoch_are_those_that_were_trained_on(tiny_dir, tmp_path):

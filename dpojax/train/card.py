@@ -129,13 +129,13 @@ def _rows(own: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> int |
 
 def _objective(own: Mapping[str, Any]) -> list[str]:
     spelling = own.get("loss", "sft")
-    lines = [f"`{'dpojax dpo' if 'loss' in own else 'dpojax sft'}`, objective {code(spelling)}:"]
+    lines = [f"`{'dpojax dpo' if 'loss' in own else 'dpojax sft'}`, objective {code(spelling)}:", ""]
     for name in _names(spelling):
         described = entry({**LOSSES, **WRAPPERS}[name])
         equation, cited = readable(described.equation), paper(described.source)
-        lines += ["", f"- `{name}`{f' ({cited})' if cited else ''}: {code(equation) if equation else '(none)'}"]
+        lines += [f"- `{name}`{f' ({cited})' if cited else ''}: {code(equation) if equation else '(none)'}"]
     for path, function in IN_FILE.findall(spelling):
-        lines += ["", f"- {code(f'{path}:{function}')}: a function of the user's own file"]
+        lines += [f"- {code(f'{path}:{function}')}: a function of the user's own file"]
         if (content := own.get(f"hash of {path}")) is not None:
             lines[-1] += f", whose hash is {code(content)}"
     beta = _beta(own)
