@@ -12,6 +12,7 @@ from dpojax.cli import main
 from dpojax.configs import ExportConfig
 from dpojax.errors import UserError
 from dpojax.models import Model, load_model, load_tokenizer, save_model
+from dpojax.models.families.base import with_earlier_rope
 from dpojax.models.safetensors import CARD_MARK, SHARD_BYTES, SafetensorsSource
 from dpojax.options import bytes_of
 from dpojax.train.by_name import load_policy
@@ -141,7 +142,7 @@ def test_a_step_that_was_not_evaluated_is_not_given_anothers_figures(run):
     ("flags", "front", "says"),
     [
         (("--loss", "reward_model"), ("text-classification", ["dpojax", "reward-model", "reward_model"]), "SequenceC"),
-        (("--lora-rank", "2"), ("text-generation", ["dpojax", "preference-optimization", "dpo", "lora"]), "the adapter: "),
+        (("--lora-rank", "2"), ("text-generation", ["dpojax", "preference-optimization", "dpo", "lora"]), "the base: "),
         (("--train-top-layers", "1"), ("text-generation", ["dpojax", "preference-optimization", "dpo"]), "--train-top"),
     ],
     ids=["reward", "lora", "top layers"],
@@ -221,3 +222,41 @@ def test_rows_of_an_epoch_are_those_that_were_trained_on(tiny_dir, tmp_path):
     args = ["--model", tiny_dir, "--data", data, "--output", str(tmp_path / "run"), *STEPS, "--epochs", "2"]
     assert main(["dpo", *args]) == 0
     assert "in an epoch: 11\n" in parts_of(model_card(tmp_path / "run", 3))[1]["Data"]
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("raw", "earlier"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}, {"rope_theta": 1e5}),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (
+            {
+                "model_type": "gpt_neox",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+            },
+            {"rotary_emb_base": 1e4, "rotary_pct": 0.25},
+        ),
+        ({"model_type": "gpt2"}, {}),
+    ],
+    ids=["default", "llama3", "two kinds", "gpt_neox", "none"],
+)
+def test_rotary_positions_are_in_the_earlier_fields_too(raw, earlier):
+    """Other libraries read no rope_parameters, and would take 10000 for the base without a word."""
+    assert with_earlier_rope(raw) == raw | earlier

@@ -14,6 +14,7 @@ import numpy as np
 from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
 from dpojax.models.families import Family
+from dpojax.models.families.base import with_earlier_rope
 from dpojax.models.weights import FileTensor, file_tensors
 from dpojax.types import PyTree
 
@@ -191,7 +192,7 @@ def save_directory(
             tokenizer.save_pretrained(aside)
         if card is not None:
             (aside / CARD).write_text(card, encoding="utf-8")
-        raw = {**hf_config, "dtype": dtype}
+        raw = with_earlier_rope({**hf_config, "dtype": dtype})
         raw.pop("torch_dtype", None)
         (aside / "config.json").write_text(json.dumps(raw, indent=2))
 

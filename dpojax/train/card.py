@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpojax import __version__
+import dpojax
 from dpojax.configs import DPOConfig, SFTConfig, TrainOptions
 from dpojax.losses import LOSSES, WRAPPERS, spelled
 from dpojax.losses.catalogue import entry
@@ -57,7 +57,12 @@ def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = F
     ):
         lines += ["", f"## {heading}", "", *section]
     licence = "The license is not set: it follows from those of the base model and of the data, and is yours to say"
-    lines += ["", "---", "", f"{CARD_MARK} {__version__} from the run's own files. {licence} (`license:`, at the top)."]
+    lines += [
+        "",
+        "---",
+        "",
+        f"{CARD_MARK} {dpojax.__version__} from the run's own files. {licence} (`license:`, at the top).",
+    ]
     return "\n".join(lines) + "\n"
 
 
