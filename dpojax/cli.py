@@ -178,28 +178,44 @@ def run_export(config: ExportConfig) -> int:
     """``dpojax export``."""
     from dpojax.models import load_tokenizer, save_model
     from dpojax.models.peft import save_adapter
+    from dpojax.options import bytes_of
     from dpojax.progress import console
     from dpojax.train.by_name import load_adapter_of_run, load_run
+    from dpojax.train.card import model_card
     from dpojax.train.rundir import is_run
 
-    if config.adapter and config.dtype != "float32":
-        raise UserError(f"--dtype {config.dtype}: an adapter is written in float32; leave one of them out")
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a directory")
+    check_export(config, output)
     if config.adapter:
         model, base, step = load_adapter_of_run(config.run, config.checkpoint)
         if is_run(base) or base.endswith(".gguf"):  # neither is a directory that transformers reads
             console.print(f"its base is {base}; for peft, export that too, and name it in adapter_config.json")
-        save_adapter(model.params, model.config, model.family, output, base=base)
-        what = "adapter"
     else:
         model, step = load_run(config.run, config.checkpoint)
-        save_model(model, output, dtype=config.dtype)
-        what = "policy"
-    load_tokenizer(str(Path(config.run) / "model")).save_pretrained(output)
-    console.print(f"the {what} of step {step} written to {output}")
+    tokenizer = load_tokenizer(str(Path(config.run) / "model"))
+    card = model_card(config.run, step, title=output.absolute().name, adapter=config.adapter)
+    if config.adapter:
+        save_adapter(model.params, model.config, model.family, output, base=base)
+        tokenizer.save_pretrained(output)
+        write_whole(output / "README.md", card)
+    else:
+        shard_bytes = bytes_of(config.max_shard_size)
+        save_model(model, output, dtype=config.dtype, shard_bytes=shard_bytes, tokenizer=tokenizer, card=card)
+    console.print(f"the {'adapter' if config.adapter else 'policy'} of step {step} written to {output}")
     return 0
+
+
+def check_export(config: ExportConfig, output: Path) -> None:
+    """Refuse an export that could not be read, before the work is done."""
+    if config.adapter and config.dtype != ExportConfig.dtype:
+        raise UserError(f"--dtype {config.dtype}: an adapter is written in float32; leave one of them out")
+    if config.adapter and config.max_shard_size != ExportConfig.max_shard_size:
+        raise UserError(f"--max-shard-size {config.max_shard_size}: an adapter is one file; leave one of them out")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a directory")
+    other, what = ("model*.safetensors*", "a whole model") if config.adapter else ("adapter_config.json", "an adapter")
+    if any(output.glob(other)):
+        raise UserError(f"--output {output}: holds {what}, and only one can be meant; name another directory")
 
 
 def run_check_data(config: CheckDataConfig) -> int:
@@ -305,7 +321,7 @@ def check_file(name: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is either complete or not there."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -286,7 +286,8 @@ class SampleConfig(ModelOptions, ChatOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a run's policy as a Hugging Face directory: safetensors, config and tokenizer; an adapter merged."""
+    """Write a run's policy as a Hugging Face directory: safetensors, config, tokenizer and model card; an adapter
+    merged."""
 
     run: str
     """The --output directory of a run."""
@@ -294,8 +295,11 @@ class ExportConfig:
     """Directory to write."""
     checkpoint: str = "latest"
     """Which checkpoint: latest, best, or a step."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the written weights."""
+    max_shard_size: str = "5GB"
+    """Weights are split into files of at most this size, as in 500MB (powers of ten) or 2GiB (of two); a larger tensor
+    has a file of its own."""
     adapter: bool = False
     """Write a LoRA run's adapter alone, in float32, as a directory that peft loads."""
 

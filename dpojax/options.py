@@ -3,10 +3,29 @@
 import dataclasses
 import datetime
 import json
+import re
 from math import inf
 from typing import Any
 
 from dpojax.errors import UserError
+
+UNITS = {"": 1} | {f"{k}B": 1000**i for i, k in enumerate(("", *"KMGT"))}
+UNITS |= {f"{k}IB": 1024**i for i, k in enumerate("KMGT", 1)}
+"""Units of sizes in bytes, in capitals."""
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size; 0 where it is none.
+
+    >>> bytes_of("5GB"), bytes_of("1.5 kib"), bytes_of("2000"), bytes_of("five")
+    (5000000000, 1536, 2000, 0)
+    """
+    number, unit = re.match(r"([0-9.]*) *(.*)", size.strip().upper(), re.DOTALL).groups()  # type: ignore[union-attr]
+    try:
+        return int(float(number) * UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        return 0
+
 
 # field -> (what it must be, whether a value is)
 RANGES: dict[str, tuple[str, Any]] = {
@@ -30,6 +49,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "repetition_penalty": ("above 0 and finite, and 1 for none", lambda v: 0 < v < inf),
     "stop": ("texts that are not empty", all),
     "stop_token_ids": ("token ids, which count from 0", lambda v: min(v, default=0) >= 0),
+    "max_shard_size": ("a size above 0, as in 5GB, 500MB or 2GiB", lambda v: bytes_of(v) > 0),
     "rows": ("at least 0", lambda v: v >= 0),
     "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),

@@ -253,6 +253,7 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "output": "elsewhere",
                 "checkpoint": "2",
                 "dtype": "bfloat16",
+                "max_shard_size": "20KB",
                 "adapter": True,  # refused: the run has none
             },
         ),

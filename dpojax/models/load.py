@@ -128,17 +128,27 @@ def new_model(config: DecoderConfig, family: str = "llama", seed: int = 0, mesh:
     return Model(config, init_params(config, seed, mesh), FAMILIES[family].hf_config(config))
 
 
-def save_model(model: Model, directory: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES) -> None:
+def save_model(
+    model: Model,
+    directory: str | Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    card: str | None = None,
+) -> None:
     """Write a model as a Hugging Face directory, its configs and safetensors, tensor by tensor.
 
     Args:
       model: what to write.
       directory: where; it is complete or not there.
-      dtype: of the written weights, float32 or bfloat16.
-      shard_bytes: files are split above this size.
+      dtype: of the written weights, float32, bfloat16 or float16.
+      shard_bytes: files are split above this size; a larger tensor has a file of its own.
+      tokenizer: written too, its chat template included (default: none).
+      card: text of the model card, ``README.md`` (default: none; :func:`~dpojax.train.card.model_card` is a run's).
 
     Raises:
-      UserError: the directory cannot be written, or the disk is full.
+      UserError: the directory cannot be written, the disk is full, or the dtype cannot hold a weight.
     """
     save_directory(
         model.params,
@@ -147,6 +157,8 @@ def save_model(model: Model, directory: str | Path, *, dtype: str = "float32", s
         model.hf_config,
         Path(directory),
         generation_config=model.generation_config,
+        tokenizer=tokenizer,
+        card=card,
         dtype=dtype,
         shard_bytes=shard_bytes,
     )

@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -14,17 +14,31 @@ import numpy as np
 from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
 from dpojax.models.families import Family
+from dpojax.models.families.base import with_earlier_rope
 from dpojax.models.weights import FileTensor, file_tensors
 from dpojax.types import PyTree
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 GENERATION = "generation_config.json"
-SHARD_BYTES = 4 << 30  # export: split files above this, as transformers does
+CARD, CARD_MARK = "README.md", "This card was written by dpojax"
+TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    "additional_chat_templates",
+)
+"""Files of tokenizers, which those of another replace."""
+SHARD_BYTES = 5_000_000_000  # export: split files above this; --max-shard-size has the same default
 FLOAT8 = {  # NumPy has no such dtypes, and safetensors does not look for them in ml_dtypes
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+DTYPES = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float16": ("F16", np.dtype(np.float16)),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,17 +151,19 @@ def save_directory(
     directory: Path,
     *,
     generation_config: Mapping[str, Any] | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    card: str | None = None,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write ``config.json``, ``generation_config.json`` if there is one, and safetensors that transformers loads; the
-    tokenizer is the caller's to save.
+    tokenizer and the model card too, where they are given.
 
     Tensors are fetched and written one at a time. All is written to a directory of its own and moved into place at the
-    end, so that ``directory`` is never half there.
+    end, so that ``directory`` is never half there. What is written replaces files of its kind that are there.
 
     Raises:
-      UserError: the directory cannot be written, or the disk is full.
+      UserError: the directory cannot be written, the disk is full, or the dtype cannot hold a weight.
     """
     shards: list[list[FileTensor]] = [[]]
     size, itemsize = 0, DTYPES[dtype][1].itemsize
@@ -159,7 +175,10 @@ def save_directory(
         size += tensor.size * itemsize
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = ["model.safetensors"] if len(shards) == 1 else files
-    with written_aside(directory) as aside:
+    replaced = [*MODEL, *(TOKENIZER if tokenizer is not None else ())]
+    if (directory / CARD).is_file() and CARD_MARK in (directory / CARD).read_text(encoding="utf-8", errors="replace"):
+        replaced.append(CARD)  # it describes what is replaced
+    with written_aside(directory, patterns=tuple(replaced)) as aside:
         for file, shard in zip(files, shards, strict=True):
             _write(aside / file, shard, dtype)
         if len(shards) > 1:
@@ -169,7 +188,11 @@ def save_directory(
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         if generation_config:
             (aside / GENERATION).write_text(json.dumps(dict(generation_config), indent=2))
-        raw = {**hf_config, "dtype": dtype}
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        if card is not None:
+            (aside / CARD).write_text(card, encoding="utf-8")
+        raw = with_earlier_rope({**hf_config, "dtype": dtype})
         raw.pop("torch_dtype", None)
         (aside / "config.json").write_text(json.dumps(raw, indent=2))
 
@@ -190,15 +213,36 @@ def _write(path: Path, tensors: list[FileTensor], dtype: str) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            file.write(np.ascontiguousarray(tensor.fetch(), dtype=np_dtype).reshape(-1).view(np.uint8).data)
+            x = _cast(tensor.name, np.asarray(tensor.fetch()), np_dtype)
+            file.write(x.reshape(-1).view(np.uint8).data)
+
+
+def _cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tensor in another dtype.
+
+    Raises:
+      UserError: a finite value becomes infinite.
+    """
+    with np.errstate(over="ignore"):
+        out = np.ascontiguousarray(x, dtype=dtype)
+    beyond = np.isinf(out) & np.isfinite(x) if dtype.itemsize < x.dtype.itemsize else np.zeros(())
+    if beyond.any():
+        value, largest = x[beyond][0], float(ml_dtypes.finfo(dtype).max)
+        raise UserError(
+            f"--dtype {dtype.name}: tensor {name} holds {value:g}, and the largest number of {dtype.name} is "
+            f"{largest:g}; use bfloat16 or float32"
+        )
+    return out
+
+
+MODEL = ("model*.safetensors*", GENERATION)
+"""Files of a model's directory that another model's replace, beside those of the same names."""
 
 
 @contextlib.contextmanager
-def written_aside(
-    directory: Path, *, patterns: tuple[str, ...] = ("model*.safetensors*", GENERATION), last: str = "config.json"
-) -> Iterator[Path]:
+def written_aside(directory: Path, *, patterns: tuple[str, ...] = MODEL, last: str = "config.json") -> Iterator[Path]:
     """A new directory, whose files replace those of ``directory`` with these patterns once all are written; the file
-    ``last`` comes last: where it is, all is."""
+    ``last`` goes first and comes last: where it is, all is."""
     aside = directory.with_name(directory.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -207,9 +251,23 @@ def written_aside(
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{directory}: cannot be written ({error}); free some space or name another place") from None
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / last).unlink(missing_ok=True)
     for old in (path for pattern in patterns for path in directory.glob(pattern)):
-        old.unlink()
+        _remove(old)
     for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            _remove(directory / path.name)
         path.replace(directory / path.name)
     aside.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -128,7 +128,7 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     if config.router_aux_loss_coef and start.config.experts is None:
         coefficient = f"--router-aux-loss-coef {config.router_aux_loss_coef}"
         raise UserError(f"{coefficient}: the model has no mixture of experts; leave it out")
-    ref_config, ref_files = reference_of(start, task.reference.model)
+    ref_config, ref_files = reference_of(start, task.reference.model, config.max_length)
     data = load_data(config, task, mesh)
     for shape in {start.config.merged, ref_config.merged}:
         check_fit(shape, data.examples, config.tokenizer or config.model)

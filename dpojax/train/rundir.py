@@ -89,7 +89,12 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
       UserError: the directory holds another run, a run of an earlier format, or files that are no run.
     """
     directory = Path(config.output)
-    mine = {"run_format": FORMAT, "command": type(config).__name__, **_flat(dataclasses.asdict(config)), **identities}
+    mine = {
+        "run_format": FORMAT,
+        "command": type(config).__name__,
+        **flat_options(dataclasses.asdict(config)),
+        **identities,
+    }
     del mine["output"]
     if is_run(directory):
         theirs = read_json(directory / "run.json")
@@ -114,9 +119,12 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
     partial.replace(directory / "run.json")
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def flat_options(value: Any, name: str = "") -> dict[str, Any]:
+    """Options as ``run.json`` has them: those of a group by names with a dot, tuples as lists."""
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}" if name else key).items()}
+        return {
+            k: v for key, item in value.items() for k, v in flat_options(item, f"{name}.{key}" if name else key).items()
+        }
     return {name: list(value) if isinstance(value, tuple) else value}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 from jax.sharding import Mesh
 
 from dpojax.configs import TrainOptions
@@ -12,8 +13,9 @@ from dpojax.models.families import family_of
 from dpojax.models.fewbits import check_qwix, quantized
 from dpojax.models.load import adapter_directory, resolve
 from dpojax.models.lora import check_linear, new_lora, parameters, targeted, with_adapter, without_adapter
-from dpojax.models.params import flatten, nest, of_adapter, partition
+from dpojax.models.params import flatten, nest, of_adapter, param_shardings, partition
 from dpojax.models.peft import AdapterFiles, load_adapter, lora_of, open_adapter
+from dpojax.models.same import difference
 from dpojax.options import flag
 from dpojax.progress import console
 from dpojax.train.by_name import PolicyFiles, merged_hf_config, open_policy, same_model
@@ -172,19 +174,48 @@ def check_adapter_options(config: TrainOptions, *, new: bool, read: bool) -> Non
             raise UserError(f"{flag(name)} {shown}: {why}")
 
 
-def reference_of(start: Start, name: str | None) -> tuple[DecoderConfig, PolicyFiles | None]:
+def reference_of(
+    start: Start, name: str | None, longest: int | None = None
+) -> tuple[DecoderConfig, PolicyFiles | None]:
     """The reference's choices, and its files; None where it reads arrays of the policy's.
 
-    ``--ref-model`` may name the policy's own base, which is not read twice.
+    ``--ref-model`` may name the policy's own base, which is not read twice. It may be of another dtype and form of
+    file, and its choices may be written otherwise, if they compute the same
+    (:func:`~dpojax.models.same.difference`).
+
+    Args:
+      start: the policy.
+      name: ``--ref-model``; None is the policy before training.
+      longest: tokens of the longest text.
 
     Raises:
-      UserError: it differs from the policy in shape.
+      UserError: it computes something else than the policy, by its shape or by another choice.
     """
     if name is None:
         return start.reference, None
     if start.base is not None and same_model(name, start.base):
         return start.config.base, None
-    files = open_policy(name)
-    if files.config != start.config.merged:
-        raise UserError(f"--ref-model {name}: differs from --model in shape; use one of its kind")
-    return files.config, files
+    files, shape = open_policy(name), start.config.merged
+    differs = difference(shape, files.config, longest)
+    if differs is not None:
+        field, ours, theirs = differs
+        raise UserError(
+            f"--ref-model {name}: its {field} is {theirs}, and that of --model is {ours}; use one of its kind"
+        )
+    return shape, dataclasses.replace(files, config=shape, load=lambda mesh: _in_form(files, shape, mesh))
+
+
+def _in_form(files: PolicyFiles, shape: DecoderConfig, mesh: Mesh | None) -> Model:
+    """A model that computes what these choices say, with parameters as they have them."""
+    model = files.load(mesh)
+    params = dict(model.params)
+    if shape.tied and not model.config.tied:
+        if not bool((params["embed"] == params.pop("head")).all()):
+            raise UserError(
+                f"--ref-model {files.name}: its unembedding differs from its embedding, and --model has one for both "
+                "(tie_word_embeddings); use one of its kind"
+            )
+    elif model.config.tied and not shape.tied:
+        head = params["embed"]
+        params["head"] = head if mesh is None else jax.device_put(head, param_shardings(mesh, shape)["head"])
+    return dataclasses.replace(model, config=shape, params=params)

@@ -288,6 +288,27 @@ def write_rope(rope: Rope, *, partial: bool = False) -> dict[str, Any]:
     return out
 
 
+def with_earlier_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` whose rotary positions are also in the fields that transformers had before ``rope_parameters``.
+
+    Other libraries read those alone, and without them take their own defaults. LongRoPE's are left as they are: in the
+    earlier form it has no attention factor.
+    """
+    rope, out = raw.get("rope_parameters"), dict(raw)
+    if not isinstance(rope, dict):
+        return out
+    local = rope.get(SLIDING)
+    full = rope.get(FULL) or {} if local is not None or FULL in rope else rope
+    theta, share = full.get("rope_theta"), full.get("partial_rotary_factor")
+    neox = raw.get("model_type") == "gpt_neox"
+    names = ("rotary_emb_base", "rotary_pct") if neox else ("rope_theta", "partial_rotary_factor")
+    fields = {**dict(zip(names, (theta, share), strict=True)), "rope_local_base_freq": (local or {}).get("rope_theta")}
+    if full.get("rope_type") in ("linear", "llama3"):
+        apart = ("rope_theta", "partial_rotary_factor")
+        fields["rope_scaling"] = {name: value for name, value in full.items() if name not in apart}
+    return out | {name: value for name, value in fields.items() if value is not None and out.get(name) is None}
+
+
 # ---- kinds of layers ------------------------------------------------------------------------------------------------
 
 SLIDING, FULL = "sliding_attention", "full_attention"
