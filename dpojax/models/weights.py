@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -190,10 +191,58 @@ def load_params(
     for path, spec in specs.items():
         sharding = NamedSharding(mesh, RULES.spec(spec.axes))
         read = functools.partial(read_slice, source, where[path], spec.shape)
-        out[path] = jax.make_array_from_callback(spec.shape, sharding, read)
+        small = 4 * math.prod(spec.shape) <= AT_ONCE or not where[path].numbers
+        made = (
+            jax.make_array_from_callback if small else functools.partial(stacked_on_devices, len(where[path].numbers))
+        )
+        out[path] = made(spec.shape, sharding, read)
         done += math.prod(spec.shape)
         progress(done / total)
     return nest(out)
+
+
+AT_ONCE = 64 << 20
+"""Bytes of a parameter up to which its layers are stacked on the host."""
+
+
+def stacked_on_devices(
+    stacked: int,
+    shape: tuple[int, ...],
+    sharding: NamedSharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """A parameter of several tensors, which are put into it where it lies, one after another; the host never holds
+    more than one of them.
+
+    Args:
+      stacked: axes that count tensors, the first ones.
+      shape: of the parameter.
+      sharding: where it lies.
+      read: gives a slice of it, float32.
+    """
+    places = sharding.addressable_devices_indices_map(shape)
+    parts = {device: jnp.zeros(sharding.shard_shape(shape), jnp.float32, device=device) for device in places}
+    alike: dict[tuple[tuple[int, int], ...], list[Any]] = {}  # devices that hold the same slice
+    for device, index in places.items():
+        assert index is not None
+        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+        alike.setdefault(bounds, []).append(device)
+    for bounds, devices in alike.items():
+        whole = tuple(slice(*bound) for bound in bounds[stacked:])
+        for at in itertools.product(*(range(*bound) for bound in bounds[:stacked])):
+            x = read((*(slice(i, i + 1) for i in at), *whole))
+            start = np.array([i - bound[0] for i, bound in zip(at, bounds[:stacked], strict=True)], np.int32)
+            for device in devices:
+                parts[device] = _put(parts[device], jax.device_put(x, device), start)
+            jax.block_until_ready([parts[device] for device in devices])  # else what was read piles up
+    return jax.make_array_from_single_device_arrays(shape, sharding, [parts[device] for device in places])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(x: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
+    """The array with a part of it written over, in its own memory."""
+    rest = [jnp.int32(0)] * (x.ndim - start.shape[0])
+    return jax.lax.dynamic_update_slice(x, part, [*start, *rest])
 
 
 def read_slice(source: TensorSource, place: Placed, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:

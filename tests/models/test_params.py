@@ -21,10 +21,11 @@ from dpojax.models import (
     param_specs,
     partition,
     save_model,
+    weights,
 )
 from dpojax.models.params import flatten
 from dpojax.models.safetensors import SafetensorsSource
-from dpojax.sharding import Rules, make_mesh
+from dpojax.sharding import Rules, make_mesh, single_device_mesh
 from tests.conftest import HF_CONFIG
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)]
@@ -63,6 +64,20 @@ def test_parameters_are_born_on_the_mesh_from_slices(config, params, directory, 
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
     split = sizes[1] * sizes[2]
     assert all(size * split == full for name, size, full in read if "q_proj" in name)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_large_parameters_are_stacked_on_the_devices(config, params, directory, sizes, monkeypatch):
+    """Tensor by tensor: the host never holds more than one."""
+    mesh, read = None if sizes is None else make_mesh(MeshConfig(*sizes)), []
+    whole = weights.read_slice
+    monkeypatch.setattr(weights, "AT_ONCE", 0)
+    monkeypatch.setattr(weights, "read_slice", lambda *args: read.append(whole(*args).shape) or whole(*args))
+    loaded = load_model(directory, mesh=mesh).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    shardings = param_shardings(mesh or single_device_mesh(), config)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings))
+    assert all(shape[0] == 1 for shape in read if len(shape) > 2)
 
 
 def test_identity_is_the_same_on_every_mesh_and_tells_values_apart(config, params, directory):

@@ -291,8 +291,9 @@ def write_rope(rope: Rope, *, partial: bool = False) -> dict[str, Any]:
 def with_earlier_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A ``config.json`` whose rotary positions are also in the fields that transformers had before ``rope_parameters``.
 
-    Other libraries read those alone, and without them take their own defaults. LongRoPE's are left as they are: in the
-    earlier form it has no attention factor.
+    Other libraries read those alone, and without them take their own defaults. Where the two differ,
+    ``rope_parameters`` are what was read. LongRoPE's factors are left as they are: the earlier form has no attention
+    factor.
     """
     rope, out = raw.get("rope_parameters"), dict(raw)
     if not isinstance(rope, dict):
@@ -306,7 +307,7 @@ def with_earlier_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     if full.get("rope_type") in ("linear", "llama3"):
         apart = ("rope_theta", "partial_rotary_factor")
         fields["rope_scaling"] = {name: value for name, value in full.items() if name not in apart}
-    return out | {name: value for name, value in fields.items() if value is not None and out.get(name) is None}
+    return out | {name: value for name, value in fields.items() if value is not None}
 
 
 # ---- kinds of layers ------------------------------------------------------------------------------------------------
