@@ -20,6 +20,8 @@ Attention = Callable[[Array, Array, Array], Array]
 """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of packed sequences -> ``[R, T, H, h]``."""
 MakeAttention = Callable[[ModelInput, int | None, float | None], Attention]
 """A batch, how many of the latest tokens a token sees (None: all), the cap of scores (None: none) -> attention."""
+CUDNN_HEAD = 128
+"""The widest head that cuDNN has on every GPU; Hopper's may be of 256, which is not relied on."""
 
 
 def rope_table(
@@ -205,8 +207,9 @@ def shared_prompt_attention(
 
 def cudnn_attend(q: Array, k: Array, v: Array, mask: Array, softcap: float | None = None) -> Array:
     """:func:`attend` by cuDNN's flash attention: an NVIDIA GPU, and float16 or bfloat16; by :func:`attend` itself where
-    scores are capped, which cuDNN's does not do."""
-    if softcap is not None:
+    cuDNN has no kernel: capped scores, and heads of more than 128 numbers or of no multiple of 8."""
+    head_dim = q.shape[-1]
+    if softcap is not None or head_dim > CUDNN_HEAD or head_dim % 8:
         return attend(q, k, v, mask, softcap)
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
 

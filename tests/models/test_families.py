@@ -1,38 +1,43 @@
-"""Families: every row's logits against transformers, live; forms and configs both ways; windows."""
+"""Families: logits, sums and gradients against transformers, live; forms and configs both ways; the mesh."""
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpojax.configs import MeshConfig
 from dpojax.errors import UserError
 from dpojax.generate import make_sampler, sample_all
 from dpojax.logprobs import completion_logps, logits_of
 from dpojax.models import FAMILIES, Model, config_from_hf, init_params, load_model, make_apply, new_model, save_model
 from dpojax.models.families import Tensor
 from dpojax.models.families.base import join
+from dpojax.models.params import nest, param_shardings, param_specs
 from dpojax.models.weights import file_tensors, load_params
+from dpojax.packing import ApplyFn, PairBatch
+from dpojax.sharding import constrainer, make_mesh
+from dpojax.types import PyTree
 from tests.conftest import GOLDENS, plain_input, random_batch
 from tests.models.families import FAMILIES as TINY
 from tests.models.families import QWEN3, TOKENS, WINDOW, random_tensor
-from tests.test_logprobs import two_row_logps
 
 
 def random_model(raw: dict) -> Model:
     """Every tensor random, norms and biases too."""
-    config = config_from_hf(raw, "test")
-    leaves, tree = jax.tree.flatten(init_params(config, seed=3))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    noise = [x + 0.2 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
-    return Model(config, jax.tree.unflatten(tree, noise), raw)
+    config, rng = config_from_hf(raw, "test"), np.random.default_rng(0)
+    about = {path: float(spec.init == "ones") for path, spec in param_specs(config).items()}
+    flat = {path: mean + 0.2 * rng.normal(size=param_specs(config)[path].shape) for path, mean in about.items()}
+    return Model(config, nest({path: jnp.asarray(x, jnp.float32) for path, x in flat.items()}), raw)
 
 
 def logits(model: Model, tokens) -> np.ndarray:
-    h, head = make_apply(model.config)(model.params, plain_input(jnp.asarray(tokens)))
-    return np.asarray(logits_of(h, head))
+    apply_fn = make_apply(model.config)
+    run = jax.jit(lambda params, tokens: logits_of(*apply_fn(params, plain_input(tokens))))
+    return np.asarray(run(model.params, jnp.asarray(tokens)))
 
 
 @pytest.fixture(params=TINY)
@@ -65,37 +70,112 @@ def test_logits_are_the_goldens(name):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_saved_logits_are_transformers(model, tmp_path):
+def pairs() -> PairBatch:
+    """Eight pairs of unequal lengths, two in a packed sequence; some texts are longer than the windows of 7."""
+    return random_batch(np.random.default_rng(0), B=8, P=9, C=11, sequences=4)
+
+
+REFERENCE = jnp.asarray(np.random.default_rng(1).normal(-60, 1, (8, 2)), jnp.float32)
+
+
+def loss_and_sums(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
+    """DPO's loss against a made-up reference, and the completions' sums."""
+    sums = completion_logps(apply_fn, params, batch)
+    margin = (sums - REFERENCE) @ jnp.array([1.0, -1.0])
+    return -jax.nn.log_sigmoid(0.1 * margin).mean(), sums
+
+
+def gradients_of(model: Model, **split) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+    apply_fn = make_apply(model.config, **split)
+    step = jax.jit(jax.value_and_grad(partial(loss_and_sums, apply_fn), has_aux=True))
+    return step(model.params, pairs())
+
+
+def same_gradients(got: PyTree, expected: PyTree) -> None:
+    """To 1e-3 of the largest of each parameter's."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        most = float(jnp.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * max(most, 1e-4), err_msg=jax.tree_util.keystr(path))
+
+
+def torch_loss_and_sums(theirs, batch: PairBatch):
+    """The same of transformers, every text by itself, without padding."""
+    import torch
+
+    sums = []
+    for b, n in np.ndindex(8, 2):
+        prompt = np.asarray(batch.prompt[b, 9 - int(batch.prompt_len[b]) :])
+        text = torch.tensor(np.concatenate([prompt, batch.completions[b, n, : int(batch.completion_len[b, n])]]))[None]
+        logps = theirs(text.long()).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        sums.append(logps.gather(-1, text[0, len(prompt) :, None].long()).sum())
+    sums = torch.stack(sums).reshape(8, 2)
+    ratios = sums - torch.tensor(np.asarray(REFERENCE))
+    return -torch.nn.functional.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean(), sums
+
+
+def test_logits_sums_and_gradients_are_transformers(model, tmp_path):
+    """Saved here and loaded there, and back; a gradient is saved there as the parameter, and read by our names."""
     torch = pytest.importorskip("torch", reason="live parity needs torch, which CI installs")
     from transformers import AutoModelForCausalLM
 
     save_model(model, tmp_path / "out", shard_bytes=20_000)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
-    tokens = np.random.default_rng(0).integers(0, 384, (2, 40))
+    eager = {"dtype": torch.float32, "attn_implementation": "eager"}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **eager).eval()
     with torch.no_grad():
-        expected = theirs.eval()(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(logits(model, tokens), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits(model, TOKENS), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_model(str(tmp_path / "theirs"))
     assert back.config == model.config
     jax.tree.map(np.testing.assert_array_equal, back.params, model.params)
 
+    (loss, sums), gradients = gradients_of(model)
+    their_loss, their_sums = torch_loss_and_sums(theirs, pairs())
+    np.testing.assert_allclose(sums, their_sums.detach().numpy(), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(loss, their_loss.detach().numpy(), rtol=1e-4)
+    their_loss.backward()
+    for x in theirs.parameters():
+        x.data = torch.zeros_like(x) if x.grad is None else x.grad
+    theirs.save_pretrained(tmp_path / "gradients")
+    same_gradients(gradients, load_model(str(tmp_path / "gradients")).params)
 
-def test_shared_prompts_and_padding_change_nothing(model):
-    batch = random_batch(np.random.default_rng(0), B=3, P=9, C=11)
-    apply_fn = make_apply(model.config)
-    slow = two_row_logps(apply_fn, model.params, batch)
-    np.testing.assert_allclose(completion_logps(apply_fn, model.params, batch), slow, rtol=2e-5, atol=1e-4)
+
+def test_padding_packing_and_batching_change_nothing(model):
+    """The pairs above; and in other company, padded more, with other tokens in the padding, and not packed."""
+    batch, apply_fn = pairs(), make_apply(model.config)
+    rows = np.r_[7:-1:-1, 3, 5]
+    wide = dataclasses.replace(
+        jax.tree.map(lambda x: x[rows], dataclasses.replace(batch, packing=None)),
+        prompt=jnp.pad(batch.prompt[rows], ((0, 0), (3, 0)), constant_values=77),
+        completions=jnp.pad(batch.completions[rows], ((0, 0), (0, 0), (0, 5)), constant_values=99),
+    )
+    (_, packed), _ = gradients_of(model)
+    padded = jax.jit(partial(completion_logps, apply_fn))(model.params, wide)
+    np.testing.assert_allclose(padded, packed[rows], rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [next(n for n, raw in TINY.items() if raw["model_type"] == f) for f in FAMILIES])
+def test_eight_devices_are_one(name):
+    model = random_model(TINY[name])
+    (loss, sums), gradients = gradients_of(model)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = jax.device_put(model.params, param_shardings(mesh, model.config))
+    assert "tensor" in params["blocks"]["q"].sharding.spec
+    split = gradients_of(dataclasses.replace(model, params=params), mesh=mesh, constrain=constrainer(mesh))
+    np.testing.assert_allclose(split[0][0], loss, rtol=1e-5)
+    np.testing.assert_allclose(split[0][1], sums, rtol=1e-5)
+    same_gradients(split[1], gradients)
 
 
 def test_greedy_tokens_are_those_of_the_forward_pass(model):
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [10]]
     sampler = make_sampler(model.config, max_new_tokens=12, eos_ids=(), temperature=0.0)
     drawn = sample_all(sampler, model.params, prompts, batch_size=2, seed=0)
-    for i, (prompt, (completion,)) in enumerate(zip(prompts, drawn.lists(), strict=True)):
-        all_logits = jax.nn.log_softmax(logits(model, [prompt + completion])[0])
-        predicted = all_logits[len(prompt) - 1 : -1]
-        assert predicted.argmax(axis=-1).tolist() == completion
+    texts = [prompt + completion for prompt, (completion,) in zip(prompts, drawn.lists(), strict=True)]
+    whole = jax.nn.log_softmax(logits(model, [text + [0] * (21 - len(text)) for text in texts]))
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        predicted = whole[i, len(prompt) - 1 : len(text) - 1]
+        assert predicted.argmax(axis=-1).tolist() == text[len(prompt) :]
         np.testing.assert_allclose(drawn.logps[i, 0], np.asarray(predicted).max(axis=-1), atol=1e-4)
 
 

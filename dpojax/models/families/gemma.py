@@ -51,9 +51,16 @@ def _read(fields: Fields, types: list[str], kinds: dict[str, LayerKind], **more:
         norm=dataclasses.replace(config.norm, offset=1.0),
         residual="pre_post",
         embed_scale=config.width**0.5,
-        logits_softcap=fields.optional("final_logit_softcapping", more.get("logits_cap")),
+        logits_softcap=_cap(fields, "final_logit_softcapping", more.get("logits_cap")),
         **alternate(fields, types, config.layers, kinds),
     )
+
+
+def _cap(fields: Fields, name: str, default: float | None) -> float | None:
+    cap = fields.optional(name, default)
+    if cap is not None and cap <= 0:
+        fields.refuse(name, "use a number above 0, or null")
+    return cap
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def gemma2_config(fields: Fields) -> DecoderConfig:
     types = fields.get("layer_types") or [FULL if i % 2 else SLIDING for i in range(layers)]
     kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=fields.window(4096))}
     config = _read(fields, types, kinds, max_positions=8192, logits_cap=30.0)
-    return with_attention(config, softcap=fields.optional("attn_logit_softcapping", 50.0))
+    return with_attention(config, softcap=_cap(fields, "attn_logit_softcapping", 50.0))
 
 
 GEMMA2 = Family("gemma2", "Gemma2", gemma2_config, _write, GEMMA2_TENSORS)
@@ -91,11 +98,14 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
         fields.refuse("sliding_window_pattern", "use the number of layers from one full layer to the next")
     fields.get("_sliding_window_pattern")  # transformers notes what layer_types were made of
     types = fields.get("layer_types") or [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
-    rope = fields.get("rope_parameters") or {}
-    nested = FULL in rope or SLIDING in rope
-    of_full, of_window = (rope.get(FULL) or {}, rope.get(SLIDING) or {}) if nested else (rope, {})
+    rope, scaling = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    # transformers passes over both of these.
+    if rope and not {FULL, SLIDING} & rope.keys():
+        fields.refuse("rope_parameters", f"name those of {FULL} and of {SLIDING}")
+    if "type" in scaling and "rope_type" not in scaling:
+        fields.refuse("rope_scaling", "name its type rope_type")
     # Earlier files name the full layers' alone, beside the base of the others.
-    of_full = {**of_full, **(fields.get("rope_scaling") or {})}
+    of_full, of_window = {**(rope.get(FULL) or {}), **scaling}, rope.get(SLIDING) or {}
     global_rope = read_rope(fields, of_full, theta=fields.number("rope_theta", 1_000_000.0))
     local_rope = read_rope(fields, of_window, theta=fields.number("rope_local_base_freq", 10_000.0))
     kinds = {FULL: LayerKind(), SLIDING: LayerKind(window=fields.window(4096), rope=local_rope)}

@@ -24,7 +24,9 @@ def phi3_config(fields: Fields) -> DecoderConfig:
     rope = rope_fields(fields)
     if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # as early files call it
         rope = {**rope, "rope_type": "longrope"}
-    fields.get("original_max_position_embeddings")  # of LongRoPE
+    original = fields.integer("original_max_position_embeddings", 4096)  # of LongRoPE; transformers' goes before
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        rope = {**rope, "original_max_position_embeddings": original}
     config = read_like_llama(fields.without("rope_parameters", "rope_scaling"), eps=1e-5, max_positions=4096)
     positions = read_rope(
         fields, rope, theta=fields.number("rope_theta", 10_000.0), share=share, types=("default", "longrope")
