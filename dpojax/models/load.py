@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[float], None]
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")  # and SentencePiece's .model, and lists in .txt
 FIRST_ROWS = 64  # of a tied unembedding, compared when files are opened; all are when they are loaded
 
 
@@ -248,7 +249,26 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         return gguf_tokenizer(GGUFFile(path))
     from transformers import AutoTokenizer
 
+    named = _tokenizer_without_vocabulary(path)
+    if named is not None:
+        return named
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds; each means the same to the user
         raise UserError(f"{name}: no usable tokenizer ({first_line(error)}); name one with --tokenizer") from None
+
+
+def _tokenizer_without_vocabulary(path: Path) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of the class that ``tokenizer_config.json`` names, where no other file of a tokenizer is there, as
+    of ByT5's bytes; None elsewhere.
+
+    Of some families transformers takes another class than the one that is named, which then has no vocabulary.
+    """
+    if any(file.suffix in (".model", ".txt") or file.name in VOCABULARIES for file in path.iterdir()):
+        return None
+    import transformers
+
+    try:
+        return getattr(transformers, read_json(path / "tokenizer_config.json")["tokenizer_class"]).from_pretrained(path)
+    except Exception:  # whatever is wrong with these files, transformers' own choice of a class will say it
+        return None
