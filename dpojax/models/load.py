@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[float], None]
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")  # and SentencePiece's .model, and lists in .txt
 FIRST_ROWS = 64  # of a tied unembedding, compared when files are opened; all are when they are loaded
 
 
@@ -269,13 +270,14 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def _tokenizer_class(path: Path) -> Any:
-    """What reads a directory's tokenizer: the class that it names, where it has no ``tokenizer.json``.
+    """What reads a directory's tokenizer: the class that it names, where no file holds a vocabulary, as of ByT5's bytes.
 
-    transformers' AutoTokenizer would take the class of the model's family there, and read nothing without an error.
+    Of some families transformers' AutoTokenizer takes another class there, which then has no vocabulary.
     """
     import transformers
 
     config = path / "tokenizer_config.json"
     named = read_json(config).get("tokenizer_class") if config.exists() else None
-    alone = named is not None and not (path / "tokenizer.json").exists()
+    files = path.iterdir() if path.is_dir() else ()
+    alone = not any(file.suffix in (".model", ".txt") or file.name in VOCABULARIES for file in files)
     return (alone and getattr(transformers, str(named), None)) or transformers.AutoTokenizer

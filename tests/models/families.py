@@ -105,3 +105,89 @@ def random_tensor(i: int, shape: tuple[int, ...]) -> np.ndarray:
     spread = 0.2 if len(shape) > 1 else 0.1
     mean = 0.0 if len(shape) > 1 else 1.0
     return (mean + spread * np.random.default_rng(i).normal(size=shape)).astype(np.float32)
+
+
+# ---- held back ------------------------------------------------------------------------------------------------------
+
+OF_HUB = {"torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True, "initializer_range": 0.02}
+OF_HUB |= {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": None, "vocab_size": 384}
+SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
+SIZES |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, **OF_HUB}
+LAYERS = {"num_hidden_layers": 3}
+WIDE = {"head_dim": 12}
+GPT_SIZES = {"n_embd": 36, "n_layer": 2, "n_head": 3, "n_ctx": 256, "n_positions": 256, "layer_norm_epsilon": 1e-5}
+GPT_SIZES |= {**OF_HUB, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None}
+GPT_SIZES |= {"summary_first_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+NEOX_SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, **OF_HUB}
+NEOX_SIZES |= {"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "rotary_emb_base": 10000}
+FACTORS = {"long_factor": [1.0, 1.5, 2.0, 4.0], "short_factor": [1.0, 1.25, 1.5, 2.0]}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 64}
+GEMMA_HUB = {**SIZES, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16}
+GEMMA_HUB |= {"query_pre_attn_scalar": 144, "sliding_window": 6, "cache_implementation": "hybrid"}
+HELD_BACK: dict[str, list[dict]] = {
+    "llama": [
+        {**SIZES, "hidden_act": "silu", "pretraining_tp": 1, "rope_scaling": None, "tie_word_embeddings": False},
+        {**SIZES, **WIDE, "rope_scaling": SCALED, "rope_theta": 500000.0, "attention_bias": False, "mlp_bias": False},
+    ],
+    "mistral": [
+        {**SIZES, "sliding_window": 6, "rope_theta": 10000.0, "tie_word_embeddings": False},
+        {**SIZES, **WIDE, "sliding_window": None, "rope_theta": 1000000.0},
+    ],
+    "qwen2": [
+        {**SIZES, "sliding_window": 4, "use_sliding_window": False, "max_window_layers": 0, "rope_theta": 1000000.0},
+        {**SIZES, **LAYERS, "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
+    ],
+    "qwen3": [
+        {**SIZES, **WIDE, "attention_bias": False, "max_window_layers": 36, "rope_theta": 1e6, "sliding_window": None},
+        {**SIZES, **WIDE, "attention_bias": True, "tie_word_embeddings": True, "rope_scaling": None},
+    ],
+    "gemma2": [
+        {**GEMMA_HUB, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0},
+        {**GEMMA_HUB, **LAYERS, "query_pre_attn_scalar": 20, "sliding_window": 4096, "tie_word_embeddings": False},
+    ],
+    "gemma3_text": [
+        {**GEMMA_HUB, **LAYERS, "sliding_window_pattern": 3, "rope_theta": 1e6, "rope_local_base_freq": 5000.0},
+        {
+            **GEMMA_HUB,
+            **LAYERS,
+            "sliding_window_pattern": 2,
+            "attn_logit_softcapping": None,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "final_logit_softcapping": 2.0,
+        },
+    ],
+    "olmo2": [
+        {**SIZES, "rope_theta": 500000, "attention_bias": False, "rope_scaling": None},
+        {**SIZES, "num_key_value_heads": 6, "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
+    ],
+    "phi3": [
+        {**SIZES, "sliding_window": 5, "rope_scaling": None, "rope_theta": 1e4, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        {**SIZES, "rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 4096}
+        | {"tie_word_embeddings": True},
+    ],
+    "gpt2": [
+        GPT_SIZES | {"activation_function": "gelu_new"},
+        GPT_SIZES | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_inner": 50},
+    ],
+    "gpt_neox": [
+        NEOX_SIZES | {"rotary_pct": 0.25, "hidden_act": "gelu", "tie_word_embeddings": False},
+        NEOX_SIZES | {"rotary_pct": 1.0, "hidden_act": "gelu_fast", "use_parallel_residual": False},
+    ],
+    "gptj": [
+        GPT_SIZES | {"rotary": True, "rotary_dim": 8, "n_inner": None, "tie_word_embeddings": False},
+        GPT_SIZES | {"rotary_dim": 2, "activation_function": "relu", "scale_attn_weights": True, "n_inner": 31},
+    ],
+    "mixtral": [
+        {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None, "rope_theta": 1e6}
+        | {"router_aux_loss_coef": 0.02, "output_router_logits": False, "tie_word_embeddings": False},
+        {**SIZES, "num_local_experts": 5, "num_experts_per_tok": 1, "sliding_window": 6},
+    ],
+    "qwen3_moe": [
+        {**SIZES, **WIDE, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+        | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 48},
+        {**SIZES, **LAYERS, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2}
+        | {"norm_topk_prob": False, "moe_intermediate_size": 20, "attention_bias": True, "tie_word_embeddings": True},
+    ],
+}
+"""Other configs, with the fields that files on the hub have, of which no golden is made."""

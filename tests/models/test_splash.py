@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from dpojax.models import splash
+from dpojax.logprobs import completion_logps
+from dpojax.models import make_apply, splash
+from dpojax.models.attention import cudnn_attend, from_padded, shared_prompt_attention
 from dpojax.models.splash import SharedPromptMask, block_of, splash_attention, splash_kernel
+from tests.conftest import random_batch
+from tests.models.families import FAMILIES as TINY
+from tests.models.test_families import random_model
 
 # B, P, C, N, H, K, h
 SHAPES = [
@@ -24,23 +29,27 @@ SHAPES = [
 ]
 
 
-def sees(P: int, C: int, N: int) -> np.ndarray:
+def sees(P: int, C: int, N: int, window: int | None = None) -> np.ndarray:
     """The shared-prompt mask, token by token."""
     S = P + N * C
     completion = [-1] * P + [n for n in range(N) for _ in range(C)]
-    return np.array([[j <= i and completion[j] in (-1, completion[i]) for j in range(S)] for i in range(S)])
+    place = [*range(P), *[P + i for _ in range(N) for i in range(C)]]
+    near = lambda i, j: window is None or place[i] - place[j] < window  # noqa: E731
+    return np.array([[j <= i and completion[j] in (-1, completion[i]) and near(i, j) for j in range(S)]
+                     for i in range(S)])  # fmt: skip
 
 
-def plain(q, k, v, visible):
+def plain(q, k, v, visible, softcap=None):
     """Softmax attention with the whole matrix in float32; no part of it is from dpojax or jax.nn."""
     groups = q.shape[2] // k.shape[2]
     q, k, v = (x.astype(jnp.float32) for x in (q, jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)))
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -1e30), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def problem(B, P, C, N, H, K, h, dtype=jnp.float32):
+def problem(B, P, C, N, H, K, h, dtype=jnp.float32, window=None):
     """Inputs; prompt lengths from 1 to P; where tokens are real; who sees whom; a cotangent for what is real."""
     rng = np.random.default_rng(0)
     S = P + N * C
@@ -52,24 +61,26 @@ def problem(B, P, C, N, H, K, h, dtype=jnp.float32):
         real[b, P - prompt_len[b] : P] = True
         for n in range(N):
             real[b, P + n * C : P + n * C + completion_len[b, n]] = True
-    visible = sees(P, C, N)[None] & (np.arange(S) >= P - prompt_len[:, None])[:, None]
+    visible = sees(P, C, N, window)[None] & (np.arange(S) >= P - prompt_len[:, None])[:, None]
     return (q, k, v), jnp.asarray(prompt_len), real, visible, jnp.where(real[:, :, None, None], ct, 0)
 
 
-def compare(shape, mesh=None, dtype=jnp.float32, atol=2e-6):
+def compare(shape, mesh=None, dtype=jnp.float32, atol=2e-6, **form):
     """Values at real tokens and all gradients."""
     _, P, C, *_ = shape
-    qkv, prompt_len, real, visible, ct = problem(*shape, dtype=dtype)
+    qkv, prompt_len, real, visible, ct = problem(*shape, dtype=dtype, window=form.get("window"))
     at_real = real[:, :, None, None]
 
     def vjp(attention, qkv, ct):
         out, back = jax.vjp(attention, *qkv)
         return out, back(ct.astype(out.dtype))
 
-    splashed = lambda *qkv: splash_attention(*qkv, prompt_len, prompt=P, completion=C, mesh=mesh, interpret=True)  # noqa: E731
+    form = {"prompt": P, "completion": C, **form}
+    splashed = lambda *qkv: splash_attention(*qkv, prompt_len, mesh=mesh, interpret=True, **form)  # noqa: E731
+    softmax = partial(plain, visible=visible, softcap=form.get("softcap"))
     kernel = jax.jit(partial(vjp, splashed))
     out, grads = kernel(qkv, ct)
-    expected, expected_grads = jax.jit(partial(vjp, partial(plain, visible=visible)))(qkv, ct)
+    expected, expected_grads = jax.jit(partial(vjp, softmax))(qkv, ct)
     assert out.dtype == dtype and out.shape == qkv[0].shape
     np.testing.assert_allclose(np.where(at_real, out, 0), np.where(at_real, expected, 0), atol=atol, rtol=atol)
     for got, want in zip(grads, expected_grads, strict=True):
@@ -92,6 +103,44 @@ def test_equals_a_plain_softmax_in_the_blocks_of_a_long_row():
     compare((1, 300, 180, 2, 2, 1, 16))
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (7, 1.5), (50, None), (130, 0.5), (1000, 2.0), (None, 1.0)])
+def test_windows_and_caps_equal_a_plain_softmax(window, softcap, monkeypatch):
+    """Windows that end in the completion, in the prompt, and before both."""
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    compare((2, 100, 70, 2, 4, 2, 16), window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2 scaled", "mistral window"])
+def test_a_models_values_and_gradients_are_those_of_xlas_kernel(name, monkeypatch):
+    """Window, cap and scale of scores together, and scales of layers, over packed sequences."""
+    model = random_model(TINY[name])
+    batch = random_batch(np.random.default_rng(0), B=4, P=9, C=11, sequences=2)
+
+    def interpreted(inputs, window, softcap):
+        form = {"prompt": inputs.prompt, "completion": inputs.completion, "window": window, "softcap": softcap}
+        return from_padded(lambda *qkv: splash_attention(*qkv, inputs.prompt_len, interpret=True, **form), inputs)
+
+    def run(attention):
+        apply_fn = make_apply(model.config, attention=attention)
+        sums = lambda params: completion_logps(apply_fn, params, batch)  # noqa: E731
+        return jax.jit(lambda params: (sums(params), jax.grad(lambda p: sums(p).sum())(params)))(model.params)
+
+    (sums, gradients), (expected, expected_gradients) = run(interpreted), run(shared_prompt_attention)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize(("head_dim", "softcap", "own"), [(64, None, True), (80, None, True), (128, None, True),
+                         (128, 50.0, False), (256, None, False), (60, None, False)])  # fmt: skip
+def test_cudnn_leaves_to_xla_what_it_has_no_kernel_for(head_dim, softcap, own, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *_, implementation, **__: asked.append(q) or q)
+    q = jnp.ones((1, 4, 2, head_dim))
+    assert cudnn_attend(q, q, q, jnp.ones((1, 4, 4), bool), softcap).shape == q.shape
+    assert bool(asked) == own
+
+
 def test_bfloat16(monkeypatch):
     monkeypatch.setattr(splash, "MAX_BLOCK", 128)
     compare((2, 60, 40, 2, 2, 1, 64), dtype=jnp.bfloat16, atol=1e-2)
@@ -108,6 +157,8 @@ def test_split_over_a_mesh(names):
 @pytest.mark.parametrize(("P", "C", "N"), [(5, 3, 2), (1, 1, 4), (7, 6, 1), (0, 4, 2)])
 def test_mask(P, C, N):
     S = P + N * C
+    for window in (1, 2, 4, 9):
+        np.testing.assert_array_equal(SharedPromptMask(S, P, C, window)[:, :], sees(P, C, N, window))
     mask = SharedPromptMask(S, P, C)
     np.testing.assert_array_equal(mask[:, :], sees(P, C, N))
     np.testing.assert_array_equal(mask[2:4, 1:3], sees(P, C, N)[2:4, 1:3])
@@ -163,10 +214,13 @@ def test_shapes_that_do_not_fit(shape, prompt, completion, message):
 
 
 CASES = [
-    # topology; data, fsdp, tensor; B, P, C, H, K, h
-    ("v5e:2x2", (1, 1, 1), (2, 1000, 300, 8, 4, 128)),
-    ("v5e:2x2", (2, 1, 2), (4, 100, 60, 4, 2, 64)),
-    ("v5e:16x16", (4, 16, 4), (64, 1024, 512, 32, 8, 128)),
+    # topology; data, fsdp, tensor; B, P, C, H, K, h; window, cap
+    ("v5e:2x2", (1, 1, 1), (2, 1000, 300, 8, 4, 128), None, None),
+    ("v5e:2x2", (2, 1, 2), (4, 100, 60, 4, 2, 64), None, None),
+    ("v5e:16x16", (4, 16, 4), (64, 1024, 512, 32, 8, 128), 4096, None),  # Mistral
+    ("v5e:2x2", (1, 1, 1), (1, 1000, 300, 8, 4, 256), 512, 50.0),  # Gemma 2
+    ("v5e:2x2", (1, 1, 1), (1, 100, 60, 4, 4, 80), None, None),  # Pythia 2.8B
+    ("v5e:2x2", (1, 1, 1), (1, 100, 60, 3, 1, 12), 7, 5.0),
 ]
 COMPILE = """
 import re, sys, time
@@ -175,7 +229,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dpojax.models.splash import splash_attention
 
-for topology, shape, (B, P, C, H, K, h) in eval(sys.argv[1]):
+for topology, shape, (B, P, C, H, K, h), window, softcap in eval(sys.argv[1]):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     axes = ("data", "fsdp", "tensor")
     mesh = Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), axes, axis_types=(AxisType.Auto,) * 3)
@@ -186,7 +240,8 @@ for topology, shape, (B, P, C, H, K, h) in eval(sys.argv[1]):
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=place(("data", "fsdp")))
 
     def step(q, k, v, n, ct):
-        attend = lambda q, k, v: splash_attention(q, k, v, n, prompt=P, completion=C, mesh=mesh)
+        form = {"prompt": P, "completion": C, "window": window, "softcap": softcap}
+        attend = lambda q, k, v: splash_attention(q, k, v, n, mesh=mesh, **form)
         out, back = jax.vjp(attend, q, k, v)
         return out, back(ct)
 
@@ -199,7 +254,7 @@ for topology, shape, (B, P, C, H, K, h) in eval(sys.argv[1]):
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (jax[tpu])")
 def test_compiles_for_a_tpu():
-    """Forward, dq and dkv are each one Mosaic kernel, and no device needs what another has.
+    """Forward, dq and dkv are each one Mosaic kernel of any head size, and no device needs what another has.
 
     No TPU is here, only its compiler.
     """
