@@ -270,7 +270,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def _tokenizer_class(path: Path) -> Any:
-    """What reads a directory's tokenizer: the class that it names, where no file holds a vocabulary, as of ByT5's bytes.
+    """What reads a directory's tokenizer: the class that it names, where no file holds a vocabulary (ByT5's bytes).
 
     Of some families transformers' AutoTokenizer takes another class there, which then has no vocabulary.
     """
