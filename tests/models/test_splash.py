@@ -18,7 +18,7 @@ from dpojax.models.attention import cudnn_attend, from_padded, shared_prompt_att
 from dpojax.models.splash import SharedPromptMask, block_of, splash_attention, splash_kernel
 from tests.conftest import random_batch
 from tests.models.families import FAMILIES as TINY
-from tests.models.test_families import random_model
+from tests.models.test_families import random_model, same_gradients
 
 # B, P, C, N, H, K, h
 SHAPES = [
@@ -111,7 +111,7 @@ def test_windows_and_caps_equal_a_plain_softmax(window, softcap, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2 scaled", "mistral window"])
-def test_a_models_values_and_gradients_are_those_of_xlas_kernel(name, monkeypatch):
+def test_a_models_values_and_gradients_are_those_of_xlas_kernel(name):
     """Window, cap and scale of scores together, and scales of layers, over packed sequences."""
     model = random_model(TINY[name])
     batch = random_batch(np.random.default_rng(0), B=4, P=9, C=11, sequences=2)
@@ -127,8 +127,7 @@ def test_a_models_values_and_gradients_are_those_of_xlas_kernel(name, monkeypatc
 
     (sums, gradients), (expected, expected_gradients) = run(interpreted), run(shared_prompt_attention)
     np.testing.assert_allclose(sums, expected, rtol=1e-5)
-    for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * float(jnp.abs(want).max()))
+    same_gradients(gradients, expected_gradients)
 
 
 @pytest.mark.parametrize(("head_dim", "softcap", "own"), [(64, None, True), (80, None, True), (128, None, True),

@@ -24,6 +24,8 @@ def phi3_config(fields: Fields) -> DecoderConfig:
     rope = rope_fields(fields)
     if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # as early files call it
         rope = {**rope, "rope_type": "longrope"}
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4 mini's own code
+        fields.only(name, 1, why="transformers' Phi-3 has no such choice")
     original = fields.integer("original_max_position_embeddings", 4096)  # of LongRoPE; transformers' goes before
     if rope.get("rope_type", rope.get("type")) == "longrope":
         rope = {**rope, "original_max_position_embeddings": original}
