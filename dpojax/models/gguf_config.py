@@ -263,12 +263,15 @@ def _olmo2(keys: Keys) -> Raw:
 def _phi3(keys: Keys) -> Raw:
     raw = _sizes(keys)
     rope = {**_rope(keys), "partial_rotary_factor": keys.get("rope.dimension_count", raw["head_dim"]) / raw["head_dim"]}
+    rope = _longrope(keys, raw, rope)
+    original = rope.get("original_max_position_embeddings")  # transformers reads it beside rope_parameters alone
     return {
         "model_type": "phi3",
         **raw,
+        **({"original_max_position_embeddings": original} if original else {}),
         "hidden_act": "silu",
         "rms_norm_eps": shortest(keys.need("attention.layer_norm_rms_epsilon")),
-        "rope_parameters": _longrope(keys, raw, rope),
+        "rope_parameters": rope,
         "tie_word_embeddings": _tied(keys),
         "sliding_window": keys.get("attention.sliding_window") or None,
     }
