@@ -6,6 +6,7 @@
 The weights are NumPy's, seeded by each tensor's place in a sorted list of names, so that the file holds logits alone.
 """
 
+import copy
 import json
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from tests.models.families import FAMILIES, TOKENS, random_tensor  # noqa: E402
 
 def golden(raw: dict, directory: Path) -> list:
     """Logits of every eighth position and thirty-second token, of the model whose files hold the tests' tensors."""
-    config = AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "architectures"})
+    config = AutoConfig.for_model(**{k: v for k, v in copy.deepcopy(raw).items() if k != "architectures"})
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     file = directory / "model.safetensors"
     tensors = {name: random_tensor(i, x.shape) for i, (name, x) in enumerate(sorted(load_file(file).items()))}

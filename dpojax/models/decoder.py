@@ -125,6 +125,8 @@ def scan_layers(
       The residual stream, and of each scan what ``kept`` has returned of its layers, stacked.
     """
     layers = stacked["o"].shape[0]
+    if layers == 0:  # of a model whose layers are all trained, the frozen ones
+        return x, []
     kinds = [config.kind(i) for i in range(layers)]
     distinct = list(dict.fromkeys(dataclasses.replace(kind, scale=None) for kind in kinds))
     mixes = [mix_of(kind) for kind in distinct]

@@ -20,7 +20,7 @@ LOGPROBS = [  # its computation, and a row of the table
         "TOKEN_STATISTICS: dict",
         """def _entropy(h: Array, head: Array, ref: ReferenceOutput | None, chunk_tokens: int) -> Float[Array, "R Z"]:
     def of_chunk(h: Float[Array, "R z D"]) -> Float[Array, "R z"]:
-        logp = jax.nn.log_softmax(_logits(h, head))
+        logp = jax.nn.log_softmax(logits_of(h, head))
         return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
     return by_chunk(of_chunk, chunk_tokens, h)

@@ -1,5 +1,6 @@
 """``dpojax logps`` of models that transformers has written, with config.json as the hub has it: transformers' sums."""
 
+import copy
 import json
 
 import numpy as np
@@ -18,7 +19,7 @@ def written(raw: dict, path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 
     # Layers far from a fresh model's: tied embeddings must not answer with the last token alone.
-    config = AutoConfig.for_model(**raw)
+    config = AutoConfig.for_model(**copy.deepcopy(raw))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.manual_seed(0)
     for name, x in model.named_parameters():

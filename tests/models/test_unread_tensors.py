@@ -1,5 +1,6 @@
 """No tensor and no field is passed over: what changes the model is refused, what does not is known."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -146,5 +147,7 @@ def test_a_config_that_transformers_wrote_has_no_unknown_field(name, tmp_path):
     from transformers import AutoConfig
 
     raw = TINY[name]
-    AutoConfig.for_model(**{k: v for k, v in raw.items() if k != "architectures"}).save_pretrained(tmp_path)
+    AutoConfig.for_model(**{k: v for k, v in copy.deepcopy(raw).items() if k != "architectures"}).save_pretrained(
+        tmp_path
+    )
     assert config_from_hf(read_json(tmp_path / "config.json"), "test") == config_from_hf(raw, "test")

@@ -302,6 +302,7 @@ def with_earlier_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     full = rope.get(FULL) or {} if local is not None or FULL in rope else rope
     theta, share = full.get("rope_theta"), full.get("partial_rotary_factor")
     neox = raw.get("model_type") == "gpt_neox"
+    share = None if share == 1 and not neox else share  # what families without the field have
     names = ("rotary_emb_base", "rotary_pct") if neox else ("rope_theta", "partial_rotary_factor")
     fields = {**dict(zip(names, (theta, share), strict=True)), "rope_local_base_freq": (local or {}).get("rope_theta")}
     if full.get("rope_type") in ("linear", "llama3"):
