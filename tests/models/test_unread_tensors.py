@@ -151,3 +151,9 @@ def test_a_config_that_transformers_wrote_has_no_unknown_field(name, tmp_path):
         tmp_path
     )
     assert config_from_hf(read_json(tmp_path / "config.json"), "test") == config_from_hf(raw, "test")
+
+
+def test_a_share_of_all_is_no_share():
+    assert config_from_hf(HF_CONFIG | {"partial_rotary_factor": 1.0}, "test") == config_from_hf(HF_CONFIG, "test")
+    with pytest.raises(UserError, match=r"test: partial_rotary_factor 0.5 is not supported; this family turns whole"):
+        config_from_hf(HF_CONFIG | {"partial_rotary_factor": 0.5}, "test")

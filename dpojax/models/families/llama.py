@@ -61,6 +61,7 @@ def read_like_llama(fields: Fields, **defaults: Any) -> DecoderConfig:
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     by_width = width // heads if heads > 0 else 0
     act = defaults.get("act", ("hidden_act", "silu"))
+    fields.only("partial_rotary_factor", 1, why="this family turns whole heads")
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         width=width,

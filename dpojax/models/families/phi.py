@@ -29,7 +29,9 @@ def phi3_config(fields: Fields) -> DecoderConfig:
     original = fields.integer("original_max_position_embeddings", 4096)  # of LongRoPE; transformers' goes before
     if rope.get("rope_type", rope.get("type")) == "longrope":
         rope = {**rope, "original_max_position_embeddings": original}
-    config = read_like_llama(fields.without("rope_parameters", "rope_scaling"), eps=1e-5, max_positions=4096)
+    config = read_like_llama(
+        fields.without("rope_parameters", "rope_scaling", "partial_rotary_factor"), eps=1e-5, max_positions=4096
+    )
     positions = read_rope(
         fields, rope, theta=fields.number("rope_theta", 10_000.0), share=share, types=("default", "longrope")
     )
