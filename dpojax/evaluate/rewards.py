@@ -105,7 +105,7 @@ def scorer_rewards(spec: str) -> Rewards:
         try:
             given = list(function(prompts, completions))
         except Exception as error:  # it is anybody's code
-            raise UserError(f"--scorer {spec} fails ({type(error).__name__}: {first_line(error)}); mend it") from None
+            raise UserError(f"--scorer {spec} fails ({type(error).__name__}: {first_line(error)}); fix it") from None
         if len(given) != len(completions):
             raise UserError(
                 f"--scorer {spec}: gives {len(given)} numbers for {len(completions)} completions; give one each"

@@ -20,7 +20,7 @@ from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, encoding_of, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.scoring import collect_logps, jit_forward, make_logps_step, model_key, place_params
+from dpojax.train.scoring import LogpsStep, collect_logps, jit_forward, make_logps_step, model_key, place_params
 from dpojax.types import CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
@@ -52,6 +52,11 @@ def make_scorer(
     """
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
     step = make_logps_step(apply_fn, mesh, config, chunk_tokens=chunk_tokens)
+    return over_batches(step, config, mesh, batch_size, max_shapes)
+
+
+def over_batches(step: LogpsStep, config: DecoderConfig, mesh: Mesh, batch_size: int, max_shapes: int) -> Scorer:
+    """``score(params, examples, label, cache=None) -> [n, N]``: what a step gives of every completion, in order."""
 
     def score(params: PyTree, examples: Sequence[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
         on_mesh = lambda: place_params(params, mesh, config)  # noqa: E731
@@ -78,13 +83,7 @@ def make_rewarder(
     def rewards(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
         return completion_rewards(apply_fn, params, batch)
 
-    step = jit_forward(rewards, mesh, config)
-
-    def reward(params: PyTree, examples: Sequence[Example], label: str) -> np.ndarray:
-        batches = Batches(examples, batch_size, max_shapes=max_shapes, sequences=batch_shards(mesh))
-        return collect_logps(step, lambda: place_params(params, mesh, config), batches, mesh, label)
-
-    return reward
+    return over_batches(jit_forward(rewards, mesh, config), config, mesh, batch_size, max_shapes)
 
 
 class FileScores:

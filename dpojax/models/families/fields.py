@@ -39,6 +39,11 @@ ACTIVATIONS = {
 """transformers' name -> :class:`~dpojax.models.config.Mlp`'s."""
 
 
+def activation_name(act: str, tanh: str) -> str:
+    """transformers' name of an activation of ours; ``tanh`` is the family's for GELU by tanh, which has several."""
+    return tanh if act == "gelu_tanh" else act
+
+
 class Fields:
     """The fields of a ``config.json``, which remembers those that were read.
 
@@ -107,6 +112,10 @@ class Fields:
         if value not in ACTIVATIONS:
             self.refuse(name, f"use a model with {', '.join(sorted(ACTIVATIONS))}")
         return ACTIVATIONS[value]
+
+    def attention_bias(self, default: bool = False) -> Any:
+        """Which products of attention have a bias, by the field of this name: all of them, or none."""
+        return "all" if self.flag("attention_bias", default) else "none"
 
     def head(self) -> Any:
         """What the model ends in, by its architecture: the vocabulary, or one score."""

@@ -43,7 +43,7 @@ def _read(fields: Fields, types: list[str], kinds: dict[str, LayerKind], **more:
         fields.refuse("query_pre_attn_scalar", "use a number above 0")
     config = with_attention(
         config,
-        bias="all" if fields.flag("attention_bias") else "none",
+        bias=fields.attention_bias(),
         scale=scalar**-0.5,
     )
     return dataclasses.replace(

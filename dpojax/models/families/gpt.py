@@ -6,7 +6,7 @@ from typing import Any
 
 from dpojax.models.config import Attention, DecoderConfig, LayerKind, Learned, Mlp, Norm, Rope
 from dpojax.models.families.base import Family, Tensor, read_rope, rope_fields, write_rope
-from dpojax.models.families.fields import Fields
+from dpojax.models.families.fields import Fields, activation_name
 
 QKV = ("q", "k", "v")
 
@@ -81,9 +81,8 @@ def _read_gpt(fields: Fields, **choices: Any) -> DecoderConfig:
 
 
 def _write_gpt(config: DecoderConfig) -> dict[str, Any]:
-    names = {"gelu_tanh": "gelu_new"}
     return {
-        "activation_function": names.get(config.mlp.act, config.mlp.act),
+        "activation_function": activation_name(config.mlp.act, "gelu_new"),
         "n_embd": config.width,
         "n_layer": config.layers,
         "n_head": config.attention.heads,
@@ -217,7 +216,7 @@ def neox_config(fields: Fields) -> DecoderConfig:
             heads=heads,
             kv_heads=heads,
             head_dim=width // heads if heads > 0 else 0,
-            bias="all" if fields.flag("attention_bias", True) else "none",
+            bias=fields.attention_bias(default=True),
         ),
         mlp=Mlp(
             width=fields.integer("intermediate_size"),
@@ -237,9 +236,8 @@ def neox_config(fields: Fields) -> DecoderConfig:
 def neox_fields(config: DecoderConfig) -> dict[str, Any]:
     """The inverse of :func:`neox_config`."""
     assert isinstance(config.positions, Rope)
-    names = {"gelu_tanh": "gelu_new"}
     return {
-        "hidden_act": names.get(config.mlp.act, config.mlp.act),
+        "hidden_act": activation_name(config.mlp.act, "gelu_new"),
         "hidden_size": config.width,
         "intermediate_size": config.mlp.width,
         "num_hidden_layers": config.layers,

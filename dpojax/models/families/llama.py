@@ -19,7 +19,7 @@ from dpojax.models.families.base import (
     types_of,
     write_rope,
 )
-from dpojax.models.families.fields import Fields
+from dpojax.models.families.fields import Fields, activation_name
 
 LLAMA_TENSORS = {
     "embed": Tensor("model.embed_tokens.weight", "token_embd"),
@@ -85,9 +85,8 @@ def read_like_llama(fields: Fields, **defaults: Any) -> DecoderConfig:
 def write_like_llama(config: DecoderConfig, act: str = "hidden_act") -> dict[str, Any]:
     """The inverse of :func:`read_like_llama`."""
     assert isinstance(config.positions, Rope)
-    names = {"gelu_tanh": "gelu_pytorch_tanh"}
     return {
-        act: names.get(config.mlp.act, config.mlp.act),
+        act: activation_name(config.mlp.act, "gelu_pytorch_tanh"),
         "hidden_size": config.width,
         "intermediate_size": config.mlp.width,
         "num_hidden_layers": config.layers,
@@ -116,7 +115,7 @@ def llama_config(fields: Fields) -> DecoderConfig:
     config = read_like_llama(fields)
     mlp = dataclasses.replace(config.mlp, bias=fields.flag("mlp_bias"))
     config = dataclasses.replace(config, mlp=mlp)
-    return with_attention(config, bias="all" if fields.flag("attention_bias") else "none")
+    return with_attention(config, bias=fields.attention_bias())
 
 
 def llama_fields(config: DecoderConfig) -> dict[str, Any]:
@@ -193,7 +192,7 @@ QWEN2 = Family("qwen2", "Qwen2", qwen2_config, qwen2_fields, QWEN_TENSORS)
 def qwen3_config(fields: Fields) -> DecoderConfig:
     """Qwen3: norms of queries and keys, head size of its own, and windows from a layer on."""
     config = read_like_llama(fields, max_positions=32_768, head_dim=128)
-    config = with_attention(config, qk_norm=config.norm, bias="all" if fields.flag("attention_bias") else "none")
+    config = with_attention(config, qk_norm=config.norm, bias=fields.attention_bias())
     return with_qwen_windows(fields, config)
 
 

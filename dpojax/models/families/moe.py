@@ -72,8 +72,7 @@ def mixtral_fields(config: DecoderConfig) -> dict[str, Any]:
 def qwen3_moe_config(fields: Fields) -> DecoderConfig:
     """Qwen3-MoE (arXiv 2505.09388): Qwen3 with experts, in every layer or with MLPs in between."""
     config = read_like_llama(fields, max_positions=32_768, kv_heads=4)
-    bias = "all" if fields.flag("attention_bias") else "none"
-    config = with_attention(config, qk_norm=config.norm, bias=bias)
+    config = with_attention(config, qk_norm=config.norm, bias=fields.attention_bias())
     fields.get("max_window_layers")  # transformers' Qwen3-MoE has windows in all layers or in none
     on = fields.flag("use_sliding_window")
     config = one_window(fields if on else fields.without("sliding_window"), config, 4096 if on else None)

@@ -20,8 +20,7 @@ del TENSORS["blocks/mlp_norm"]
 def olmo2_config(fields: Fields) -> DecoderConfig:
     """OLMo 2."""
     config = dataclasses.replace(read_like_llama(fields, eps=1e-5), residual="post")
-    bias = "all" if fields.flag("attention_bias") else "none"
-    return with_attention(config, bias=bias, qk_norm=config.norm, qk_norm_over="all")
+    return with_attention(config, bias=fields.attention_bias(), qk_norm=config.norm, qk_norm_over="all")
 
 
 def olmo2_fields(config: DecoderConfig) -> dict[str, Any]:
