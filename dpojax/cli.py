@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ def beta_of_run(own: dict[str, Any]) -> float:
 
 def run_score(config: ScoreConfig) -> int:
     """``dpojax score``."""
+    from dpojax import processes
     from dpojax.data import parse_filter
     from dpojax.data.prepare import Reading
     from dpojax.evaluate.rewards import model_rewards, scorer_rewards, write_scored
@@ -119,6 +121,8 @@ def run_score(config: ScoreConfig) -> int:
         raise UserError(f"--output {config.output}: is among --data; name another file")
     reading = Reading("candidates", config.format, tuple(map(parse_filter, config.filter)))
     rewards = scorer_rewards(config.scorer) if config.scorer else model_rewards(config, config.model or "")
+    if not processes.first():
+        return 0
     rows = write_scored(config, reading, rewards)
     console.print(f"{rows} rows written to {config.output}")
     return 0
@@ -126,6 +130,7 @@ def run_score(config: ScoreConfig) -> int:
 
 def run_sample(config: SampleConfig) -> int:
     """``dpojax sample``."""
+    from dpojax import processes
     from dpojax.data import Encoder
     from dpojax.generate import make_sampler, sample_all
     from dpojax.generate.prompts import check_prompts, encode_prompt
@@ -134,6 +139,7 @@ def run_sample(config: SampleConfig) -> int:
     from dpojax.train.by_name import open_policy, tokenizer_for
     from dpojax.train.inputs import encoding_of
 
+    processes.one_alone("sample")
     tokenizer = tokenizer_for(config)
     encoder = Encoder(tokenizer, encoding_of(config))
     prompts = [encode_prompt(encoder, text, config.chat) for text in config.prompt]
@@ -175,7 +181,10 @@ def run_sample(config: SampleConfig) -> int:
 
 
 def run_export(config: ExportConfig) -> int:
-    """``dpojax export``."""
+    """``dpojax export``, on the host, also beside TPUs that only all processes together can use."""
+    import jax
+
+    from dpojax import processes
     from dpojax.models import load_tokenizer, save_model
     from dpojax.models.peft import save_adapter
     from dpojax.options import bytes_of
@@ -184,6 +193,8 @@ def run_export(config: ExportConfig) -> int:
     from dpojax.train.card import model_card
     from dpojax.train.rundir import is_run
 
+    processes.one_alone("export")
+    jax.config.update("jax_platforms", "cpu")
     output = Path(config.output)
     check_export(config, output)
     if config.adapter:
@@ -225,13 +236,13 @@ def run_check_data(config: CheckDataConfig) -> int:
     from dpojax.data.prepare import Reading
     from dpojax.progress import console
     from dpojax.train.by_name import load_policy_tokenizer
-    from dpojax.train.inputs import encoding_of, processes
+    from dpojax.train.inputs import cores, encoding_of
 
     kind, name = kind_to_check(config), config.tokenizer or config.model
     encoder = Encoder(load_policy_tokenizer(name), encoding_of(config)) if name else None
     reading = Reading(kind.form, config.format, tuple(map(parse_filter, config.filter)))
     lengths = config.max_length, config.min_prompt_length
-    lines, wrong = check_files(config.data, encoder, kind, *lengths, reading, processes())
+    lines, wrong = check_files(config.data, encoder, kind, *lengths, reading, cores())
     for line in lines:
         console.print(line)
     return 1 if wrong else 0
@@ -245,14 +256,14 @@ def run_show_data(config: ShowDataConfig) -> int:
     from dpojax.progress import Stage, console
     from dpojax.show.data import look
     from dpojax.train.by_name import load_policy_tokenizer
-    from dpojax.train.inputs import encoding_of, processes
+    from dpojax.train.inputs import cores, encoding_of
 
     kind = kind_to_check(config)
     tokenizer = load_policy_tokenizer(config.tokenizer or config.model)
     encoder = Encoder(tokenizer, encoding_of(config))
     reading = Reading(kind.form, config.format, tuple(map(parse_filter, config.filter)))
     with Stage(f"Tokenizing {', '.join(Path(name).name for name in config.data)}", 1.0) as stage:
-        read, _ = read_tokens(config.data, encoder, reading, workers=processes(), progress=stage.reach)
+        read, _ = read_tokens(config.data, encoder, reading, workers=cores(), progress=stage.reach)
     lengths = config.max_length, config.min_prompt_length
     for line in look(read, tokenizer, kind, *lengths, rows=config.rows, numbers=config.row):
         console.print(line)
@@ -319,7 +330,11 @@ def check_file(name: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either complete or not there."""
+    """Write a file that is either complete or not there; of several processes, the first does."""
+    from dpojax import processes
+
+    if not processes.first():
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -340,13 +355,17 @@ COMMANDS = {
 }
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+"""Errors of the operating system that are the user's to mend."""
+
+
 def run(config: Config) -> int:
     """Carry out one command; returns its exit status."""
     from dpojax.options import check_options
 
     def command() -> int:
         check_options(config)
-        if not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig):
+        if not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig):
             from dpojax.startup import prepare
 
             prepare()
@@ -356,25 +375,41 @@ def run(config: Config) -> int:
 
 
 def reporting(command: Callable[[], int]) -> int:
-    """Call a command; bad input, and a disk that is full, are one sentence and status 2."""
+    """Call a command; bad input, a disk that is full, and the end of another process are one sentence and a status."""
     # Tokenizers are all that is used of transformers, and it need not say that torch is missing.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         return command()
-    except UserError as error:
-        print(f"dpojax: {error}", file=sys.stderr)
     except BrokenPipeError:  # who read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("dpojax: interrupted", file=sys.stderr)
-        return 130  # as a shell reports it
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR):
+    except (Exception, KeyboardInterrupt) as error:
+        from dpojax import processes
+
+        known = sentence_of(error)
+        if known is None and processes.count() == 1:
             raise
-        where = error.filename or "--output"
-        print(f"dpojax: {where}: {error.strerror}; free some space, or name another place", file=sys.stderr)
-    return 2
+        if known is None:
+            traceback.print_exc()
+        sentence, status = known or ("", 1)
+        processes.leave(sentence, status)
+        print(f"dpojax: {sentence}", file=sys.stderr)
+        return status
+
+
+def sentence_of(error: BaseException) -> tuple[str, int] | None:
+    """What is said of an error, and the exit status; None of one that nobody foresaw."""
+    from dpojax import processes
+
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130  # as a shell reports it
+    if processes.is_loss(error):
+        return processes.lost(), 1
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"{error.filename or '--output'}: {error.strerror}; free some space, or name another place", 2
+    return None
 
 
 def report_unraisable(what: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -121,7 +122,7 @@ def constrainer(mesh: Mesh) -> Constrain:
 
 
 def put_global(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Host arrays, whole and equal on every process, to arrays laid out over the mesh."""
+    """Arrays laid out over the mesh, from host arrays that are whole and equal on every process."""
 
     def put(x: np.ndarray, sharding: NamedSharding) -> Array:
         x = np.asarray(x)
@@ -130,3 +131,30 @@ def put_global(tree: PyTree, shardings: PyTree) -> PyTree:
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: put(x, shardings), tree)
     return jax.tree.map(put, tree, shardings)
+
+
+def held_sequences(mesh: Mesh, sequences: int) -> list[int]:
+    """The packed sequences, of a global batch's, whose rows this process's devices hold, in order."""
+    parts: Any = batch_sharding(mesh).addressable_devices_indices_map((sequences,)).values()
+    return sorted({i for (part,) in parts for i in range(*part.indices(sequences))})
+
+
+def put_batch(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays over the mesh, split by their first axis, from the rows that this process's devices hold.
+
+    Every process gives its own part: the rows of :func:`held_sequences`, one sequence's after another's.
+    """
+    sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+    held = held_sequences(mesh, shards)
+
+    def put(x: np.ndarray) -> Array:
+        x = np.asarray(x)
+        each = len(x) // len(held)
+
+        def part(index: Any) -> np.ndarray:
+            at = held.index((index[0].start or 0) // each) * each
+            return x[at : at + each]
+
+        return jax.make_array_from_callback((each * shards, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, tree)

@@ -1,15 +1,18 @@
-"""What a process sets for its computations: where compiled programs are kept, and how memory is."""
+"""What a process sets for its computations: who else computes, where compiled programs are kept, how memory is."""
 
 import ctypes
 import sys
 
+from dpojax import processes
 from dpojax.cachedir import user_cache
 
 RESERVE = 8 << 30  # bytes of address space; memory is taken when it is touched
 
 
 def prepare() -> None:
-    """Keep compiled programs for the next run; every command calls this.
+    """Join the other processes (:func:`~dpojax.processes.start`), and keep compiled programs for the next run.
+
+    Every command that computes calls this first.
 
     Compiled programs lie in ``~/.cache/dpojax/xla`` (``$XDG_CACHE_HOME`` moves it), unless JAX's own option
     ``JAX_COMPILATION_CACHE_DIR`` names another place.
@@ -19,6 +22,7 @@ def prepare() -> None:
     if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    processes.start()
 
 
 def keep_memory() -> None:

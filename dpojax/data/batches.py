@@ -40,10 +40,21 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedBatch:
-    """A batch, and the index of the example in each of its rows; -1 for a padding row."""
+    """A global batch's examples, and of its rows those that this process's devices hold.
 
-    index: np.ndarray  # [B]
+    Attributes:
+      index: ``[B]``, the example in each row of the global batch; -1 for a padding row.
+      batch: the rows that this process holds, which are all of them where it is alone.
+      held: their examples, as ``index`` has them.
+      tokens: real tokens of the global batch, each prompt once.
+      computed: packed positions of the global batch, padding included.
+    """
+
+    index: np.ndarray
     batch: PairBatch
+    held: np.ndarray
+    tokens: int
+    computed: int
 
 
 def target_lengths(examples: Examples) -> np.ndarray:
@@ -198,6 +209,7 @@ class Batches:
       batch_size: global batch size, in examples.
       max_shapes: shapes at most; fewer, where they keep padding low.
       sequences: R, packed sequences of a global batch: the devices that split it, times the micro-batches.
+      held: those of them that this process holds (:func:`~dpojax.sharding.held_sequences`), in order; default: all.
       seed: shuffle, each epoch anew; None keeps similar lengths together instead, for passes whose order is free.
       epochs: passes over the examples. Batches run on over an epoch's end; only the very last may have padding rows. Of
         a mixture, an epoch has as many draws as there are examples, and each part is passed through by itself.
@@ -220,9 +232,11 @@ class Batches:
         *,
         max_shapes: int = 8,
         sequences: int = 1,
+        held: Sequence[int] | None = None,
         seed: int | None = None,
         epochs: int = 1,
     ):
+        self.held = list(range(sequences)) if held is None else list(held)
         self.examples, self.batch_size, self.sequences = Examples.of(examples), batch_size, sequences
         self.hidden: Callable[[int], np.ndarray] | None = None
         self.prompts, self.completions = self.examples.prompt_len, self.examples.completion_len
@@ -315,18 +329,23 @@ class Batches:
         return min((s for s in self.shapes if s.cover(need) == s), key=self._cost)
 
     def collate(self, index: np.ndarray) -> IndexedBatch:
-        """The batch of these examples, in the smallest planned shape that holds them."""
+        """The batch of these examples, in the smallest planned shape that holds them.
+
+        Lengths alone say where each example goes, so every process reads the tokens of its own rows only.
+        """
         placed = self._placed(index)
-        examples = [self.examples[i] if i >= 0 else None for i in placed]
-        shape = self._fit(self._need(placed))
-        batch = collate(examples, shape, self.sequences, self.completions.shape[1], self.fields, self.examples.masked)
+        held = placed.reshape(self.sequences, -1)[self.held].reshape(-1)
+        examples = [self.examples[i] if i >= 0 else None for i in held]
+        shape, N = self._fit(self._need(placed)), self.completions.shape[1]
+        batch = collate(examples, shape, len(self.held), N, self.fields, self.examples.masked)
         if self.hidden is not None:
             first = self.hidden(int(index[0]))
             hidden = np.zeros((self.sequences, shape.tokens, first.shape[1]), first.dtype)
             for i, sequence, span in self.packed_spans(placed):
                 hidden[sequence, span] = self.hidden(i)
             batch = dataclasses.replace(batch, hidden=hidden)  # type: ignore[arg-type]
-        return IndexedBatch(placed, batch)
+        tokens = int(self.tokens[placed[placed >= 0]].sum())
+        return IndexedBatch(placed, batch, held, tokens, self.sequences * shape.tokens)
 
     def packed_spans(self, index: np.ndarray) -> Iterator[tuple[int, int, slice]]:
         """Every example of a batch, its packed sequence, and its positions there; :func:`pack` leaves no gap.

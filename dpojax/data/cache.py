@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpojax import processes
 from dpojax.cachedir import cache_dir, mention_earlier
 from dpojax.data.encode import Encoder
 from dpojax.data.prepare import Reading, Rows, tokenize_source
@@ -132,7 +133,10 @@ def source_tokens(
       UserError: the source cannot be read.
     """
     path = token_path(source, reading, identity)
-    if path and (kept := read_whole(path, source.name)):
+    path = path if processes.all_of(path is not None) else None
+    kept = read_whole(path, source.name) if path else None
+    if processes.all_of(kept is not None):
+        assert kept is not None
         return SourceTokens(source.name, kept, cached=True, beside=source.beside)
     still = lambda: path == token_path(source, reading, identity)  # noqa: E731
     tokens = tokenize_source(source, reading, encoder, path=path, still=still, workers=workers, progress=progress)

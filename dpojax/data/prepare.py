@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dpojax import processes
 from dpojax.data.dialogue import Form, fields_read, hash_of_text
 from dpojax.data.encode import Encoder, RenderedRow, TokenizedRow
 from dpojax.data.filters import Filter
@@ -25,7 +27,17 @@ from dpojax.data.formats import Format, detect, format_named
 from dpojax.data.opened import identity_of
 from dpojax.data.read import BadRow, Block, Row, Source
 from dpojax.data.rows import parse_row
-from dpojax.data.store import FileTokens, joined_files, part_tokens, read_part, read_whole, write_part, write_whole
+from dpojax.data.store import (
+    FileTokens,
+    joined_files,
+    packed,
+    part_of,
+    part_tokens,
+    read_part,
+    read_whole,
+    write_part,
+    write_whole,
+)
 from dpojax.data.tokens import Tokens, joined, tokens_of
 from dpojax.errors import UserError
 
@@ -327,9 +339,14 @@ def tokenize_source(
     aside = None if path is None else path.with_name(path.name + ".parts")
     parts: dict[int, FileTokens] = {}
     where: dict[int, Any] = {}  # tokens, or the path of their part
+    total = 0
 
     def todo() -> Iterator[tuple[int, Block]]:
+        nonlocal total
         for i, block in enumerate(blocks):
+            total = i + 1
+            if not processes.owns(i):
+                continue
             file = aside and aside / f"{i:06d}.npz"
             part = read_part(file, source.name) if file else None
             if part is None:
@@ -344,10 +361,55 @@ def tokenize_source(
         file = aside and aside / f"{i:06d}.npz"
         on_disk = file is not None and write_part(file, part)
         parts[i], where[i] = (_without_tokens(part), file) if on_disk else (part, part.tokens)
-        progress(sum(part.rows for part in parts.values()))
+        progress(sum(part.rows for part in parts.values()) * processes.count())
+    shared = False
+    if processes.count() > 1:
+        shared = aside is not None and processes.share(aside)
+        with_others(source.name, parts, where, total, aside, leave=shared and not processes.first())
+        if shared and not processes.first():
+            return of_first(source.name, path)
     order = sorted(parts)
     keep = path if still() else None
-    return _whole(source, [parts[i] for i in order], [where[i] for i in order], keep, aside)
+    whole = _whole(source, [parts[i] for i in order], [where[i] for i in order], keep, aside)
+    if shared:
+        processes.barrier("tokens are kept")
+    return whole
+
+
+def with_others(
+    file: str, parts: dict[int, FileTokens], where: dict[int, Any], total: int, aside: Path | None, *, leave: bool
+) -> None:
+    """Add the blocks that other processes have made, of ``total``; or leave them to the first one.
+
+    Raises:
+      UserError: the file is another one for some process.
+    """
+    if len(set(processes.exchange(str(total).encode()))) > 1:
+        raise UserError(f"{file}: has more rows for one process than for another; give all of them the same files")
+    for start in range(0, total, processes.count()):
+        mine = next((i for i in range(start, start + processes.count()) if i in parts), None)
+        part = None if mine is None else parts[mine]
+        if part is not None and not isinstance(where[mine], Tokens):  # type: ignore[index]
+            part = dataclasses.replace(part, tokens=part_tokens(where[mine]))  # type: ignore[index]
+        for i, got in enumerate(processes.exchange(b"" if part is None else packed(part)), start):
+            if got and i not in parts and not leave:
+                theirs = part_of(io.BytesIO(got), file)
+                path = aside and aside / f"{i:06d}.npz"
+                on_disk = path is not None and write_part(path, theirs)
+                parts[i], where[i] = (_without_tokens(theirs), path) if on_disk else (theirs, theirs.tokens)
+
+
+def of_first(file: str, path: Path | None) -> FileTokens:
+    """A file's tokens, which the first process has brought together and kept.
+
+    Raises:
+      UserError: it could not keep them.
+    """
+    processes.barrier("tokens are kept")
+    whole = None if path is None else read_whole(path, file)
+    if whole is None:
+        raise UserError(f"{path}: the tokens of {file} could not be kept there; free some space")
+    return whole
 
 
 def _without_tokens(part: FileTokens) -> FileTokens:

@@ -1,6 +1,7 @@
 """Tokens on disk: parts while they are made, then a directory of flat arrays that is mapped, not read."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -81,23 +82,45 @@ def joined_files(parts: Sequence[FileTokens], tokens: Tokens) -> FileTokens:
     )
 
 
-def write_part(path: Path, part: FileTokens) -> bool:
-    """Keep a part of a file in one ``.npz``, whole or not at all; whether the disk took it."""
+def part_arrays(part: FileTokens) -> dict[str, Any]:
+    """A part of a file as named arrays, its facts as JSON among them."""
     arrays = {name: getattr(part.tokens, name) for name in [*PER_ROW, "flat"]}
     if part.tokens.masks is not None:
         arrays["masks"] = part.tokens.masks
-    return write_arrays(path, **arrays, facts=json.dumps(part.facts()))
+    return {**arrays, "facts": json.dumps(part.facts())}
+
+
+def packed(part: FileTokens) -> bytes:
+    """A part of a file as bytes, from which :func:`part_of` makes it again."""
+    out = io.BytesIO()
+    np.savez(out, **part_arrays(part))
+    return out.getvalue()
+
+
+def part_of(stored: IO[bytes], file: str) -> FileTokens:
+    """The part of a file that :func:`part_arrays` gave, from an ``.npz``.
+
+    Raises:
+      Exception: it is damaged; in as many ways as there are parsers on the way.
+    """
+    with np.load(stored, allow_pickle=False) as arrays:
+        facts = json.loads(str(arrays["facts"]))
+        fields = {name: arrays[name] for name in [*PER_ROW, "flat"]}
+        masks = arrays.get("masks")
+    tokens = Tokens(masks=masks, reasons=tuple(facts["reasons"]), top=facts["top"], **fields)
+    return file_tokens(_sound(tokens), facts, file)
+
+
+def write_part(path: Path, part: FileTokens) -> bool:
+    """Keep a part of a file in one ``.npz``, whole or not at all; whether the disk took it."""
+    return write_arrays(path, **part_arrays(part))
 
 
 def read_part(path: Path, file: str) -> FileTokens | None:
     """What :func:`write_part` kept; None where there is nothing, or it is damaged."""
     try:
-        with path.open("rb") as stored, np.load(stored, allow_pickle=False) as arrays:
-            facts = json.loads(str(arrays["facts"]))
-            fields = {name: arrays[name] for name in [*PER_ROW, "flat"]}
-            masks = arrays.get("masks")
-        tokens = Tokens(masks=masks, reasons=tuple(facts["reasons"]), top=facts["top"], **fields)
-        return file_tokens(_sound(tokens), facts, file)
+        with path.open("rb") as stored:
+            return part_of(stored, file)
     except Exception:  # damage shows in as many ways as there are parsers on the way
         return None
 

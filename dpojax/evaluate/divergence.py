@@ -6,13 +6,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from dpojax import processes
 from dpojax.data import Batches, Example
 from dpojax.evaluate.scoring import forward_over_mesh
 from dpojax.logprobs import completion_stats
 from dpojax.models import DecoderConfig, param_shardings, unembedding_of
 from dpojax.packing import PairBatch
 from dpojax.progress import track
-from dpojax.sharding import batch_sharding, batch_shards, put_global
+from dpojax.sharding import batch_sharding, batch_shards, held_sequences, put_batch
 from dpojax.train.scoring import place_params
 from dpojax.types import PyTree, ReferenceOutput
 
@@ -46,7 +47,8 @@ def exact_kl(
       label: names the stage on the console.
     """
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
-    batches = Batches(examples, batch_size, max_shapes=8, sequences=batch_shards(mesh))
+    R = batch_shards(mesh)
+    batches = Batches(examples, batch_size, max_shapes=8, sequences=R, held=held_sequences(mesh, R))
     by_batch, shardings = batch_sharding(mesh), param_shardings(mesh, config)
 
     def kls(policy: PyTree, ref: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
@@ -62,7 +64,7 @@ def exact_kl(
     on_mesh = [place_params(params, mesh, config) for params in (policy, ref)]
     out = np.zeros(batches.completions.shape, np.float32)
     for item in track(list(batches), label):
-        got = np.asarray(step(*on_mesh, put_global(item.batch, by_batch)))
+        got = processes.fetch(step(*on_mesh, put_batch(item.batch, mesh)))
         there = item.index >= 0
         out[item.index[there]] = got[there]
     return out

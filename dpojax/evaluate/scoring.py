@@ -9,13 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from dpojax import processes
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, lengths_only
 from dpojax.data.batches import target_lengths
 from dpojax.logprobs import completion_rewards, pair_up
 from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import batch_shards, constrainer, make_mesh
+from dpojax.sharding import batch_shards, constrainer, held_sequences, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, encoding_of, read_examples
@@ -60,7 +61,8 @@ def over_batches(step: LogpsStep, config: DecoderConfig, mesh: Mesh, batch_size:
 
     def score(params: PyTree, examples: Sequence[Example], label: str, cache: LogpsCache | None = None) -> np.ndarray:
         on_mesh = lambda: place_params(params, mesh, config)  # noqa: E731
-        batches = Batches(examples, batch_size, max_shapes=max_shapes, sequences=batch_shards(mesh))
+        R = batch_shards(mesh)
+        batches = Batches(examples, batch_size, max_shapes=max_shapes, sequences=R, held=held_sequences(mesh, R))
         return collect_logps(step, on_mesh, batches, mesh, label, cache=cache)
 
     return score
@@ -130,5 +132,5 @@ class FileScores:
             chunk_tokens=config.logprob_chunk_tokens,
         )
         key = model_key(model.config, fingerprint(model.params), config.dtype)
-        cache = LogpsCache(self.beside, key, self.lengths.shape[1])
+        cache = LogpsCache(self.beside if processes.first() else None, key, self.lengths.shape[1])
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

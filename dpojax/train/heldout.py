@@ -8,7 +8,7 @@ import numpy as np
 
 from dpojax.data import Batches, lengths_only
 from dpojax.progress import track
-from dpojax.sharding import batch_sharding, put_global
+from dpojax.sharding import put_batch
 from dpojax.train.objectives import Metrics, Running, Terms, logps_of, terms_of
 from dpojax.train.program import Program
 from dpojax.train.reference import CachedReference, NoReference, Reference
@@ -39,7 +39,7 @@ def evaluate(
     """
     layout = program.layout
     running = layout.running if running is None else running
-    beta_now = jnp.asarray(layout.hyper.beta if beta is None else beta, jnp.float32)
+    beta_now = np.float32(layout.hyper.beta if beta is None else beta)
     known = isinstance(reference, CachedReference | NoReference)
     if program.traits.needs_forward_pass or not known:
         metrics = metrics_by_batch(program, params, batches, reference, running, beta_now)
@@ -61,7 +61,7 @@ def terms_of_sums(
     def logps(sums: np.ndarray) -> Logps:
         return logps_of(CompletionStats(jnp.asarray(sums)), whole, program.traits)
 
-    policy = dataclasses.replace(logps(sums), running=running)
+    policy = dataclasses.replace(logps(sums), running=jax.device_get(running))
     ref = None if ref_sums is None else logps(ref_sums)
     return jax.device_get(terms_of(policy, ref, program.objective, beta, paired=sums.shape[1] > 1))
 
@@ -71,9 +71,8 @@ def metrics_by_batch(
 ) -> Metrics:
     """Undivided loss and metrics, summed over the held-out batches."""
     total: Metrics = {}
-    by_batch = batch_sharding(program.mesh)
     for i, item in enumerate(track(list(batches), "Evaluating")):
-        batch = put_global(item.batch, by_batch)
+        batch = put_batch(item.batch, program.mesh)
         metrics = program.eval_step(params, batch, reference.of(item), i, running, beta)
         total = jax.tree.map(jnp.add, total, metrics) if total else metrics
     return total

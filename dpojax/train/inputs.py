@@ -6,11 +6,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from dpojax import processes
 from dpojax.configs import ChatOptions, DataOptions, TrainOptions
 from dpojax.data import Batches, Encoder, EncodingOptions, Examples, RowKind, load_examples, parse_filter
 from dpojax.data import with_mismatched as mismatched
@@ -18,7 +19,7 @@ from dpojax.data.sources import parse_mixture
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig
 from dpojax.progress import Stage, console
-from dpojax.sharding import batch_shards
+from dpojax.sharding import batch_shards, held_sequences
 from dpojax.train.by_name import tokenizer_for
 from dpojax.train.rundir import options_of_run
 from dpojax.train.task import Task
@@ -60,7 +61,7 @@ class Data:
         return hashlib.blake2b(" ".join(e.content_hash for e in self.examples).encode(), digest_size=16).hexdigest()
 
 
-def processes() -> int:
+def cores() -> int:
     """Processes that tokenise: one for every core that this one may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -87,7 +88,7 @@ def read_examples(
             format=config.format,
             filters=[parse_filter(text) for text in config.filter],
             weights=weights,
-            workers=processes(),
+            workers=cores(),
             progress=stage.reach,
         )
     for line in [report.sentence(), *report.remarks, *[f"dropped {bad}" for bad in report.dropped[:SHOWN]]]:
@@ -105,7 +106,8 @@ def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
     """
     tokenizer = tokenizer_for(config)
     # A run that is continued goes on with the date that it began with.
-    encoder = Encoder(tokenizer, encoding_of(config, options_of_run(config.output).get("today")))
+    today = options_of_run(config.output).get("today") or processes.from_first(str(datetime.date.today()))
+    encoder = Encoder(tokenizer, encoding_of(config, today))
     examples, held_out, beside = training_and_held_out(config, task, encoder)
     if "mismatched" in task.traits.reads:
         examples = mismatched(examples, config.max_length)
@@ -113,11 +115,10 @@ def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
     epochs = config.epochs
     if config.steps is not None:
         epochs = -(-config.steps * config.batch_size // len(examples))
-    shape_options = {
-        "max_shapes": config.max_shapes,
-        "sequences": batch_shards(mesh) * config.gradient_accumulation_steps,
-    }
-    batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **shape_options)
+    sequences = batch_shards(mesh) * config.gradient_accumulation_steps
+    over_mesh: dict[str, Any] = {"sequences": sequences, "held": held_sequences(mesh, sequences)}
+    over_mesh["max_shapes"] = config.max_shapes
+    batches = Batches(examples, config.batch_size, seed=config.seed, epochs=epochs, **over_mesh)
     console.print(f"  {batches.sentence()}")
     total_steps = len(batches) if config.steps is None else config.steps
     left_over = total_steps * config.batch_size - epochs * len(examples)
@@ -125,7 +126,7 @@ def load_data(config: TrainOptions, task: Task, mesh: Mesh) -> Data:
         console.print(f"  the last batch is {left_over} short of {config.batch_size}; it weighs what it holds")
     if config.warmup_steps >= total_steps:
         console.print(f"  the warmup of {config.warmup_steps} steps is longer than the run of {total_steps}")
-    eval_batches = None if held_out is None else Batches(held_out, config.batch_size, **shape_options)
+    eval_batches = None if held_out is None else Batches(held_out, config.batch_size, **over_mesh)
     today = encoder.options.chat_date if encoder.template.dated else None
     return Data(tokenizer, batches, eval_batches, total_steps, beside, today)
 

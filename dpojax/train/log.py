@@ -141,13 +141,10 @@ class MetricsLog:
 
 
 class PairCount:
-    """Pairs, tokens (the prompt once) and computed positions of a batch."""
+    """Pairs, tokens (the prompt once) and computed positions of a global batch."""
 
     def __init__(self, item: IndexedBatch, timed: bool):
-        batch = item.batch
         self.timed = timed
-        self.pairs = int(batch.valid.sum())
-        self.batch_size = len(batch.valid)
-        self.tokens = int(batch.prompt_len.sum() + batch.completion_len.sum())
-        assert batch.packing is not None
-        self.computed = batch.packing.padded_index.size
+        self.pairs = int((item.index >= 0).sum())
+        self.batch_size = len(item.index)
+        self.tokens, self.computed = item.tokens, item.computed

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +12,14 @@ from typing import Any
 
 import jax
 
+from dpojax import processes
 from dpojax.configs import TrainOptions
 from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
 from dpojax.models import Model, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
-from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
+from dpojax.sharding import check_batch, make_mesh, put_batch
 from dpojax.startup import keep_memory
 from dpojax.train.checkpoint import IN_FLIGHT, Checkpoints
 from dpojax.train.heldout import evaluate
@@ -35,9 +37,9 @@ from dpojax.train.reference import (
     moving_reference,
     no_reference,
 )
-from dpojax.train.rundir import RunAdapter, claim_directory, file_hash, save_adapter_of_run, save_model_files
+from dpojax.train.rundir import RunAdapter, claim_directory, file_hash, is_run, save_adapter_of_run, save_model_files
 from dpojax.train.scoring import model_key
-from dpojax.train.start import open_start, reference_of
+from dpojax.train.start import Start, open_start, reference_of
 from dpojax.train.state import TrainState, placed
 from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
@@ -66,10 +68,9 @@ def run_steps(
     program: Program, state: TrainState, batches: Iterator[IndexedBatch], reference: Reference, first: int, last: int
 ) -> Iterator[Step]:
     """The steps after ``first`` up to ``last``, one after another; each takes over the memory of the state before."""
-    by_batch = batch_sharding(program.mesh)
     for step in range(first + 1, last + 1):
         item = next(batches)
-        state, metrics = program.step(state, put_global(item.batch, by_batch), reference.of(item))
+        state, metrics = program.step(state, put_batch(item.batch, program.mesh), reference.of(item))
         reference = reference.after(step, state.params)
         yield Step(step, state, metrics, item, reference)
 
@@ -125,6 +126,8 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
     start = open_start(config, mesh, reward=task.traits.on == "scores")
     check_top_layers(config.train_top_layers, start.config)
+    if config.train_top_layers is not None and processes.count() > 1:
+        raise UserError(f"--train-top-layers {config.train_top_layers}: runs in one process; leave it out")
     if config.router_aux_loss_coef and start.config.experts is None:
         coefficient = f"--router-aux-loss-coef {config.router_aux_loss_coef}"
         raise UserError(f"{coefficient}: the model has no mixture of experts; leave it out")
@@ -140,13 +143,41 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     identities |= {f"hash of {path}": file_hash(path) for path in task.files}
     if data.today is not None:
         identities["today"] = data.today
+    check_same(identities)
+    if processes.first():
+        claim(config, identities, start, data)
+    processes.barrier("the directory is claimed")
+    if not is_run(config.output):
+        seen = "is not seen by every process; name a directory that all of them share, or one of an object store"
+        raise UserError(f"--output {config.output}: {seen}")
+    return data, model, ref_model, program, identities
+
+
+def claim(config: TrainOptions, identities: dict[str, str], start: Start, data: Data) -> None:
+    """Take ``--output`` for this run, and write what others need to read the run.
+
+    Raises:
+      UserError: the directory is another run's.
+    """
     claim_directory(config, identities)
     run = Path(config.output)
     save_model_files(start.merged.hf_config, start.merged.generation_config, data.tokenizer, run / "model")
     if start.config.lora is not None and start.base is not None:
         base = start.config.base
         save_adapter_of_run(run, RunAdapter(start.base, start.config.lora, base.vocab_size, base.tied, base.quantized))
-    return data, model, ref_model, program, identities
+
+
+def check_same(identities: dict[str, str]) -> None:
+    """Refuse a run of which processes have another model, other data or another objective.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    first = json.loads(processes.from_first(json.dumps(identities)))
+    differing = [name for name in identities.keys() | first.keys() if identities.get(name) != first.get(name)]
+    if not processes.all_of(not differing):
+        named = ", ".join(sorted(differing)) or "model or data"
+        raise UserError(f"{named}: not the same for every process; give all of them the same files and options")
 
 
 def references(
@@ -158,7 +189,7 @@ def references(
     key = model_key(model.config, content, config.dtype)
 
     def cached(batches: Batches, file: str | None, label: str, limit: int | None = None) -> Reference:
-        cache = LogpsCache(file, key, batches.completions.shape[1])
+        cache = LogpsCache(file if processes.first() else None, key, batches.completions.shape[1])
         return cached_reference(program, model.params, batches, label=label, limit=limit, cache=cache)
 
     if choice.form == "none":
@@ -232,7 +263,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     del model, ref_model
 
     # ---- steps ----------------------------------------------------------------------------------------------------
-    writers: list[Writer] = [JsonLines(run, done), TensorBoard(run, done)]
+    writers: list[Writer] = [JsonLines(run, done), TensorBoard(run, done)] if processes.first() else []
     log = MetricsLog(writers, total_steps, len(batches.examples), config.warmup_steps + STILL_STEPS)
 
     def figures_of(step: int, state: TrainState, reference: Reference) -> float | None:
@@ -256,7 +287,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
             log.add(step, at.item, at.metrics)
             if on_step is not None and on_step(step, at.state) is False:
                 stop.set()
-            last, stopping = step == total_steps, stop.is_set()
+            last, stopping = step == total_steps, stop.is_set() or processes.asked_to_stop(step)
             shows = step % config.logging_steps == 0 or last or stopping
             evaluates = step % config.eval_steps == 0 or last
             saves = step % config.save_steps == 0 or last or stopping
@@ -282,19 +313,29 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C, and the SIGTERM by which a pod announces that it takes its machines back, ask to stop after the step."""
-    asked = threading.Event()
+    """Ctrl-C, and the SIGTERM by which a pod announces that it takes its machines back, ask to stop after the step.
+
+    Of several processes one may be asked, and JAX's own handler of SIGTERM tells the others
+    (:func:`~dpojax.processes.asked_to_stop`).
+    """
+    asked, interrupted = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may handle signals
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if interrupted.is_set():
             raise KeyboardInterrupt  # asked twice: at once, from the last checkpoint
+        interrupted.set()
         console.print("stopping after this step, to save")
-        asked.set()
+        if together:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            asked.set()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    together = processes.count() > 1
+    handled = (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, handle) for number in handled}
     try:
         yield asked
     finally:

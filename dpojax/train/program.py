@@ -25,7 +25,7 @@ from dpojax.models import (
 from dpojax.models.experts import Routing, balance_loss
 from dpojax.models.params import of_adapter
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh
+from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh, replicated
 from dpojax.train.objectives import (
     BatchContext,
     LossFn,
@@ -162,7 +162,7 @@ def make_program(
         config=config,
         layout=layout,
         step=jit_train_step(step, mesh, layout.shardings),
-        eval_step=jax.jit(make_eval_step(loss_fn)),
+        eval_step=jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh)),
         logps_step=logps_step,
         policy_logps=logps_step if trained == config else logps_of_model(trained),
         ref_step=make_ref_step(apply_of(config), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches),

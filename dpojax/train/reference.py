@@ -16,7 +16,7 @@ from dpojax.data import Batches, IndexedBatch
 from dpojax.losses import Traits
 from dpojax.models import combine, partition
 from dpojax.packing import PairBatch
-from dpojax.sharding import batch_sharding, put_global
+from dpojax.sharding import put_batch
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.objectives import logps_of
 from dpojax.train.program import Program
@@ -52,9 +52,9 @@ class CachedReference(Reference):
     mesh: Mesh
 
     def of(self, item: IndexedBatch) -> ReferenceOutput | None:
-        sums = np.where(item.index[:, None] >= 0, self.sums[item.index], 0.0)
+        sums = np.where(item.held[:, None] >= 0, self.sums[item.held], 0.0)
         logps = logps_of(CompletionStats(sums), item.batch, self.traits)  # type: ignore[arg-type]  # NumPy's
-        return put_global(ReferenceOutput(logps), batch_sharding(self.mesh))
+        return put_batch(ReferenceOutput(logps), self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class LiveReference(Reference):
     def of(self, item: IndexedBatch) -> ReferenceOutput | None:
         # Hidden states are of the policy's frozen layers; the reference may have others.
         whole = dataclasses.replace(item.batch, hidden=None)
-        return self.step(self.params, put_global(whole, batch_sharding(self.mesh)))
+        return self.step(self.params, put_batch(whole, self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from dpojax import processes
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
 from dpojax.models import DecoderConfig, param_shardings
 from dpojax.packing import ApplyFn, PairBatch, packing_of
 from dpojax.progress import console, track
-from dpojax.sharding import batch_sharding, put_global
+from dpojax.sharding import batch_sharding, put_batch
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.state import placed
 from dpojax.train.step import join_micro, split_micro
@@ -88,8 +89,7 @@ def collect_logps(
     """
     n, N = batches.completions.shape
     keys = batches.examples.keys
-    sums = np.full((n, N), np.nan, np.float32) if cache is None else cache.get(keys)
-    by_batch = batch_sharding(mesh)
+    sums = np.full((n, N), np.nan, np.float32) if cache is None else processes.array_from_first(cache.get(keys))
     unknown = lambda i: bool(np.isnan(sums[batches.indices[i]]).any())  # noqa: E731
     todo = [i for i in range(batches.first_pass(limit)) if unknown(i)] if np.isnan(sums).any() else []
     if cache is not None and np.isfinite(sums).any():
@@ -102,13 +102,13 @@ def collect_logps(
             if not unknown(i):  # a mixture draws rows of a small part again and again
                 continue
             item = batches.collate(batches.indices[i])
-            got = np.asarray(step(on_mesh, put_global(item.batch, by_batch)))
+            got = processes.fetch(step(on_mesh, put_batch(item.batch, mesh)))
             # A batch may run over the epoch's end, or over rows of the cache.
             new = (item.index >= 0) & np.isnan(sums[item.index, 0])
             sums[item.index[new]] = got[new]
-            if cache is not None:
+            if cache is not None and processes.first():
                 cache.add(keys[item.index[new]], got[new])
     finally:
-        if cache is not None:
+        if cache is not None and processes.first():
             cache.write()
     return sums

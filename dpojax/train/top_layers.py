@@ -22,7 +22,7 @@ from dpojax.models import DecoderConfig, Model, make_apply, make_attention
 from dpojax.models.params import flatten, nest
 from dpojax.packing import PairBatch, model_input
 from dpojax.progress import track
-from dpojax.sharding import batch_sharding, constrainer, put_global
+from dpojax.sharding import constrainer, put_batch
 from dpojax.train.scoring import jit_forward, place_params
 from dpojax.types import PyTree
 
@@ -161,7 +161,7 @@ class Trunk:
         seen: set[int] = set()
         for index in track(range(batches.first_pass(limit)), label):
             item = batches.collate(batches.indices[index])
-            states = np.asarray(self.step(self.params, put_global(item.batch, batch_sharding(self.mesh))))
+            states = np.asarray(self.step(self.params, put_batch(item.batch, self.mesh)))
             for i, sequence, span in batches.packed_spans(item.index):
                 if i not in seen:  # a batch may run over the epoch's end
                     seen.add(i)

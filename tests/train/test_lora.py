@@ -121,7 +121,7 @@ def test_eight_devices_train_the_same_adapter(config, params):
         policy = with_adapter(program.layout.config, params, mesh=mesh)
         reference = live_reference(program, without_adapter(policy))
         batch = random_batch(np.random.default_rng(0), B=8, P=5, C=6, sequences=4)
-        item = IndexedBatch(index=np.arange(8), batch=batch)
+        item = IndexedBatch(index=np.arange(8), batch=batch, held=np.arange(8), tokens=0, computed=0)
         state, on_mesh = initial_state(program, policy), put_global(batch, batch_sharding(mesh))
         for _ in range(2):
             state, metrics = program.step(state, on_mesh, reference.of(item))
