@@ -209,7 +209,10 @@ def asked_to_stop(step: int) -> bool:
     """
     from jax.experimental import multihost_utils
 
-    return count() > 1 and bool(multihost_utils.reached_preemption_sync_point(step))
+    asked = count() > 1 and bool(multihost_utils.reached_preemption_sync_point(step))
+    if asked:
+        console.print("a process was asked to stop; stopping after this step, to save")
+    return asked
 
 
 def leave(sentence: str, status: int) -> None:

@@ -1,0 +1,180 @@
+"""Several processes train what one trains: the same curve, the same parameters, whatever the mesh."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpojax.models import Model, init_params, load_tokenizer, save_model
+from dpojax.models.params import flatten
+from dpojax.train.by_name import load_run
+from tests.conftest import HF_CONFIG, decoder_config, sentence, write_rows
+from tests.several import finish, spawn
+
+STEPS = 6
+# Processes, devices of each, and the mesh of all of them.
+PLACES = {
+    "one device": (1, 1, {"data": 1}),
+    "data 8": (1, 8, {"data": 8}),
+    "fsdp 8": (1, 8, {"data": 1, "fsdp": 8}),
+    "2 x 4": (2, 4, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "4 x 2": (4, 2, {"data": 1, "fsdp": 2, "tensor": 4}),  # tensor over processes: two hold the same rows
+}
+# What a run reads of its reference, and the rows that it reads.
+RUNS = {
+    "pairs": {"loss": "sigmoid"},
+    "live": {"loss": "sigmoid", "reference": "live"},
+    "adapter off": {"loss": "sigmoid", "lora_rank": 4, "lora_init": "a-zero", "reference": "live"},
+    "several": {"loss": "sigmoid"},
+    "labels": {"loss": "kto"},
+}
+
+
+def rows_of(kind: str, rng: np.random.Generator) -> list[dict]:
+    said = lambda: " " + sentence(rng, 1, 5)  # noqa: E731
+    if kind == "labels":
+        return [{"prompt": sentence(rng, 1, 6), "completion": said(), "label": bool(i % 2)} for i in range(48)]
+    if kind == "several":
+        return [
+            {"prompt": sentence(rng, 1, 6), "completions": [said(), said() + " a", said() + " b"], "scores": [3, 2, 1]}
+            for _ in range(48)
+        ]
+    return [{"prompt": sentence(rng, 1, 6), "chosen": said() + " good", "rejected": said()} for _ in range(48)]
+
+
+def curve(run: Path) -> list[dict]:
+    rates = ("pairs_per_second", "tokens_per_second", "padding_share")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in rates} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def tried(tiny_dir, tmp_path_factory) -> Path:
+    """A directory with a run of every kind at every place, and what the processes said."""
+    root = tmp_path_factory.mktemp("several")
+    raw = HF_CONFIG | {"num_key_value_heads": 4}  # as many as the widest tensor axis
+    shape = decoder_config(raw)
+    drawn = init_params(shape, seed=0)
+    save_model(Model(shape, jax.tree.map(lambda x: x if (x == 1).all() else 10 * x, drawn), raw), root / "model")
+    load_tokenizer(tiny_dir).save_pretrained(root / "model")
+    rng = np.random.default_rng(0)
+    files = {kind: write_rows(root / f"{kind}.jsonl", rows_of(kind, rng)) for kind in ("pairs", "several", "labels")}
+    for place, (number, devices, mesh) in PLACES.items():
+        lines = [
+            {
+                "model": str(root / "model"),
+                "data": [files.get(name, files["pairs"])],
+                "eval_share": 0.2,
+                "output": str(root / place / name),
+                "mesh": mesh,
+            }
+            | {"batch_size": 8, "steps": STEPS, "warmup_steps": 2, "eval_steps": 3, "max_shapes": 1}
+            | {"optim": "adamw", "learning_rate": 1e-3, "save_steps": 100}
+            | options
+            for name, options in RUNS.items()
+        ]
+        (root / place).mkdir()
+        (root / place / "runs.json").write_text(json.dumps(lines))
+        for i, (status, said) in enumerate(
+            finish(spawn(number, devices, ["-m", "tests.several", str(root / place / "runs.json")]))
+        ):
+            (root / place / f"said-{i}").write_text(said)
+            assert status == 0, said
+    return root
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "one device"])
+def test_the_same_run_everywhere(tried, place, name):
+    ours, alone = curve(tried / place / name), curve(tried / "one device" / name)
+    assert [line["step"] for line in ours] == [line["step"] for line in alone]
+    assert len({line["loss"] for line in ours if "loss" in line}) > 3  # it does learn
+    for mine, theirs in zip(ours, alone, strict=True):
+        assert mine.keys() == theirs.keys()
+        for figure in [figure for figure in mine if figure.endswith("loss")]:
+            assert mine[figure] == pytest.approx(theirs[figure], abs=1e-5), figure
+    mine, theirs = (flatten(load_run(str(tried / p / name), "latest")[0].params) for p in (place, "one device"))
+    for path, x in theirs.items():
+        np.testing.assert_allclose(mine[path], x, atol=1e-5, err_msg=path)
+
+
+def test_the_first_process_alone_speaks(tried):
+    for place, (number, _, _) in PLACES.items():
+        said = [(tried / place / f"said-{i}").read_text() for i in range(number)]
+        assert "Training" in said[0]
+        assert not any(re.search(r"rows|step|Training|Loading", text) for text in said[1:])
+
+
+def options(tiny_dir: str, data: str, output: Path, **changed: object) -> list[str]:
+    flags = {"model": tiny_dir, "data": data, "output": output, "batch-size": 8, "max-shapes": 1, "steps": 400}
+    flags |= {"learning-rate": 1e-3, "warmup-steps": 3, "save-steps": 10, "mesh.data": 4} | changed
+    return ["-m", "dpojax", "dpo", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+
+
+def when_at(run: Path, step: int, processes: list) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+        file = run / "metrics.jsonl"
+        if (run / "checkpoints" / "10").exists() and len(file.read_text().splitlines()) > step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(finish(processes, 1))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_dir, pairs_file, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    for status, said in finish(spawn(2, 2, options(tiny_dir, pairs_file, run, steps=60))):
+        assert status == 0, said
+    return run
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_run_stops_as_a_whole_and_continues(tiny_dir, pairs_file, tmp_path, unbroken, number, which):
+    run = tmp_path / "run"
+    command = options(tiny_dir, pairs_file, run, steps=60)
+    processes = spawn(2, 2, command)
+    when_at(run, 15, processes)
+    processes[which].send_signal(number)
+    began = time.monotonic()
+    ended = finish(processes, 60)
+    assert time.monotonic() - began < 60
+    if number == signal.SIGTERM:
+        assert [status for status, _ in ended] == [130, 130], ended
+        assert "asked to stop" in ended[0][1] and "the same command continues it" in ended[0][1]
+    else:
+        status, said = ended[1 - which]
+        assert status == 1 and said.rstrip().splitlines()[-1].startswith(f"dpojax: process {1 - which} of 2: "), said
+        assert "Traceback" not in said
+    for status, said in finish(spawn(2, 2, command)):
+        assert status == 0, said
+    assert curve(run) == curve(unbroken)
+
+
+def test_an_error_of_one_process_is_the_others_end(tiny_dir, pairs_file, tmp_path):
+    good = options(tiny_dir, pairs_file, tmp_path / "run")
+    bad = [x if x != pairs_file else str(tmp_path / "none.jsonl") for x in good]
+    script = "import os, sys; from dpojax.cli import main; i = int(os.environ['JAX_PROCESS_ID']); "
+    script += f"sys.exit(main(({good!r}, {bad!r})[i][2:]))"
+    (first, said_first), (second, said_second) = finish(spawn(2, 1, ["-c", script]), 90)
+    assert second == 2 and "process 1: " in said_second and "none.jsonl" in said_second
+    assert first == 1 and "none.jsonl" in said_first.splitlines()[-1] and "Traceback" not in said_first
+
+
+def test_an_error_of_all_is_said_once(tiny_dir, tmp_path):
+    command = options(tiny_dir, str(tmp_path / "none.jsonl"), tmp_path / "run")
+    (first, said_first), (second, said_second) = finish(spawn(2, 1, command), 90)
+    assert (first, second) == (2, 2)
+    assert said_first.count("none.jsonl") == 1 and "none.jsonl" not in said_second
+
+
+def test_commands_of_one_process_refuse_several(tiny_dir, tmp_path):
+    for command in (["sample", "--model", tiny_dir, "--prompt", "a"], ["export", "--run", "a", "--output", "b"]):
+        (status, said), _ = finish(spawn(2, 1, ["-m", "dpojax", *command]), 90)
+        assert status == 2 and f"{command[0]}: runs in one process" in said, said
