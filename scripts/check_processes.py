@@ -54,9 +54,6 @@ def make_inputs(root: Path) -> None:
     ByT5Tokenizer().save_pretrained(root / "model")
     words = ["the", "slow", "film", "was", "a", "lovely", "story", "of", "friends", "going", "home"]
     draw = random.Random(0)
-        ["the", "slow", "film", "was", "a", "lovely", "story", "of", "friends", "going", "home"],
-        random.Random(0),
-    )
     text = lambda: " ".join(draw.choices(words, k=draw.randint(1, 6)))  # noqa: E731
     rows = [{"prompt": text(), "chosen": " " + text() + " good", "rejected": " " + text()} for _ in range(64)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
