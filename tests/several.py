@@ -1,5 +1,5 @@
-"""Runs for the tests of several processes: ``python -m tests.several FILE`` trains, one run after another, as the lines
-of a JSON file say; every process of a set does the same."""
+"""For tests of several processes: ``python -m tests.several FILE`` carries out the commands of a JSON file, one after
+another; every process of a set does the same."""
 
 import json
 import os
@@ -44,18 +44,13 @@ def finish(processes: Sequence[subprocess.Popen], timeout: float = 300) -> list[
 
 
 def main() -> int:
-    from dpojax.cli import reporting
-    from dpojax.configs import DPOConfig, MeshConfig
-    from dpojax.startup import prepare
-    from dpojax.train.loop import train
+    from dpojax.cli import main as dpojax
 
-    def runs() -> int:
-        prepare()
-        for line in json.loads(Path(sys.argv[1]).read_text()):
-            train(DPOConfig(**{**line, "data": tuple(line["data"]), "mesh": MeshConfig(**line["mesh"])}))
-        return 0
-
-    return reporting(runs)
+    for args in json.loads(Path(sys.argv[1]).read_text()):
+        status = dpojax(args)
+        if status:
+            return status
+    return 0
 
 
 if __name__ == "__main__":

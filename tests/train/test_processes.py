@@ -20,17 +20,15 @@ STEPS = 6
 # Processes, devices of each, and the mesh of all of them.
 PLACES = {
     "one device": (1, 1, {"data": 1}),
-    "data 8": (1, 8, {"data": 8}),
-    "fsdp 8": (1, 8, {"data": 1, "fsdp": 8}),
     "2 x 4": (2, 4, {"data": 2, "fsdp": 2, "tensor": 2}),
     "4 x 2": (4, 2, {"data": 1, "fsdp": 2, "tensor": 4}),  # tensor over processes: two hold the same rows
 }
 # What a run reads of its reference, and the rows that it reads.
 RUNS = {
-    "pairs": {"loss": "sigmoid"},
-    "live": {"loss": "sigmoid", "reference": "live"},
-    "adapter off": {"loss": "sigmoid", "lora_rank": 4, "lora_init": "a-zero", "reference": "live"},
-    "several": {"loss": "sigmoid"},
+    "pairs": {},
+    "live": {"reference": "live"},
+    "adapter off": {"lora-rank": 4, "lora-init": "a-zero", "reference": "live"},
+    "several": {},
     "labels": {"loss": "kto"},
 }
 
@@ -45,6 +43,10 @@ def rows_of(kind: str, rng: np.random.Generator) -> list[dict]:
             for _ in range(48)
         ]
     return [{"prompt": sentence(rng, 1, 6), "chosen": said() + " good", "rejected": said()} for _ in range(48)]
+
+
+def as_flags(options: dict) -> list[str]:
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
 def curve(run: Path) -> list[dict]:
@@ -65,24 +67,22 @@ def tried(tiny_dir, tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     files = {kind: write_rows(root / f"{kind}.jsonl", rows_of(kind, rng)) for kind in ("pairs", "several", "labels")}
     for place, (number, devices, mesh) in PLACES.items():
-        lines = [
-            {
-                "model": str(root / "model"),
-                "data": [files.get(name, files["pairs"])],
-                "eval_share": 0.2,
-                "output": str(root / place / name),
-                "mesh": mesh,
-            }
-            | {"batch_size": 8, "steps": STEPS, "warmup_steps": 2, "eval_steps": 3, "max_shapes": 1}
-            | {"optim": "adamw", "learning_rate": 1e-3, "save_steps": 100}
-            | options
-            for name, options in RUNS.items()
+        commands = []
+        for name, flags in RUNS.items():
+            file = files.get(name, files["pairs"])
+            common = {"model": root / "model", "data": file, "batch-size": 8, "max-shapes": 1}
+            run = {"eval-share": 0.2, "steps": STEPS, "warmup-steps": 2, "eval-steps": 3, "optim": "adamw"}
+            run |= {"learning-rate": 1e-3, "output": root / place / name}
+            mesh_flags = {f"mesh.{axis}": n for axis, n in mesh.items()}
+            commands.append(["dpo", *as_flags(common | run | mesh_flags | flags)])
+        commands += [
+            ["logps", *as_flags(common | {"data": files["pairs"], "output": root / place / "logps.jsonl"})],
+            ["eval", *as_flags({"model": root / place / "pairs", "data": files["pairs"]})],
         ]
         (root / place).mkdir()
-        (root / place / "runs.json").write_text(json.dumps(lines))
-        for i, (status, said) in enumerate(
-            finish(spawn(number, devices, ["-m", "tests.several", str(root / place / "runs.json")]))
-        ):
+        (root / place / "commands.json").write_text(json.dumps(commands))
+        ended = finish(spawn(number, devices, ["-m", "tests.several", str(root / place / "commands.json")]))
+        for i, (status, said) in enumerate(ended):
             (root / place / f"said-{i}").write_text(said)
             assert status == 0, said
     return root
@@ -103,6 +103,18 @@ def test_the_same_run_everywhere(tried, place, name):
         np.testing.assert_allclose(mine[path], x, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "one device"])
+def test_log_probabilities_and_figures_are_of_all_rows(tried, place):
+    ours, alone = ((tried / p / "logps.jsonl").read_text().splitlines() for p in (place, "one device"))
+    assert len(ours) == len(alone) == 48
+    for mine, theirs in zip(map(json.loads, ours), map(json.loads, alone), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    figures = [
+        re.findall(r"^(\S+ +\S+).*$", (tried / p / "said-0").read_text(), re.MULTILINE) for p in (place, "one device")
+    ]
+    assert [x for x in figures[0] if "/" in x] == [x for x in figures[1] if "/" in x]
+
+
 def test_the_first_process_alone_speaks(tried):
     for place, (number, _, _) in PLACES.items():
         said = [(tried / place / f"said-{i}").read_text() for i in range(number)]
@@ -113,7 +125,7 @@ def test_the_first_process_alone_speaks(tried):
 def options(tiny_dir: str, data: str, output: Path, **changed: object) -> list[str]:
     flags = {"model": tiny_dir, "data": data, "output": output, "batch-size": 8, "max-shapes": 1, "steps": 400}
     flags |= {"learning-rate": 1e-3, "warmup-steps": 3, "save-steps": 10, "mesh.data": 4} | changed
-    return ["-m", "dpojax", "dpo", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+    return ["-m", "dpojax", "dpo", *as_flags(flags)]
 
 
 def when_at(run: Path, step: int, processes: list) -> None:
