@@ -19,7 +19,7 @@ from dpojax.errors import UserError
 from dpojax.models import Model, partition
 from dpojax.options import check_options
 from dpojax.progress import Stage, console
-from dpojax.sharding import check_batch, make_mesh, put_batch
+from dpojax.sharding import check_batch, held_sequences, make_mesh, put_batch
 from dpojax.startup import keep_memory
 from dpojax.train.checkpoint import IN_FLIGHT, Checkpoints
 from dpojax.train.heldout import evaluate
@@ -95,11 +95,15 @@ def fit(
       on_step: called after every step; returning False stops.
 
     Raises:
-      ValueError: more steps than batches, or a row is longer than the model has positions.
+      ValueError: more steps than batches, batches of rows that this process's devices do not hold, or a row is longer
+        than the model has positions.
     """
     steps = len(batches) if steps is None else steps
     if steps > len(batches):
         raise ValueError(f"{steps} steps need as many batches, and there are {len(batches)}; give Batches more epochs")
+    held = held_sequences(program.mesh, batches.sequences)
+    if batches.held != held:
+        raise ValueError(f"of several processes, this one holds the packed sequences {held}; give Batches held={held}")
     longest, limit = int((batches.prompts + batches.completions.max(axis=1)).max()), program.config.longest
     if limit is not None and longest > limit:
         raise ValueError(f"a row has {longest} tokens, and the model has positions for {limit}; cut the rows")
