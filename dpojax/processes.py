@@ -38,7 +38,11 @@ def launched() -> dict[str, Any] | None:
       UserError: a variable is missing or no number.
     """
     env = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in env:
+    by_slurm = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1
+    by_mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    by_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    found = by_slurm or by_mpi or by_kubernetes
+    if "JAX_COORDINATOR_ADDRESS" in env and ("JAX_NUM_PROCESSES" in env or not (by_slurm or by_mpi)):
         names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
         if "JAX_PROCESS_ID" not in env and "JOB_COMPLETION_INDEX" in env:
             names["process_id"] = "JOB_COMPLETION_INDEX"
@@ -47,10 +51,7 @@ def launched() -> dict[str, Any] | None:
         if not 0 <= index < number:
             raise UserError(f"{names['process_id']} {index}: must be from 0 to {number - 1}, below JAX_NUM_PROCESSES")
         return {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], **given} if number > 1 else None
-    by_slurm = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1
-    by_mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-    by_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    return {} if by_slurm or by_mpi or by_kubernetes or on_tpu() else None
+    return {} if found or on_tpu() else None
 
 
 def _number(name: str) -> int:
@@ -207,9 +208,11 @@ def asked_to_stop(step: int) -> bool:
 
     JAX's preemption service tells the others, and finds a step that none of them has passed.
     """
+    if count() == 1:
+        return False
     from jax.experimental import multihost_utils
 
-    asked = count() > 1 and bool(multihost_utils.reached_preemption_sync_point(step))
+    asked = bool(multihost_utils.reached_preemption_sync_point(step))
     if asked:
         console.print("a process was asked to stop; stopping after this step, to save")
     return asked
