@@ -178,13 +178,15 @@ def run_export(config: ExportConfig) -> int:
     """``dpojax export``."""
     from dpojax.models import load_tokenizer, save_model
     from dpojax.models.peft import save_adapter
+    from dpojax.models.safetensors import save_tokenizer
     from dpojax.options import bytes_of
+    from dpojax.paths import absolute, path_of, write_text
     from dpojax.progress import console
     from dpojax.train.by_name import load_adapter_of_run, load_run
     from dpojax.train.card import model_card
     from dpojax.train.rundir import is_run
 
-    output = Path(config.output)
+    output = path_of(config.output)
     check_export(config, output)
     if config.adapter:
         model, base, step = load_adapter_of_run(config.run, config.checkpoint)
@@ -192,12 +194,12 @@ def run_export(config: ExportConfig) -> int:
             console.print(f"its base is {base}; for peft, export that too, and name it in adapter_config.json")
     else:
         model, step = load_run(config.run, config.checkpoint)
-    tokenizer = load_tokenizer(str(Path(config.run) / "model"))
-    card = model_card(config.run, step, title=output.absolute().name, adapter=config.adapter)
+    tokenizer = load_tokenizer(str(path_of(config.run) / "model"))
+    card = model_card(config.run, step, title=absolute(output).name, adapter=config.adapter)
     if config.adapter:
         save_adapter(model.params, model.config, model.family, output, base=base)
-        tokenizer.save_pretrained(output)
-        write_whole(output / "README.md", card)
+        save_tokenizer(tokenizer, output)
+        write_text(output / "README.md", card)
     else:
         shard_bytes = bytes_of(config.max_shard_size)
         save_model(model, output, dtype=config.dtype, shard_bytes=shard_bytes, tokenizer=tokenizer, card=card)
@@ -211,7 +213,9 @@ def check_export(config: ExportConfig, output: Path) -> None:
         raise UserError(f"--dtype {config.dtype}: an adapter is written in float32; leave one of them out")
     if config.adapter and config.max_shard_size != ExportConfig.max_shard_size:
         raise UserError(f"--max-shard-size {config.max_shard_size}: an adapter is one file; leave one of them out")
-    if output.exists() and not output.is_dir():
+    from dpojax.paths import exists
+
+    if exists(output) and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a directory")
     other, what = ("model*.safetensors*", "a whole model") if config.adapter else ("adapter_config.json", "an adapter")
     if any(output.glob(other)):
@@ -313,6 +317,10 @@ def run_losses(config: LossesConfig) -> int:
 
 def check_file(name: str) -> None:
     """Refuse an output file that could not be written, before the work is done."""
+    from dpojax.paths import in_store
+
+    if in_store(name):
+        raise UserError(f"--output {name}: is in an object store; name a file on a disk")
     path = Path(name)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {name}: is a directory or in none that exists; name a file")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpojax.errors import UserError
 from dpojax.models.safetensors import GENERATION, read_json
+from dpojax.paths import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def model_eos_ids(
     Raises:
       UserError: an id is no token of the model.
     """
-    where = Path(source)
+    where = path_of(source)
     ids = eos_of(generation_config, vocab_size, str(where / GENERATION))
     return tuple(dict.fromkeys([*ids, *eos_of(hf_config, vocab_size, str(where / "config.json"))]))
 

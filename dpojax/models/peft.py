@@ -23,8 +23,10 @@ from dpojax.models.config import DecoderConfig, Lora, LowRank
 from dpojax.models.families import Family
 from dpojax.models.lora import check_linear, modules
 from dpojax.models.params import BACK, adapter_specs, flatten, layer_specs
-from dpojax.models.safetensors import FLOAT8, open_safetensors, read_json, written_aside
+from dpojax.models.safetensors import open_safetensors, read_json, written_aside
+from dpojax.models.stored import FLOAT8
 from dpojax.models.weights import Placed, file_tensor, gathered, places, read_slice
+from dpojax.paths import path_of, write_text, written_on_disk
 from dpojax.sharding import RULES, put_global, single_device_mesh
 from dpojax.types import PyTree
 
@@ -74,7 +76,7 @@ class AdapterFiles:
         beside = f"give the base as --model and the adapter as --adapter, or set it in {self.path / CONFIG}"
         if not name:
             raise UserError(f"{self.path}: no base_model_name_or_path says what it is an adapter of; {beside}")
-        if not Path(name).expanduser().exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        if not path_of(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise UserError(f"{self.path}: its base {name} is not there; {beside}")
         return name
 
@@ -327,8 +329,10 @@ def save_adapter(params: PyTree, config: DecoderConfig, family: Family, director
     raw["modules_to_save"] = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in saved}) or None
     raw["task_type"] = "SEQ_CLS" if config.reward else "CAUSAL_LM"
     with written_aside(directory, patterns=("adapter_model*", CONFIG), last=CONFIG) as aside:
-        save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()}, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(raw, indent=2))
+        with written_on_disk(aside) as files:
+            tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+            save_file(tensors, files / WEIGHTS, metadata={"format": "pt"})
+        write_text(aside / CONFIG, json.dumps(raw, indent=2))
 
 
 def _modules_of(lora: Lora, family: Family, config: DecoderConfig) -> dict[str, list[LowRank]]:

@@ -16,6 +16,7 @@ from dpojax.losses.spelling import IN_FILE
 from dpojax.models import config_from_hf
 from dpojax.models.safetensors import CARD_MARK, read_json
 from dpojax.options import flag
+from dpojax.paths import absolute, path_of
 from dpojax.show.equations import readable
 from dpojax.show.listing import NOTATION, paper
 from dpojax.train.rundir import adapter_of_run, flat_options, options_of_run
@@ -41,12 +42,12 @@ def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = F
     Raises:
       UserError: one of the run's files is damaged.
     """
-    run = Path(run)
+    run = path_of(run)
     own = options_of_run(run)
     reward = config_from_hf(read_json(run / "model" / "config.json"), str(run / "model" / "config.json")).reward
     lines = ["---", _front_matter(own, run, reward=reward, adapter=adapter).rstrip("\n"), "---", ""]
     what = "The LoRA adapter" if adapter else "The reward model" if reward else "The policy"
-    lines += [f"# {_plain(title or run.absolute().name)}", "", f"{what} of step {step} of a run of dpojax."]
+    lines += [f"# {_plain(title or absolute(run).name)}", "", f"{what} of step {step} of a run of dpojax."]
     for heading, section in (
         ("Base model", _base_model(own, run)),
         ("Data", _data(own, _metrics(run))),
@@ -223,7 +224,7 @@ def _loading(*, reward: bool, adapter: bool) -> list[str]:
 def _metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, by step; half a line, which a run that was killed may have written, is none."""
     path, lines = run / "metrics.jsonl", []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except ValueError:

@@ -5,7 +5,6 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +15,7 @@ from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
 from dpojax.models import Model, partition
 from dpojax.options import check_options
+from dpojax.paths import path_of, scratch
 from dpojax.progress import Stage, console
 from dpojax.sharding import batch_sharding, check_batch, make_mesh, put_global
 from dpojax.startup import keep_memory
@@ -141,7 +141,7 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
     if data.today is not None:
         identities["today"] = data.today
     claim_directory(config, identities)
-    run = Path(config.output)
+    run = path_of(config.output)
     save_model_files(start.merged.hf_config, start.merged.generation_config, data.tokenizer, run / "model")
     if start.config.lora is not None and start.base is not None:
         base = start.config.base
@@ -193,7 +193,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     task = task_of(config)
     data, model, ref_model, program, identities = open_run(config, task)
     keep_memory()
-    run, total_steps = Path(config.output), data.total_steps
+    run, total_steps = path_of(config.output), data.total_steps
     largest = max(x.nbytes for x in jax.tree.leaves(model.params))
     checkpoints = Checkpoints(run, config.save_total_limit, in_flight=max(IN_FLIGHT, largest + 1))
     if config.train_top_layers is not None:
@@ -211,7 +211,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     batches, eval_batches = data.batches, data.eval_batches
     if config.train_top_layers is not None:
         trunk_model, model = cut(model, config.train_top_layers)
-        trunk = Trunk(trunk_model, program.mesh, config, run, config.gradient_accumulation_steps)
+        trunk = Trunk(trunk_model, program.mesh, config, scratch(run), config.gradient_accumulation_steps)
         batches = trunk.below(batches, "Frozen layers", total_steps)
         eval_batches = eval_batches and trunk.below(eval_batches, "Frozen layers, held-out")
         del trunk, trunk_model
@@ -221,11 +221,11 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     if done:
         frozen = placed(partition(model.params, layout.trainable)[1], layout.shardings.frozen)
         like = dataclasses.replace(layout.abstract(), hyper=layout.placed_hyper(), frozen=frozen)
-        state, position = checkpoints.restore(done, like)
+        moving = reference if isinstance(reference, MovingReference) else None
+        done, state, position, moved = checkpoints.restore_latest(like, moving and moving.params)
         iterator.set_state(position)
-        if isinstance(reference, MovingReference):
-            moved = checkpoints.restore_moved(done, reference.params)
-            reference = dataclasses.replace(reference, params=moved)
+        if moving is not None:
+            reference = dataclasses.replace(moving, params=moved)
         console.print(f"{run}: continuing from step {done}")
     else:
         state = initial_state(program, model.params, config.seed, donate=True)
@@ -267,6 +267,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
             eval_loss = figures_of(step, at.state, at.reference) if evaluates else None
             if saves:
                 moved = at.reference.params if isinstance(at.reference, MovingReference) else None
+                log.sync()
                 checkpoints.save(at.state, iterator.get_state(), eval_loss, moved)
             if evaluates or saves:
                 log.restart_clock()

@@ -3,10 +3,12 @@
 run.json          format, the command's options, content hashes of model, reference and data
 model/            config.json, generation_config.json if there is one, and tokenizer, for export
 adapter.json      with an adapter: what it is, and the name of its base, which is not copied
-frozen/           with --train-top-layers: the parameters that no step changes
+frozen/           with --train-top-layers: the parameters that no step changes; frozen.json has their hash
 metrics.jsonl, tensorboard/
 checkpoints/N/    params (the trained ones: of an adapter, it alone) | train (step, optimizer state, random key) |
-                  position (of the data), and, with --sync-ref-model, reference
+                  position (of the data) | content (hashes of the others), and, with --sync-ref-model, reference
+
+It is on a disk or in an object store (gs://bucket/run).
 """
 
 import dataclasses
@@ -19,7 +21,10 @@ from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
 from dpojax.models.config import Lora, Quantized
 from dpojax.models.lora import lora_of_dict
-from dpojax.models.safetensors import GENERATION, read_json
+from dpojax.models.safetensors import GENERATION, read_json, save_tokenizer
+from dpojax.options import flag
+from dpojax.paths import absolute, exists, in_store, make_directory, path_of, reaching, write_text
+from dpojax.progress import console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,14 +35,14 @@ FORMAT = 3
 
 def is_run(path: str | Path) -> bool:
     """Whether a path is the ``--output`` directory of a run."""
-    return (Path(path) / "run.json").is_file()
+    return exists(path_of(path) / "run.json")
 
 
 def options_of_run(path: str | Path) -> dict[str, Any]:
     """The options of a run, by name, as those of today; empty where ``path`` is no run."""
     if not is_run(path):
         return {}
-    options = read_json(Path(path) / "run.json")
+    options = read_json(path_of(path) / "run.json")
     if "freeze" in options:  # format 1
         options["train_top_layers"] = options.pop("freeze")
     return options
@@ -57,8 +62,8 @@ class RunAdapter:
 
 def adapter_of_run(path: str | Path) -> RunAdapter | None:
     """The adapter that a run trains; None where it trains a model's own parameters."""
-    file = Path(path) / "adapter.json"
-    if not file.exists():
+    file = path_of(path) / "adapter.json"
+    if not exists(file):
         return None
     raw = read_json(file)
     return RunAdapter(**{**raw, "lora": lora_of_dict(raw["lora"])})
@@ -66,11 +71,9 @@ def adapter_of_run(path: str | Path) -> RunAdapter | None:
 
 def save_adapter_of_run(path: Path, adapter: RunAdapter) -> None:
     """Write ``adapter.json``, whole."""
-    base = Path(adapter.base).expanduser()  # by a name that holds wherever the run is read from
-    named = dataclasses.replace(adapter, base=str(base.absolute()) if base.exists() else adapter.base)
-    partial = path / "adapter.json.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(named), indent=2))
-    partial.replace(path / "adapter.json")
+    base = path_of(adapter.base)  # by a name that holds wherever the run is read from
+    named = dataclasses.replace(adapter, base=str(absolute(base)) if base.exists() else adapter.base)
+    write_text(path / "adapter.json", json.dumps(dataclasses.asdict(named), indent=2))
 
 
 def file_hash(path: str) -> str:
@@ -78,17 +81,35 @@ def file_hash(path: str) -> str:
     return hashlib.blake2b(Path(path).expanduser().read_bytes(), digest_size=16).hexdigest()
 
 
+MAY_CHANGE = (
+    *("attention", "logprob_chunk_tokens", "remat", "max_shapes", "gradient_accumulation_steps", "reference"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+)
+"""Options, beside those of the mesh, that change how a run computes or what it tells, and its results by rounding
+alone; a command that continues it may have others."""
+
+
+def may_change(name: str) -> bool:
+    """Whether an option may be another when a run continues: other devices compute the same, to rounding.
+
+    A batch holds the same rows on every mesh and in any number of micro-batches, in another order, so the position of
+    the data holds. What is drawn for a row, as in dropout, depends on its place in the batch.
+    """
+    return name in MAY_CHANGE or name.startswith("mesh.")
+
+
 def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
     """Take ``--output`` for this run, or find that it holds the same run already.
 
     Args:
-      config: every option; all but ``output`` must agree with those in the directory.
+      config: every option; all but ``output`` must agree with those in the directory, or be of the machine's
+        (:func:`may_change`), which is then said.
       identities: content hashes (model, reference, data) that must agree too.
 
     Raises:
       UserError: the directory holds another run, a run of an earlier format, or files that are no run.
     """
-    directory = Path(config.output)
+    directory = path_of(config.output)
     mine = {
         "run_format": FORMAT,
         "command": type(config).__name__,
@@ -104,19 +125,22 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
                 "sample and export still read it); name another directory to start anew"
             )
         differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        named = {n: f"{n} ({theirs.get(n)!r} there, {mine.get(n)!r} here)" for n in differing}
+        refused = [name for name in differing if not may_change(name)]
+        if refused:
+            others = ", ".join(named[name] for name in refused)
+            raise UserError(f"--output {directory}: holds a run with another {others}; name another directory")
         if differing:
-            named = ", ".join(f"{n} ({theirs.get(n)!r} there, {mine.get(n)!r} here)" for n in differing)
-            raise UserError(f"--output {directory}: holds a run with another {named}; name another directory")
+            changed = ", ".join(f"{flag(n)} {mine.get(n)} (before: {theirs.get(n)})" for n in differing)
+            console.print(f"{directory}: goes on with {changed}; results agree to rounding, random draws aside")
         return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if exists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--output {directory}: exists and is no run of dpojax; name a new or empty directory")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
     except OSError as error:
         raise UserError(f"--output {directory}: cannot be made ({error.strerror}); name another directory") from None
-    partial = directory / "run.json.partial"
-    partial.write_text(json.dumps(mine, indent=2))
-    partial.replace(directory / "run.json")
+    write_text(directory / "run.json", json.dumps(mine, indent=2))
 
 
 def flat_options(value: Any, name: str = "") -> dict[str, Any]:
@@ -134,13 +158,18 @@ def save_model_files(
     tokenizer: "PreTrainedTokenizerBase",
     directory: Path,
 ) -> None:
-    """Write what export needs beside the weights, once, whole or not at all."""
-    if directory.exists():
+    """Write what export needs beside the weights, once, whole or not at all.
+
+    In an object store, ``config.json`` comes last: where it is, all is.
+    """
+    if exists(directory / "config.json" if in_store(directory) else directory):
         return
-    partial = directory.with_name(directory.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / "config.json").write_text(json.dumps(hf_config, indent=2))
-    if generation_config:
-        (partial / GENERATION).write_text(json.dumps(generation_config, indent=2))
-    tokenizer.save_pretrained(partial)
-    partial.replace(directory)
+    aside = directory if in_store(directory) else directory.with_name(directory.name + ".partial")
+    make_directory(aside)
+    with reaching(directory):
+        if generation_config:
+            write_text(aside / GENERATION, json.dumps(generation_config, indent=2))
+        save_tokenizer(tokenizer, aside)
+        write_text(aside / "config.json", json.dumps(hf_config, indent=2))
+    if aside != directory:
+        aside.replace(directory)
