@@ -29,6 +29,7 @@ from dpojax.errors import UserError
 
 if TYPE_CHECKING:
     from dpojax.data import RowKind
+    from dpojax.paths import AnyPath
 
 Config = (
     DPOConfig
@@ -207,7 +208,7 @@ def run_export(config: ExportConfig) -> int:
     return 0
 
 
-def check_export(config: ExportConfig, output: Path) -> None:
+def check_export(config: ExportConfig, output: "AnyPath") -> None:
     """Refuse an export that could not be read, before the work is done."""
     if config.adapter and config.dtype != ExportConfig.dtype:
         raise UserError(f"--dtype {config.dtype}: an adapter is written in float32; leave one of them out")

@@ -13,21 +13,28 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING
 
 from dpojax.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path as AnyPath
+else:
+    from pathlib import PurePath as AnyPath
+
+    """:class:`pathlib.Path`, or etils' path, which has its methods."""
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*)://")
 STORES = {"gs": ("gcsfs", "dpojax[gcs]"), "s3": ("s3fs", "s3fs"), "az": ("adlfs", "adlfs")}
 """The object stores that etils reads and writes; of each the module that it needs, and what installs that."""
 
 
-def in_store(path: str | Path) -> bool:
+def in_store(path: str | AnyPath) -> bool:
     """Whether a path is in an object store."""
     return URL.match(str(path)) is not None
 
 
-def path_of(name: str | Path) -> Path:
+def path_of(name: str | AnyPath) -> AnyPath:
     """The path of a name: of a URL etils' ``epath.Path``, which has the methods of :class:`pathlib.Path`.
 
     Raises:
@@ -44,16 +51,16 @@ def path_of(name: str | Path) -> Path:
         raise UserError(f"{name}: {url[1]}:// needs {module}, which is not installed: pip install '{package}'")
     from etils import epath
 
-    return cast(Path, epath.Path(str(name)))
+    return epath.Path(str(name))
 
 
-def absolute(path: Path) -> Path:
+def absolute(path: AnyPath) -> AnyPath:
     """The path from the root; etils would take a URL for a name in this directory."""
     return path if in_store(path) else path.absolute()
 
 
 @contextlib.contextmanager
-def reaching(path: Path) -> Iterator[None]:
+def reaching(path: AnyPath) -> Iterator[None]:
     """A context in which an object store's errors become one sentence."""
     try:
         yield
@@ -68,7 +75,7 @@ def reaching(path: Path) -> Iterator[None]:
         ) from error
 
 
-def exists(path: Path) -> bool:
+def exists(path: AnyPath) -> bool:
     """Whether there is such a file or directory; a store that does not answer is an error.
 
     Raises:
@@ -82,13 +89,13 @@ def exists(path: Path) -> bool:
     return False
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: AnyPath) -> None:
     """Make a directory, where there are directories."""
     if not in_store(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file that is either complete or not there, or still the old one."""
     if in_store(path):
         with reaching(path):
@@ -99,13 +106,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """:func:`write_bytes` of a text in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 @contextlib.contextmanager
-def on_disk(directory: Path, *patterns: str) -> Iterator[Path]:
+def on_disk(directory: AnyPath, *patterns: str) -> Iterator[AnyPath]:
     """The directory, or, of one in an object store, a copy of its files of these patterns on a disk, for a while."""
     if not in_store(directory):
         yield directory
@@ -118,7 +125,7 @@ def on_disk(directory: Path, *patterns: str) -> Iterator[Path]:
         yield Path(copy)
 
 
-def _copy(path: Path, target: Path) -> None:
+def _copy(path: AnyPath, target: AnyPath) -> None:
     if not path.is_dir():
         target.write_bytes(path.read_bytes())
         return
@@ -128,7 +135,7 @@ def _copy(path: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def written_on_disk(directory: Path) -> Iterator[Path]:
+def written_on_disk(directory: AnyPath) -> Iterator[AnyPath]:
     """The directory, or, of one in an object store, an empty one on a disk, whose files are put there at the end."""
     if not in_store(directory):
         yield directory
@@ -140,12 +147,12 @@ def written_on_disk(directory: Path) -> Iterator[Path]:
                 write_bytes(directory.joinpath(*path.relative_to(copy).parts), path.read_bytes())
 
 
-def scratch(directory: Path) -> Path:
+def scratch(directory: AnyPath) -> AnyPath:
     """A directory for files of this process alone: the given one, or the system's where that is in an object store."""
     return Path(tempfile.gettempdir()) if in_store(directory) else directory
 
 
-def remove(path: Path) -> None:
+def remove(path: AnyPath) -> None:
     """Remove a file, or a directory and all that is in it."""
     if not in_store(path):
         if path.is_dir() and not path.is_symlink():

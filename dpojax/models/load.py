@@ -22,7 +22,7 @@ from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, 
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
 from dpojax.models.unread import check_dtypes, check_unread
 from dpojax.models.weights import check_source, load_params, under_base
-from dpojax.paths import exists, in_store, on_disk, path_of
+from dpojax.paths import AnyPath, exists, in_store, on_disk, path_of
 from dpojax.progress import console
 from dpojax.types import PyTree
 
@@ -134,7 +134,7 @@ def new_model(config: DecoderConfig, family: str = "llama", seed: int = 0, mesh:
 
 def save_model(
     model: Model,
-    directory: str | Path,
+    directory: str | AnyPath,
     *,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
@@ -168,7 +168,7 @@ def save_model(
     )
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str) -> AnyPath:
     """The path of a model: itself, or a hub id's files, downloaded by huggingface_hub."""
     path = path_of(name)
     if in_store(path) and name.endswith(".gguf"):
@@ -188,7 +188,7 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
-def adapter_directory(name: str) -> Path | None:
+def adapter_directory(name: str) -> AnyPath | None:
     """The directory of a model's name where that is an adapter's; None where it is a whole model."""
     path = resolve(name)
     return path if path.is_dir() and is_adapter(path) else None
@@ -207,7 +207,7 @@ def open_model(name: str) -> ModelFiles:
     return _open_directory(path) if path.is_dir() else _open_gguf(path)
 
 
-def _open_directory(path: Path) -> ModelFiles:
+def _open_directory(path: AnyPath) -> ModelFiles:
     where = str(path / "config.json")
     raw = read_json(path / "config.json")
     family = family_of(raw, where)
@@ -229,7 +229,7 @@ def _open_directory(path: Path) -> ModelFiles:
     return _checked(raw, family, config, source, read_generation_config(path))
 
 
-def _open_gguf(path: Path) -> ModelFiles:
+def _open_gguf(path: AnyPath) -> ModelFiles:
     file = GGUFFile(path)
     raw = file.hf_config()
     family = family_of(raw, str(path))
@@ -280,7 +280,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _tokenizer_class(path: Path) -> Any:
+def _tokenizer_class(path: AnyPath) -> Any:
     """What reads a directory's tokenizer: the class that it names, where no file holds a vocabulary (ByT5's bytes).
 
     Of some families transformers' AutoTokenizer takes another class there, which then has no vocabulary.

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -16,7 +15,7 @@ from dpojax.models.families import Family
 from dpojax.models.families.base import with_earlier_rope
 from dpojax.models.stored import FLOAT8, StoredTensors
 from dpojax.models.weights import FileTensor, file_tensors
-from dpojax.paths import in_store, make_directory, reaching, remove, write_text, written_on_disk
+from dpojax.paths import AnyPath, in_store, make_directory, reaching, remove, write_text, written_on_disk
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ DTYPES = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
@@ -55,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
+def tensor_files(directory: AnyPath) -> dict[str, AnyPath] | list[AnyPath]:
     """Where a directory's tensors are: file by name, or the one file.
 
     Raises:
@@ -70,7 +69,7 @@ def tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
     raise UserError(f"{directory}: no model.safetensors or model.safetensors.index.json; export weights as safetensors")
 
 
-def open_safetensors(path: Path) -> Any:
+def open_safetensors(path: AnyPath) -> Any:
     """A file's tensors, opened.
 
     Raises:
@@ -91,10 +90,10 @@ def open_safetensors(path: Path) -> Any:
 class SafetensorsSource:
     """A directory's tensors, read slice by slice (:class:`~dpojax.models.weights.TensorSource`)."""
 
-    names: dict[str, Path]
+    names: dict[str, AnyPath]
     """The file that holds each tensor."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         self.path = directory
         files = tensor_files(directory)
         if isinstance(files, list):
@@ -104,7 +103,7 @@ class SafetensorsSource:
             handles = {path: open_safetensors(path) for path in sorted(set(files.values()))}
             self.names = {name: path for path, file in handles.items() for name in list(file.keys())} | files
         self.handles = handles
-        self.headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # where the data begins, and the header
+        self.headers: dict[AnyPath, tuple[int, dict[str, Any]]] = {}  # where the data begins, and the header
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         if name not in self.names:
@@ -149,7 +148,7 @@ def save_directory(
     config: DecoderConfig,
     family: Family,
     hf_config: Mapping[str, Any],
-    directory: Path,
+    directory: AnyPath,
     *,
     generation_config: Mapping[str, Any] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -198,13 +197,13 @@ def save_directory(
         write_text(aside / "config.json", json.dumps(raw, indent=2))
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: AnyPath) -> None:
     """Write a tokenizer's files, chat template included."""
     with written_on_disk(directory) as files:
         tokenizer.save_pretrained(files)
 
 
-def _write(path: Path, tensors: list[FileTensor], dtype: str) -> None:
+def _write(path: AnyPath, tensors: list[FileTensor], dtype: str) -> None:
     """Write one file in the safetensors format: the header's length, the header in JSON, then tensor after tensor.
 
     The safetensors library writes a file from all of its tensors at once; here there is never more than one.
@@ -247,7 +246,9 @@ MODEL = ("model*.safetensors*", GENERATION)
 
 
 @contextlib.contextmanager
-def written_aside(directory: Path, *, patterns: tuple[str, ...] = MODEL, last: str = "config.json") -> Iterator[Path]:
+def written_aside(
+    directory: AnyPath, *, patterns: tuple[str, ...] = MODEL, last: str = "config.json"
+) -> Iterator[AnyPath]:
     """A new directory, whose files replace those of ``directory`` with these patterns once all are written; the file
     ``last`` goes first and comes last: where it is, all is.
 
@@ -279,7 +280,7 @@ def written_aside(directory: Path, *, patterns: tuple[str, ...] = MODEL, last: s
     aside.rmdir()
 
 
-def _remove_files(directory: Path, patterns: tuple[str, ...], first: str) -> None:
+def _remove_files(directory: AnyPath, patterns: tuple[str, ...], first: str) -> None:
     remove(directory / first)
     for old in [path for pattern in patterns for path in directory.glob(pattern)]:
         remove(old)

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dpojax.errors import UserError
-from dpojax.paths import reaching
+from dpojax.paths import AnyPath, reaching
 
 FLOAT8 = {  # NumPy has no such dtypes, and safetensors does not look for them in ml_dtypes
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -35,7 +34,7 @@ class StoredTensors:
       UserError: it is damaged, or the store cannot be reached.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         from fsspec.core import url_to_fs
 
         self.path = path

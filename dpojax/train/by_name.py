@@ -28,7 +28,7 @@ from dpojax.models.load import adapter_directory, resolve, reward_config
 from dpojax.models.params import flatten, nest, of_adapter, partition
 from dpojax.models.peft import CONFIG, load_adapter, lora_of, open_adapter
 from dpojax.models.safetensors import read_json
-from dpojax.paths import absolute, exists, path_of, same
+from dpojax.paths import AnyPath, absolute, exists, path_of, same
 from dpojax.progress import Stage, console
 from dpojax.sharding import single_device_mesh
 from dpojax.train.checkpoint import Checkpoints, DamagedCheckpoint, all_damaged, frozen_of, params_of
@@ -149,7 +149,7 @@ def load_policy(name: str, *, reward: bool = False, mesh: Mesh | None = None) ->
     return open_policy(name, reward=reward).load(mesh)
 
 
-def load_run(path: str | Path, which: str = "latest", *, mesh: Mesh | None = None) -> tuple[Model, int]:
+def load_run(path: str | AnyPath, which: str = "latest", *, mesh: Mesh | None = None) -> tuple[Model, int]:
     """The policy of a run, its parameters born on a mesh, and its step.
 
     Args:
@@ -171,7 +171,7 @@ def load_run(path: str | Path, which: str = "latest", *, mesh: Mesh | None = Non
     raise UserError(f"{run}: its checkpoints change faster than they can be read; try again")
 
 
-def load_adapter_of_run(path: str | Path, which: str = "latest") -> tuple[Model, str, int]:
+def load_adapter_of_run(path: str | AnyPath, which: str = "latest") -> tuple[Model, str, int]:
     """The adapter of a LoRA run, its base's name, and its step; the model's parameters are the adapter's alone.
 
     Raises:
@@ -193,7 +193,7 @@ def _base_of(beside: RunAdapter, raw: dict[str, Any]) -> DecoderConfig:
     return dataclasses.replace(config_from_hf(base, "config.json"), lora=beside.lora, quantized=beside.quantized)
 
 
-def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh) -> Model:
+def _restore_adapted(run: AnyPath, checkpoint: AnyPath, beside: RunAdapter, mesh: Mesh) -> Model:
     """A LoRA run's policy, its base read by its name.
 
     Raises:
@@ -212,12 +212,12 @@ def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh
     return Model(config, params, raw, read_generation_config(run / "model"))
 
 
-def _restore_adapter(checkpoint: Path, config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
+def _restore_adapter(checkpoint: AnyPath, config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     shapes, _ = partition(abstract_params(config, mesh), of_adapter)
     return flatten(params_of(checkpoint, shapes))
 
 
-def _or_earlier(run: Path, which: str, read: Callable[[Path], T]) -> tuple[T, int]:
+def _or_earlier(run: AnyPath, which: str, read: Callable[[AnyPath], T]) -> tuple[T, int]:
     """What is read of a checkpoint, and its step; where the latest is damaged, of the last that is not.
 
     Raises:
@@ -238,7 +238,7 @@ def _or_earlier(run: Path, which: str, read: Callable[[Path], T]) -> tuple[T, in
     raise all_damaged(damaged)
 
 
-def _steps_of(run: Path, checkpoints: Checkpoints, which: str) -> list[int]:
+def _steps_of(run: AnyPath, checkpoints: Checkpoints, which: str) -> list[int]:
     """The steps of the checkpoint that is asked for; of the latest, those of the earlier ones after it."""
     steps = sorted(checkpoints.manager.all_steps(), reverse=True)
     if not steps:
@@ -251,7 +251,7 @@ def _steps_of(run: Path, checkpoints: Checkpoints, which: str) -> list[int]:
     return [int(step)]
 
 
-def _read_policy(run: Path, checkpoint: Path, mesh: Mesh) -> Model:
+def _read_policy(run: AnyPath, checkpoint: AnyPath, mesh: Mesh) -> Model:
     beside = adapter_of_run(run)
     if beside is not None:
         adapted = _restore_adapted(run, checkpoint, beside, mesh)
@@ -268,7 +268,7 @@ def _read_policy(run: Path, checkpoint: Path, mesh: Mesh) -> Model:
     return Model(config, params, hf_config, read_generation_config(run / "model"))
 
 
-def _restore_frozen(run: Path, shapes: PyTree) -> PyTree:
+def _restore_frozen(run: AnyPath, shapes: PyTree) -> PyTree:
     directory, again = run / "frozen", "the run's own command writes it again"
     if not exists(directory):
         raise UserError(f"{directory}: is missing; {again}")
@@ -288,7 +288,7 @@ def tokenizer_for(options: ModelOptions) -> "PreTrainedTokenizerBase":
     return load_policy_tokenizer(options.tokenizer or options.model)
 
 
-def has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: AnyPath) -> bool:
     """Whether an adapter's directory has a tokenizer of its own."""
     return (directory / "tokenizer_config.json").exists()
 

@@ -16,7 +16,7 @@ from dpojax.losses.spelling import IN_FILE
 from dpojax.models import config_from_hf
 from dpojax.models.safetensors import CARD_MARK, read_json
 from dpojax.options import flag
-from dpojax.paths import absolute, path_of
+from dpojax.paths import AnyPath, absolute, path_of
 from dpojax.show.equations import readable
 from dpojax.show.listing import NOTATION, paper
 from dpojax.train.rundir import adapter_of_run, flat_options, options_of_run
@@ -30,7 +30,7 @@ IDENTITIES = re.compile(r"run_format|command|today|(model|base|reference|data)_h
 FIRST = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
-def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = False) -> str:
+def model_card(run: str | AnyPath, step: int, *, title: str = "", adapter: bool = False) -> str:
     """The model card of a run's policy: YAML front matter, then Markdown.
 
     Args:
@@ -67,7 +67,7 @@ def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = F
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(own: Mapping[str, Any], run: Path, *, reward: bool, adapter: bool) -> str:
+def _front_matter(own: Mapping[str, Any], run: AnyPath, *, reward: bool, adapter: bool) -> str:
     """The metadata that the hub reads; names that are no hub's ids are left to the text, as the hub refuses them."""
     import yaml  # type: ignore[import-untyped]
 
@@ -83,7 +83,7 @@ def _front_matter(own: Mapping[str, Any], run: Path, *, reward: bool, adapter: b
     return yaml.safe_dump(raw | {"tags": list(dict.fromkeys(tags))}, sort_keys=False, allow_unicode=True)
 
 
-def _base_name(own: Mapping[str, Any], run: Path) -> str:
+def _base_name(own: Mapping[str, Any], run: AnyPath) -> str:
     """The name of the model that the run began with; of an adapter, what it lies on."""
     beside = adapter_of_run(run)
     return str(own.get("model", "") if beside is None else beside.base)
@@ -93,7 +93,7 @@ def _is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _base_model(own: Mapping[str, Any], run: Path) -> list[str]:
+def _base_model(own: Mapping[str, Any], run: AnyPath) -> list[str]:
     lines, beside = [f"- model: {code(own.get('model', ''))}"], adapter_of_run(run)
     if own.get("adapter") is not None:
         lines.append(f"- adapter that training began with: {code(own['adapter'])}")
@@ -221,7 +221,7 @@ def _loading(*, reward: bool, adapter: bool) -> list[str]:
     return ["```python", *code_lines, "```", "", also]
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
+def _metrics(run: AnyPath) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, by step; half a line, which a run that was killed may have written, is none."""
     path, lines = run / "metrics.jsonl", []
     for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():

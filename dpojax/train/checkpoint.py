@@ -10,7 +10,6 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import absl.logging
@@ -23,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dpojax.errors import UserError, first_line
 from dpojax.models.identity import fingerprint_of
-from dpojax.paths import absolute, exists, in_store, reaching, remove, write_text
+from dpojax.paths import AnyPath, absolute, exists, in_store, reaching, remove, write_text
 from dpojax.progress import console
 from dpojax.train.state import TrainState
 from dpojax.types import PyTree
@@ -77,7 +76,7 @@ class Checkpoints:
       in_flight: bytes that are written at a time, more than the largest array has.
     """
 
-    def __init__(self, run: Path, keep_latest: int = 1, *, read_only: bool = False, in_flight: int = IN_FLIGHT):
+    def __init__(self, run: AnyPath, keep_latest: int = 1, *, read_only: bool = False, in_flight: int = IN_FLIGHT):
         # Orbax logs an error's traceback from each of its threads; we raise it once, as a sentence.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -241,7 +240,7 @@ class Checkpoints:
         self.manager.close()
 
 
-def finalized(directory: Path) -> bool:
+def finalized(directory: AnyPath) -> bool:
     """Whether a checkpoint was written to its end."""
     return ocp.utils.is_checkpoint_finalized(epath.Path(str(directory)))
 
@@ -256,17 +255,17 @@ def text_of(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def read_text_item(directory: Path) -> dict[str, Any]:
+def read_text_item(directory: AnyPath) -> dict[str, Any]:
     """A checkpoint's item in JSON."""
     return dict(ocp.JsonCheckpointHandler().restore(epath.Path(str(directory))))
 
 
-def content_at(checkpoint: Path) -> dict[str, str]:
+def content_at(checkpoint: AnyPath) -> dict[str, str]:
     """The hashes of a checkpoint's items; empty in one of an earlier version, which has none."""
     return read_text_item(checkpoint / "content") if (checkpoint / "content").exists() else {}
 
 
-def check_content(checkpoint: Path, content: dict[str, str], item: str, found: str) -> None:
+def check_content(checkpoint: AnyPath, content: dict[str, str], item: str, found: str) -> None:
     """Refuse an item that is another than was written: TensorStore does not find changed bits in compressed data.
 
     Raises:
@@ -276,7 +275,7 @@ def check_content(checkpoint: Path, content: dict[str, str], item: str, found: s
         raise DamagedCheckpoint(f"{checkpoint}: damaged checkpoint (its {item} is not what was written)")
 
 
-def read(checkpoint: Path, function: Callable[[], T]) -> T:
+def read(checkpoint: AnyPath, function: Callable[[], T]) -> T:
     """What the function reads of a checkpoint; of several processes, all of them can read it or none goes on.
 
     Raises:
@@ -302,7 +301,7 @@ def all_damaged(errors: list[DamagedCheckpoint]) -> DamagedCheckpoint:
 
 
 @contextlib.contextmanager
-def readable(directory: Path) -> Iterator[None]:
+def readable(directory: AnyPath) -> Iterator[None]:
     """A context in which a checkpoint that cannot be read becomes one sentence."""
     try:
         yield
@@ -316,7 +315,7 @@ def readable(directory: Path) -> Iterator[None]:
         raise DamagedCheckpoint(f"{directory}: damaged checkpoint ({first_line(error)})") from error
 
 
-def restore_params(directory: Path, shapes: PyTree) -> PyTree:
+def restore_params(directory: AnyPath, shapes: PyTree) -> PyTree:
     """The parameters of a directory, born where the shapes' shardings place them."""
     born = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype), shapes
@@ -325,7 +324,7 @@ def restore_params(directory: Path, shapes: PyTree) -> PyTree:
     return ocp.PyTreeCheckpointHandler().restore(epath.Path(str(directory)), args=args)
 
 
-def params_of(checkpoint: Path, shapes: PyTree) -> PyTree:
+def params_of(checkpoint: AnyPath, shapes: PyTree) -> PyTree:
     """The parameters of a checkpoint (:func:`restore_params`), checked.
 
     Raises:
@@ -337,7 +336,7 @@ def params_of(checkpoint: Path, shapes: PyTree) -> PyTree:
     return params
 
 
-def frozen_of(run: Path, shapes: PyTree) -> PyTree:
+def frozen_of(run: AnyPath, shapes: PyTree) -> PyTree:
     """The parameters that no step of a run changes (:meth:`Checkpoints.save_frozen`), checked.
 
     Raises:

@@ -23,7 +23,7 @@ from dpojax.models.config import Lora, Quantized
 from dpojax.models.lora import lora_of_dict
 from dpojax.models.safetensors import GENERATION, read_json, save_tokenizer
 from dpojax.options import flag
-from dpojax.paths import absolute, exists, in_store, make_directory, path_of, reaching, write_text
+from dpojax.paths import AnyPath, absolute, exists, in_store, make_directory, path_of, reaching, write_text
 from dpojax.progress import console
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ FORMAT = 3
 """Of run.json and checkpoints; runs of an earlier format are read, but not continued."""
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: str | AnyPath) -> bool:
     """Whether a path is the ``--output`` directory of a run."""
     return exists(path_of(path) / "run.json")
 
 
-def options_of_run(path: str | Path) -> dict[str, Any]:
+def options_of_run(path: str | AnyPath) -> dict[str, Any]:
     """The options of a run, by name, as those of today; empty where ``path`` is no run."""
     if not is_run(path):
         return {}
@@ -60,7 +60,7 @@ class RunAdapter:
     quantized: Quantized = "none"
 
 
-def adapter_of_run(path: str | Path) -> RunAdapter | None:
+def adapter_of_run(path: str | AnyPath) -> RunAdapter | None:
     """The adapter that a run trains; None where it trains a model's own parameters."""
     file = path_of(path) / "adapter.json"
     if not exists(file):
@@ -69,7 +69,7 @@ def adapter_of_run(path: str | Path) -> RunAdapter | None:
     return RunAdapter(**{**raw, "lora": lora_of_dict(raw["lora"])})
 
 
-def save_adapter_of_run(path: Path, adapter: RunAdapter) -> None:
+def save_adapter_of_run(path: AnyPath, adapter: RunAdapter) -> None:
     """Write ``adapter.json``, whole."""
     base = path_of(adapter.base)  # by a name that holds wherever the run is read from
     named = dataclasses.replace(adapter, base=str(absolute(base)) if base.exists() else adapter.base)
@@ -156,7 +156,7 @@ def save_model_files(
     hf_config: dict[str, Any],
     generation_config: dict[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
-    directory: Path,
+    directory: AnyPath,
 ) -> None:
     """Write what export needs beside the weights, once, whole or not at all.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpojax.errors import UserError
-from dpojax.paths import exists, in_store, reaching, write_bytes
+from dpojax.paths import AnyPath, exists, in_store, reaching, write_bytes
 
 SECONDS_BETWEEN_UPLOADS = 60.0
 UPLOAD_SHARE = 0.01
@@ -38,7 +38,7 @@ class Growing:
     """A directory whose files grow: the given one, or, of one in an object store, where nothing can be appended to, one
     on a disk, whose files are put there whole, now and then."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         self.target = directory
         self.aside = tempfile.TemporaryDirectory(prefix="dpojax-") if in_store(directory) else None
         self.directory = Path(self.aside.name) if self.aside else directory
@@ -78,7 +78,7 @@ class JsonLines:
       resume: the step that the run continues from; lines beyond it are dropped. 0 starts anew.
     """
 
-    def __init__(self, directory: Path, resume: int = 0):
+    def __init__(self, directory: AnyPath, resume: int = 0):
         there = directory / "metrics.jsonl"
         self.name, self.growing = str(there), Growing(directory)
         with reaching(there):
@@ -113,7 +113,7 @@ def step_of(line: str) -> int:
 class TensorBoard:
     """TensorBoard's event files; it drops figures that an earlier process wrote beyond the step ``resume``."""
 
-    def __init__(self, directory: Path, resume: int = 0):
+    def __init__(self, directory: AnyPath, resume: int = 0):
         # Imported here, as it imports torch where there is one, which those who only call `fit` need not wait for.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
