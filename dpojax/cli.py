@@ -387,11 +387,12 @@ def reporting(command: Callable[[], int]) -> int:
 
 
 def report_unraisable(what: Any) -> None:
-    """Report an error that no code can catch, but not TensorStore's echoes of a write that failed.
+    """Report an error that no code can catch, but not TensorStore's echoes of a write or a read that failed.
 
-    Their callbacks find an event loop that has gone; that the write failed we say once ourselves.
+    Their callbacks find an event loop that has gone; that it failed we say once ourselves.
     """
-    if str(what.exc_value) != "Event loop is closed":
+    echoes = ("Event loop is closed", "Encountered error while reading array index")
+    if not str(what.exc_value).startswith(echoes):
         sys.__unraisablehook__(what)
 
 

@@ -54,6 +54,17 @@ def path_of(name: str | AnyPath) -> AnyPath:
     return epath.Path(str(name))
 
 
+def check_run(name: str | AnyPath) -> None:
+    """Refuse a run where its checkpoints could not be.
+
+    Raises:
+      UserError: it is in an object store that Orbax does not know, or one that cannot be read here.
+    """
+    if in_store(name) and not str(name).startswith("gs://"):
+        raise UserError(f"{name}: checkpoints lie on disks and in gs:// alone; name one of those")
+    path_of(name)
+
+
 def absolute(path: AnyPath) -> AnyPath:
     """The path from the root; etils would take a URL for a name in this directory."""
     return path if in_store(path) else path.absolute()

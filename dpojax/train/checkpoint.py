@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dpojax.errors import UserError, first_line
 from dpojax.models.identity import fingerprint_of
-from dpojax.paths import AnyPath, absolute, exists, in_store, reaching, remove, write_text
+from dpojax.paths import AnyPath, absolute, check_run, exists, in_store, reaching, remove, write_text
 from dpojax.progress import console
 from dpojax.train.state import TrainState
 from dpojax.types import PyTree
@@ -39,6 +39,13 @@ ARRAYS, TEXTS = ("params", "train", "reference"), ("position", "content")
 IN_FLIGHT = 256 << 20
 PASSING = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED")
 """What TensorStore and JAX say of errors that are not the files'."""
+DAMAGES = {
+    "NOT_FOUND": "a file of it is missing",
+    "OUT_OF_RANGE": "a file of it is cut short",
+    "DATA_LOSS": "a file of it has changed",
+    "reading array": "an array cannot be read",
+}
+"""What TensorStore says of files, and we."""
 
 
 class DamagedCheckpoint(UserError):
@@ -80,6 +87,7 @@ class Checkpoints:
         # Orbax logs an error's traceback from each of its threads; we raise it once, as a sentence.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        check_run(run)
         self.directory = absolute(run / "checkpoints")
         best = managers.BestN(get_metric_fn=best_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -312,7 +320,19 @@ def readable(directory: AnyPath) -> Iterator[None]:
             raise FileNotFoundError(directory) from error
         if PASSING.search(str(error)):
             raise UserError(f"{directory}: cannot be read now ({first_line(error)}); try again") from error
-        raise DamagedCheckpoint(f"{directory}: damaged checkpoint ({first_line(error)})") from error
+        raise DamagedCheckpoint(f"{directory}: damaged checkpoint ({reason_of(error)})") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a checkpoint, by the error of whoever reads it."""
+    known = [words for said, words in DAMAGES.items() if said in str(error)]
+    if known:
+        return known[0]
+    return (
+        "a file of it has changed"
+        if isinstance(error, ValueError | LookupError | AttributeError)
+        else first_line(error)
+    )
 
 
 def restore_params(directory: AnyPath, shapes: PyTree) -> PyTree:
