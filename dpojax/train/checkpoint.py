@@ -148,9 +148,9 @@ class Checkpoints:
             content=ocp.args.JsonSave({**{k: content_of(x) for k, x in arrays.items()}, "position": text_of(position)}),
         )
         with self._disk():
-            needed = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state, moved)))
+            needed = sum(map(own_bytes, jax.tree.leaves((state.params, state.opt_state, moved))))
             free = needed if in_store(self.directory) else shutil.disk_usage(self.directory).free
-            if free < needed:  # a write that cannot end well is not begun
+            if not everywhere(free >= needed):  # a write that cannot end well is not begun
                 raise OSError(errno.ENOSPC, f"No space left on device: {needed:,} bytes needed, {free:,} free")
             self.manager.save(int(state.step), args=items, metrics=metrics)
 
@@ -248,6 +248,16 @@ class Checkpoints:
         self.manager.close()
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether it holds in every process; all of them must ask."""
+    return holds if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(holds)).all())
+
+
+def own_bytes(x: jax.Array) -> int:
+    """The bytes of an array that this process writes; of what several devices hold, one does."""
+    return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)
+
+
 def finalized(directory: AnyPath) -> bool:
     """Whether a checkpoint was written to its end."""
     return ocp.utils.is_checkpoint_finalized(epath.Path(str(directory)))
@@ -295,7 +305,7 @@ def read(checkpoint: AnyPath, function: Callable[[], T]) -> T:
             value = function()
     except DamagedCheckpoint as error:
         failed = error
-    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(failed is None)).all():
+    if not everywhere(failed is None):
         failed = failed or DamagedCheckpoint(f"{checkpoint}: damaged checkpoint (another process cannot read it)")
     if failed is not None:
         raise failed
