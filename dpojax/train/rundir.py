@@ -98,12 +98,25 @@ def may_change(name: str) -> bool:
     return name in MAY_CHANGE or name.startswith("mesh.")
 
 
+FILES = ("model", "tokenizer", "ref_model", "adapter", "data", "eval_data")
+"""Options that name files, whose content is compared by its hash."""
+
+
+def moved(name: str, before: Any, now: Any) -> bool:
+    """Whether an option names the same files in another directory, as after a copy to another machine."""
+
+    def last(value: Any) -> list[str]:
+        return [str(x).rstrip("/").rpartition("/")[2] for x in (value if isinstance(value, list) else [value])]
+
+    return name in FILES and None not in (before, now) and last(before) == last(now)
+
+
 def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
     """Take ``--output`` for this run, or find that it holds the same run already.
 
     Args:
       config: every option; all but ``output`` must agree with those in the directory, or be of the machine's
-        (:func:`may_change`), which is then said.
+        (:func:`may_change`), or name the same files elsewhere (:func:`moved`), which is then said.
       identities: content hashes (model, reference, data) that must agree too.
 
     Raises:
@@ -126,13 +139,16 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
             )
         differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
         named = {n: f"{n} ({theirs.get(n)!r} there, {mine.get(n)!r} here)" for n in differing}
-        refused = [name for name in differing if not may_change(name)]
+        elsewhere = [name for name in differing if moved(name, theirs.get(name), mine.get(name))]
+        refused = [name for name in differing if not may_change(name) and name not in elsewhere]
         if refused:
             others = ", ".join(named[name] for name in refused)
             raise UserError(f"--output {directory}: holds a run with another {others}; name another directory")
         if differing:
             changed = ", ".join(f"{flag(n)} {mine.get(n)} (before: {theirs.get(n)})" for n in differing)
             console.print(f"{directory}: goes on with {changed}; results agree to rounding, random draws aside")
+        if elsewhere:  # whoever reads the run looks for its model where it is now
+            write_text(directory / "run.json", json.dumps({**theirs, **{n: mine[n] for n in elsewhere}}, indent=2))
         return
     if exists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--output {directory}: exists and is no run of dpojax; name a new or empty directory")

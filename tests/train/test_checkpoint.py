@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from dpojax.train.checkpoint import Checkpoints, DamagedCheckpoint, content_of
 from dpojax.train.loop import run_steps
 from dpojax.train.program import initial_state, make_program
 from dpojax.train.state import Hyper, TrainState
+from tests.conftest import write_rows
 from tests.train.test_resume import curve, options
 
 # Orbax's coroutines of a read that failed are collected with their errors.
@@ -204,11 +206,18 @@ def test_a_run_goes_on_with_other_devices(tiny_dir, pairs_file, tmp_path, monkey
     said = " ".join(capsys.readouterr().out.split())
     assert "goes on with --max-shapes 1 (before: 8), --mesh.fsdp 4 (before: 2), --mesh.tensor 1 (before: 2)" in said
     assert "--remat none (before: block)" in said
-    assert dpo(1, "moved", "--gradient-accumulation-steps", "2", "--logprob-chunk-tokens", "64") == 0
+    # And on another machine, whose files lie elsewhere.
+    there = tmp_path / "there"
+    shutil.copytree(tiny_dir, there / Path(tiny_dir).name)
+    places = {"model": there / Path(tiny_dir).name, "data": shutil.copy(pairs_file, there)}
+    assert dpo(1, "moved", "--gradient-accumulation-steps", "2", "--logprob-chunk-tokens", "64", **places) == 0
+    assert json.loads((tmp_path / "moved" / "run.json").read_text())["model"] == str(places["model"])
     assert "continuing from step 4" in " ".join(capsys.readouterr().out.split())
     assert dpo(1, "moved", beta=0.3) == 2  # another run
     error = capsys.readouterr().err
     assert "beta (None there, 0.3 here)" in error and "mesh" not in error
+    other = write_rows(there / "others.jsonl", [json.loads(line) for line in Path(pairs_file).read_text().splitlines()])
+    assert dpo(1, "moved", data=other) == 2 and "data (" in capsys.readouterr().err  # the content alone says too little
 
     lines = [[{**line, "padding_share": 0} for line in curve(tmp_path / name)] for name in ("moved", "whole")]
     for moved, whole in zip(*lines, strict=True):
