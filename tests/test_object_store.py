@@ -14,8 +14,7 @@ from dpojax.models import fingerprint, load_model, load_tokenizer
 from dpojax.models.stored import StoredTensors
 from dpojax.paths import path_of
 from dpojax.train import loop, writers
-from dpojax.train.by_name import load_run
-from dpojax.train.checkpoint import Checkpoints
+from dpojax.train.by_name import load_policy, load_run
 from dpojax.train.loop import run_steps
 from tests.gcs import Store, store
 
@@ -156,14 +155,31 @@ def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(runs, bucket, tiny_dir,
     bucket.put("bucket", largest, bytes(data))
     assert load_run("gs://bucket/runs/b")[1] == 2
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:  # a complete run has nothing to do
-        patch.setattr(Checkpoints, "latest", 3)
-        assert dpo(tiny_dir, pairs_file, "gs://bucket/runs/b") == 0
+    assert dpo(tiny_dir, pairs_file, "gs://bucket/runs/b") == 0
     assert "continuing from step 2" in " ".join(capsys.readouterr().out.split())
     steps = {name.split("/")[4] for name in bucket.names("bucket/runs/b/checkpoints/")}
     assert steps == {"2", "4", "4.damaged"}
     assert fingerprint(load_run("gs://bucket/runs/b")[0].params) == fingerprint(load_run(run)[0].params)
     assert curve(text(bucket, "runs/b/metrics.jsonl")) == curve((whole / "metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "beside"),
+    [(("--lora-rank", "2", "--lora-init", "a-zero"), {"adapter.json"}), (("--train-top-layers", "1"), {"frozen"})],
+)
+def test_what_lies_beside_a_run_does_so_in_a_bucket(bucket, tiny_dir, pairs_file, tmp_path, flags, beside):
+    """Adapters and frozen layers; an adapter is exported alone, and read again."""
+    name = flags[0].strip("-")
+    run, steps = f"gs://bucket/runs/{name}", ("--loss", "orpo", "--steps", "1", "--save-steps", "1")
+    for output in (run, str(tmp_path / "run")):
+        command = ["dpo", "--model", tiny_dir, "--data", pairs_file, "--output", output, *STEPS, *steps, *flags]
+        assert main(command) == 0
+    assert beside <= {path.split("/")[3] for path in bucket.names(f"bucket/runs/{name}/")}
+    trained = fingerprint(load_run(run)[0].params)
+    assert trained == fingerprint(load_run(tmp_path / "run")[0].params) != fingerprint(load_model(tiny_dir).params)
+    if "adapter.json" in beside:
+        assert main(["export", "--run", run, "--output", "gs://bucket/adapter", "--adapter"]) == 0
+        assert fingerprint(load_policy("gs://bucket/adapter").params) == trained
 
 
 @pytest.mark.parametrize(

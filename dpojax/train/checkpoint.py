@@ -227,6 +227,14 @@ class Checkpoints:
             return restored
         raise all_damaged([error for _, error in damaged])
 
+    def sound(self, step: int, like: TrainState) -> bool:
+        """Whether a checkpoint can be restored."""
+        try:
+            self.restore(step, like)
+        except DamagedCheckpoint:
+            return False
+        return True
+
     def _put_aside(self, steps: list[int]) -> None:
         """Rename checkpoints, so that they are none."""
         if not steps:

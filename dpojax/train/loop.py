@@ -199,7 +199,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     if config.train_top_layers is not None:
         checkpoints.save_frozen(separate(model.params, config.train_top_layers)[0])
     done = checkpoints.latest
-    if done >= total_steps:
+    if done >= total_steps and checkpoints.sound(done, program.layout.abstract()):
         console.print(f"{run}: this run is complete, at step {done}; nothing to do")
         return Result(done, finished=True)
 

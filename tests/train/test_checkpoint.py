@@ -4,7 +4,11 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -144,6 +148,69 @@ def test_the_last_that_is_not_damaged_is_used_and_the_others_are_put_aside(tmp_p
     assert Checkpoints(tmp_path).latest == 2
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_hashes(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "7" / "content")
+    state = small_state(7)
+    assert same(Checkpoints(tmp_path / "run", read_only=True).restore(7, layout_of(state)).state, state)
+
+
+TWO = """
+import os, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+run, port, number = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+from pathlib import Path
+import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from dpojax.train.checkpoint import Checkpoints
+from dpojax.train.state import Hyper, TrainState
+
+mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+def put(x, spec=PartitionSpec()):
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+def state(step):
+    w = put(np.random.default_rng(step).normal(size=(64, 32)).astype(np.float32), PartitionSpec("fsdp"))
+    key = jax.random.wrap_key_data(put(np.zeros(2, np.uint32)))
+    return TrainState(put(np.int32(step)), {"w": w}, {"mu": w, "count": put(np.int32(step))}, key, Hyper(0, 0))
+
+checkpoints = Checkpoints(Path(run), keep_latest=2)
+for step in (1, 2):
+    checkpoints.save(state(step), {"next_index": step}, None)
+checkpoints.finish()
+if number == "0":  # what the other process reads is cut
+    file = max(Path(run).glob("checkpoints/2/params/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+sync_global_devices("damaged")
+like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(1).params)
+moments = {"mu": like["w"], "count": jax.ShapeDtypeStruct((), np.int32, sharding=state(1).step.sharding)}
+layout = TrainState(moments["count"], like, moments, state(1).rng, Hyper(0, 0))
+checkpoints = Checkpoints(Path(run), keep_latest=2)
+found = checkpoints.restore_latest(layout)
+ours, saved = (x.params["w"].addressable_data(0) for x in (found.state, state(1)))
+assert found.step == 1 and (ours == saved).all()
+checkpoints.save(state(2), {"next_index": 2}, None)
+checkpoints.finish()
+"""
+
+
+def test_two_processes_agree_on_what_is_damaged(tmp_path):
+    """Each writes its own shards; where one cannot read its part, both go back to the checkpoint before."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TWO, str(tmp_path), port]
+    pipes = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([*command, number], **pipes) for number in "01"]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "another process cannot read it" in " ".join(said[0].split())
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2", "2.damaged"}
+
+
 def test_where_all_are_damaged_nothing_is_touched(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_latest=2)
     for step in (1, 2):
@@ -253,6 +320,10 @@ def test_a_damaged_checkpoint_costs_its_steps_alone(tiny_dir, pairs_file, tmp_pa
     assert curve(run) == curve(whole)
     kept = {path.name for path in (whole / "checkpoints").iterdir()}
     assert {path.name for path in (run / "checkpoints").iterdir()} == kept | {"4.damaged"}
+
+    flip(largest(run / "checkpoints" / "6" / "train"))  # a complete run is made complete again
+    assert main(options(tiny_dir, pairs_file, run, **flags)) == 0
+    assert "continuing from step 4" in " ".join(capsys.readouterr().out.split()) and curve(run) == curve(whole)
     for step in kept:
         flip(largest(run / "checkpoints" / step / "params"))
     assert main(export) == 2
