@@ -16,10 +16,19 @@ from dpojax.paths import path_of
 from dpojax.train import loop, writers
 from dpojax.train.by_name import load_policy, load_run
 from dpojax.train.loop import run_steps
+from tests.conftest import on_devices
 from tests.gcs import Store, store
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 STEPS = ("--batch-size", "8", "--max-shapes", "1", "--warmup-steps", "0", "--learning-rate", "0.01", "--steps", "4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device() -> Iterator[None]:
+    """Programs of eight take long to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_devices(patch, 1)
+        yield
 
 
 @pytest.fixture(scope="module")

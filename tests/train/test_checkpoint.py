@@ -28,7 +28,7 @@ from dpojax.train.checkpoint import Checkpoints, DamagedCheckpoint, content_of
 from dpojax.train.loop import run_steps
 from dpojax.train.program import initial_state, make_program
 from dpojax.train.state import Hyper, TrainState
-from tests.conftest import write_rows
+from tests.conftest import on_devices, write_rows
 from tests.train.test_resume import curve, options
 
 # Orbax's coroutines of a read that failed are collected with their errors.
@@ -248,12 +248,6 @@ def test_a_state_moves_between_meshes(config, params, tmp_path):
         assert all(jax.tree.leaves(laid_out))
 
 
-def on_devices(patch: pytest.MonkeyPatch, n: int) -> None:
-    devices = jax.devices()[:n]
-    patch.setattr(jax, "devices", lambda: devices)
-    patch.setattr(jax, "device_count", lambda: n)
-
-
 def test_a_run_goes_on_with_other_devices(tiny_dir, pairs_file, tmp_path, monkeypatch, capsys):
     """Steps on 8 devices, on 4, on 1, with other micro-batches: the run of one device, to rounding."""
     flags = {"steps": 6, "save-steps": 2, "warmup-steps": 0, "loss": "orpo", "batch-size": 8, "learning-rate": 1e-3}
@@ -297,6 +291,7 @@ def test_a_run_goes_on_with_other_devices(tiny_dir, pairs_file, tmp_path, monkey
 def test_a_damaged_checkpoint_costs_its_steps_alone(tiny_dir, pairs_file, tmp_path, monkeypatch, capsys):
     """Readers pass over it; the run goes on from the one before it, and ends as if nothing had happened."""
     flags = {"steps": 6, "save_steps": 2, "warmup_steps": 0, "eval_steps": 6, "save_total_limit": 2}
+    on_devices(monkeypatch, 1)
     run, whole = tmp_path / "run", tmp_path / "whole"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "run_steps", lambda *a: itertools.islice(run_steps(*a), 4))
