@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dpojax.paths import in_store
 from dpojax.progress import console
 
 
@@ -26,7 +27,7 @@ def cache_dir(beside: str) -> Path | None:
     """A directory that can be written, for what was made from a file and can be made again.
 
     It is ``.dpojax`` next to the file, so that it moves and goes with it, and lies on a disk that holds such files;
-    where that cannot be written (shared data, say) it is ``dpojax`` in the user's cache directory.
+    where that cannot be written (shared data, or an object store) it is ``dpojax`` in the user's cache directory.
 
     Args:
       beside: the file; its directory must exist.
@@ -35,11 +36,10 @@ def cache_dir(beside: str) -> Path | None:
       The directory, made if need be; None where neither can be written.
     """
     beside_it = Path(beside).expanduser().parent / ".dpojax"
-    try:
-        beside_it.mkdir(exist_ok=True)
-        return _written(beside_it)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        if not in_store(beside):
+            beside_it.mkdir(exist_ok=True)
+            return _written(beside_it)
     try:
         directory = user_cache()
         directory.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from dpojax.errors import UserError
 
 if TYPE_CHECKING:
     from dpojax.data import RowKind
+    from dpojax.paths import AnyPath
 
 Config = (
     DPOConfig
@@ -187,7 +188,9 @@ def run_export(config: ExportConfig) -> int:
     from dpojax import processes
     from dpojax.models import load_tokenizer, save_model
     from dpojax.models.peft import save_adapter
+    from dpojax.models.safetensors import save_tokenizer
     from dpojax.options import bytes_of
+    from dpojax.paths import absolute, path_of, write_text
     from dpojax.progress import console
     from dpojax.train.by_name import load_adapter_of_run, load_run
     from dpojax.train.card import model_card
@@ -195,7 +198,7 @@ def run_export(config: ExportConfig) -> int:
 
     processes.one_alone("export")
     jax.config.update("jax_platforms", "cpu")
-    output = Path(config.output)
+    output = path_of(config.output)
     check_export(config, output)
     if config.adapter:
         model, base, step = load_adapter_of_run(config.run, config.checkpoint)
@@ -203,12 +206,12 @@ def run_export(config: ExportConfig) -> int:
             console.print(f"its base is {base}; for peft, export that too, and name it in adapter_config.json")
     else:
         model, step = load_run(config.run, config.checkpoint)
-    tokenizer = load_tokenizer(str(Path(config.run) / "model"))
-    card = model_card(config.run, step, title=output.absolute().name, adapter=config.adapter)
+    tokenizer = load_tokenizer(str(path_of(config.run) / "model"))
+    card = model_card(config.run, step, title=absolute(output).name, adapter=config.adapter)
     if config.adapter:
         save_adapter(model.params, model.config, model.family, output, base=base)
-        tokenizer.save_pretrained(output)
-        write_whole(output / "README.md", card)
+        save_tokenizer(tokenizer, output)
+        write_text(output / "README.md", card)
     else:
         shard_bytes = bytes_of(config.max_shard_size)
         save_model(model, output, dtype=config.dtype, shard_bytes=shard_bytes, tokenizer=tokenizer, card=card)
@@ -216,13 +219,15 @@ def run_export(config: ExportConfig) -> int:
     return 0
 
 
-def check_export(config: ExportConfig, output: Path) -> None:
+def check_export(config: ExportConfig, output: "AnyPath") -> None:
     """Refuse an export that could not be read, before the work is done."""
     if config.adapter and config.dtype != ExportConfig.dtype:
         raise UserError(f"--dtype {config.dtype}: an adapter is written in float32; leave one of them out")
     if config.adapter and config.max_shard_size != ExportConfig.max_shard_size:
         raise UserError(f"--max-shard-size {config.max_shard_size}: an adapter is one file; leave one of them out")
-    if output.exists() and not output.is_dir():
+    from dpojax.paths import exists
+
+    if exists(output) and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a directory")
     other, what = ("model*.safetensors*", "a whole model") if config.adapter else ("adapter_config.json", "an adapter")
     if any(output.glob(other)):
@@ -324,6 +329,10 @@ def run_losses(config: LossesConfig) -> int:
 
 def check_file(name: str) -> None:
     """Refuse an output file that could not be written, before the work is done."""
+    from dpojax.paths import in_store
+
+    if in_store(name):
+        raise UserError(f"--output {name}: is in an object store; name a file on a disk")
     path = Path(name)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {name}: is a directory or in none that exists; name a file")
@@ -413,11 +422,12 @@ def sentence_of(error: BaseException) -> tuple[str, int] | None:
 
 
 def report_unraisable(what: Any) -> None:
-    """Report an error that no code can catch, but not TensorStore's echoes of a write that failed.
+    """Report an error that no code can catch, but not TensorStore's echoes of a write or a read that failed.
 
-    Their callbacks find an event loop that has gone; that the write failed we say once ourselves.
+    Their callbacks find an event loop that has gone; that it failed we say once ourselves.
     """
-    if str(what.exc_value) != "Event loop is closed":
+    echoes = ("Event loop is closed", "Encountered error while reading array index")
+    if not str(what.exc_value).startswith(echoes):
         sys.__unraisablehook__(what)
 
 

@@ -8,6 +8,7 @@ from math import inf
 from typing import Any
 
 from dpojax.errors import UserError
+from dpojax.paths import check_run, path_of
 
 UNITS = {"": 1} | {f"{k}B": 1000**i for i, k in enumerate(("", *"KMGT"))}
 UNITS |= {f"{k}IB": 1024**i for i, k in enumerate("KMGT", 1)}
@@ -83,6 +84,7 @@ def check_options(config: Any) -> None:
             if not holds(value):
                 shown = "" if value == () else f" {value}"
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
+    check_places(config)
     check_reading(config)
     check_scorer(config)
     if hasattr(config, "lora_rank"):
@@ -98,6 +100,19 @@ def check_options(config: Any) -> None:
     if hasattr(config, "gradient_accumulation_steps") and config.batch_size % config.gradient_accumulation_steps:
         n = config.gradient_accumulation_steps
         raise UserError(f"--gradient-accumulation-steps {n}: must divide --batch-size {config.batch_size}")
+
+
+def check_places(config: Any) -> None:
+    """Refuse names in object stores that are none, or that nothing here can read.
+
+    Raises:
+      UserError: naming the place.
+    """
+    if hasattr(config, "save_steps"):
+        check_run(config.output)
+    for name in ("output", "run", "model", "tokenizer", "ref_model", "adapter"):
+        if isinstance(value := getattr(config, name, None), str):
+            path_of(value)
 
 
 OF_TEXT = ("data", "format", "filter", "as_chat", "scorer", "output")

@@ -142,3 +142,10 @@ def plain_input(tokens: jax.Array) -> ModelInput:
     B, T = tokens.shape
     index = jax.numpy.broadcast_to(jax.numpy.arange(T), (B, T))
     return ModelInput(tokens, index, index, index, jax.numpy.full((B,), T), prompt=T, completion=0)
+
+
+def on_devices(patch: pytest.MonkeyPatch, n: int) -> None:
+    """As if there were n of the eight devices."""
+    devices = jax.devices()[:n]
+    patch.setattr(jax, "devices", lambda: devices)
+    patch.setattr(jax, "device_count", lambda: n)

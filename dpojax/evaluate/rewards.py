@@ -24,6 +24,7 @@ from dpojax.evaluate.scoring import make_rewarder
 from dpojax.losses.spelling import from_file
 from dpojax.models import config_from_hf, open_model
 from dpojax.models.safetensors import read_json
+from dpojax.paths import path_of
 from dpojax.sharding import make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
@@ -43,7 +44,7 @@ def is_reward_model(name: str) -> bool:
     """
     if not is_run(name):
         return open_model(name).config.reward
-    path = Path(name) / "model" / "config.json"
+    path = path_of(name) / "model" / "config.json"
     return config_from_hf(read_json(path), str(path)).reward
 
 

@@ -1,17 +1,17 @@
 """How a model's completions end: ``generation_config.json``, and every token that stops sampling."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpojax.errors import UserError
 from dpojax.models.safetensors import GENERATION, read_json
+from dpojax.paths import AnyPath, path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_generation_config(directory: Path) -> dict[str, Any]:
+def read_generation_config(directory: AnyPath) -> dict[str, Any]:
     """The ``generation_config.json`` of a directory; empty where there is none.
 
     Raises:
@@ -43,20 +43,20 @@ def eos_of(raw: Mapping[str, Any], vocab_size: int, source: str) -> tuple[int, .
 
 
 def model_eos_ids(
-    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int, source: str | Path = ""
+    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int, source: str | AnyPath = ""
 ) -> tuple[int, ...]:
     """The tokens that end a completion, by a model's two files.
 
     Raises:
       UserError: an id is no token of the model.
     """
-    where = Path(source)
+    where = path_of(source)
     ids = eos_of(generation_config, vocab_size, str(where / GENERATION))
     return tuple(dict.fromkeys([*ids, *eos_of(hf_config, vocab_size, str(where / "config.json"))]))
 
 
 def eos_notes(
-    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int, source: str | Path
+    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int, source: str | AnyPath
 ) -> list[str]:
     """A sentence, where :func:`model_eos_ids` would refuse: only sampling needs these tokens.
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,33 +24,47 @@ def fingerprint(params: PyTree) -> str:
     sums do not depend on their order, so the hash is the same on every mesh, and no host needs the values. It tells
     parameters apart that differ by training or by accident; it is no defence against someone who looks for a collision.
     """
+    return fingerprint_of(flatten(params))
+
+
+def fingerprint_of(arrays: Mapping[str, Any]) -> str:
+    """:func:`fingerprint` of arrays by any names."""
     digest = hashlib.blake2b(digest_size=16)
-    flat = {path: jnp.asarray(x) for path, x in flatten(params).items()}
-    functions = {path: _sums_over_mesh(x) for path, x in flat.items()}
-    sums = jax.device_get(jax.jit(lambda flat: {path: functions[path](x) for path, x in flat.items()})(flat))
+    flat = {name: jnp.asarray(x) for name, x in arrays.items()}
+    places = tuple((x.shape, x.dtype, x.sharding) for x in flat.values())
+    sums = dict(zip(flat, jax.device_get(_compiled(places)(list(flat.values()))), strict=True))
     for path, x in sorted(flat.items()):
         digest.update(f"{path} {x.shape} {x.dtype} {sums[path].tolist()}".encode())
     return digest.hexdigest()
 
 
-def _sums_over_mesh(x: Array) -> Callable[[Array], UInt[Array, " 2"]]:
+@functools.lru_cache(maxsize=8)  # a run computes that of its state again and again
+def _compiled(places: tuple[tuple[tuple[int, ...], Any, jax.sharding.Sharding], ...]) -> Callable[..., Any]:
+    """The function that adds up the mixed elements of arrays of these shapes, dtypes and shardings."""
+    functions = [_sums_over_mesh(shape, sharding) for shape, _, sharding in places]
+    return jax.jit(lambda arrays: [f(x) for f, x in zip(functions, arrays, strict=True)])
+
+
+def _sums_over_mesh(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callable[[Array], UInt[Array, " 2"]]:
     """The function that adds up an array's mixed elements where they lie."""
-    sharding = x.sharding
+    ndim = len(shape)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
-        return functools.partial(_sums, shape=x.shape, starts=(0,) * x.ndim)
+        return functools.partial(_sums, shape=shape, starts=(0,) * ndim)
     mesh, spec = sharding.mesh, sharding.spec
-    axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in (*spec, *[None] * x.ndim)][: x.ndim]
+    axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in (*spec, *[None] * ndim)][:ndim]
     assert isinstance(mesh, Mesh)
 
     def local(part: Array) -> UInt[Array, " 2"]:
         starts = tuple(jax.lax.axis_index(a) * n if a else 0 for a, n in zip(axes, part.shape, strict=True))
-        return jax.lax.psum(_sums(part, shape=x.shape, starts=starts), [name for a in axes for name in a])
+        return jax.lax.psum(_sums(part, shape=shape, starts=starts), [name for a in axes for name in a])
 
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)
 
 
 def _sums(x: Array, *, shape: tuple[int, ...], starts: tuple[Any, ...]) -> UInt[Array, " 2"]:
     """The sums, one for each seed, of the mixed elements of a part of an array of this shape that begins there."""
+    if x.ndim == 0:
+        x, shape, starts = x[None], (1,), (0,)
     strides = [math.prod(shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
     rows = x if x.ndim > 1 else x[None]
     starts, strides = ((0, *starts), [0, *strides]) if x.ndim == 1 else (starts, strides)

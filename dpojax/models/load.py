@@ -22,6 +22,7 @@ from dpojax.models.quantized import QuantizedSource, forms_of, quantization_of, 
 from dpojax.models.safetensors import SHARD_BYTES, SafetensorsSource, read_json, save_directory
 from dpojax.models.unread import check_dtypes, check_unread
 from dpojax.models.weights import check_source, load_params, under_base
+from dpojax.paths import AnyPath, exists, in_store, on_disk, path_of
 from dpojax.progress import console
 from dpojax.types import PyTree
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float], None]
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json")  # and SentencePiece's .model, and lists in .txt
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates")
+"""What is copied of a directory in an object store, where transformers reads none."""
 FIRST_ROWS = 64  # of a tied unembedding, compared when files are opened; all are when they are loaded
 
 
@@ -131,7 +134,7 @@ def new_model(config: DecoderConfig, family: str = "llama", seed: int = 0, mesh:
 
 def save_model(
     model: Model,
-    directory: str | Path,
+    directory: str | AnyPath,
     *,
     dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES,
@@ -156,7 +159,7 @@ def save_model(
         model.config,
         model.family,
         model.hf_config,
-        Path(directory),
+        path_of(directory),
         generation_config=model.generation_config,
         tokenizer=tokenizer,
         card=card,
@@ -165,11 +168,15 @@ def save_model(
     )
 
 
-def resolve(name: str) -> Path:
-    """The local path of a model: itself, or a hub id's files, downloaded by huggingface_hub."""
-    path = Path(name).expanduser()
-    if path.exists():
+def resolve(name: str) -> AnyPath:
+    """The path of a model: itself, or a hub id's files, downloaded by huggingface_hub."""
+    path = path_of(name)
+    if in_store(path) and name.endswith(".gguf"):
+        raise UserError(f"{name}: a GGUF file is read from a disk; copy it to this machine")
+    if exists(path):
         return path
+    if in_store(path):
+        raise UserError(f"{name}: nothing is there; give a Hugging Face directory, or the --output of a run")
     if name.count("/") != 1 or name.endswith(".gguf") or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such model; give a Hugging Face directory, a hub id (owner/name) or a .gguf file")
     from huggingface_hub import snapshot_download
@@ -181,7 +188,7 @@ def resolve(name: str) -> Path:
         raise UserError(f"{name}: no such directory, and the hub did not give it ({first_line(error)})") from None
 
 
-def adapter_directory(name: str) -> Path | None:
+def adapter_directory(name: str) -> AnyPath | None:
     """The directory of a model's name where that is an adapter's; None where it is a whole model."""
     path = resolve(name)
     return path if path.is_dir() and is_adapter(path) else None
@@ -200,7 +207,7 @@ def open_model(name: str) -> ModelFiles:
     return _open_directory(path) if path.is_dir() else _open_gguf(path)
 
 
-def _open_directory(path: Path) -> ModelFiles:
+def _open_directory(path: AnyPath) -> ModelFiles:
     where = str(path / "config.json")
     raw = read_json(path / "config.json")
     family = family_of(raw, where)
@@ -222,7 +229,7 @@ def _open_directory(path: Path) -> ModelFiles:
     return _checked(raw, family, config, source, read_generation_config(path))
 
 
-def _open_gguf(path: Path) -> ModelFiles:
+def _open_gguf(path: AnyPath) -> ModelFiles:
     file = GGUFFile(path)
     raw = file.hf_config()
     family = family_of(raw, str(path))
@@ -261,15 +268,19 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     if path.is_file():
         return gguf_tokenizer(GGUFFile(path))
     try:
-        tokenizer = _tokenizer_class(path).from_pretrained(path)
+        with on_disk(path, *TOKENIZER_FILES) as files:
+            tokenizer = _tokenizer_class(files).from_pretrained(files)
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds; each means the same to the user
         raise UserError(f"{name}: no usable tokenizer ({first_line(error)}); name one with --tokenizer") from None
+    tokenizer.name_or_path = str(path)
     if not tokenizer.encode("a", add_special_tokens=False):
         raise UserError(f"{name}: its tokenizer has no tokens, as where files are missing; name one with --tokenizer")
     return tokenizer
 
 
-def _tokenizer_class(path: Path) -> Any:
+def _tokenizer_class(path: AnyPath) -> Any:
     """What reads a directory's tokenizer: the class that it names, where no file holds a vocabulary (ByT5's bytes).
 
     Of some families transformers' AutoTokenizer takes another class there, which then has no vocabulary.

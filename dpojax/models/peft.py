@@ -11,7 +11,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +22,10 @@ from dpojax.models.config import DecoderConfig, Lora, LowRank
 from dpojax.models.families import Family
 from dpojax.models.lora import check_linear, modules
 from dpojax.models.params import BACK, adapter_specs, flatten, layer_specs
-from dpojax.models.safetensors import FLOAT8, open_safetensors, read_json, written_aside
+from dpojax.models.safetensors import open_safetensors, read_json, written_aside
+from dpojax.models.stored import FLOAT8
 from dpojax.models.weights import Placed, file_tensor, gathered, places, read_slice
+from dpojax.paths import AnyPath, path_of, write_text, written_on_disk
 from dpojax.sharding import RULES, put_global, single_device_mesh
 from dpojax.types import PyTree
 
@@ -50,7 +51,7 @@ KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base as it is."""
 
 
-def is_adapter(path: Path) -> bool:
+def is_adapter(path: AnyPath) -> bool:
     """Whether a directory holds an adapter and no whole model."""
     whole = ("model.safetensors", "model.safetensors.index.json")
     return (path / CONFIG).exists() and not any((path / name).exists() for name in whole)
@@ -60,7 +61,7 @@ def is_adapter(path: Path) -> bool:
 class AdapterFiles:
     """A PEFT directory, opened: its config, and its tensors by their names without PEFT's prefix."""
 
-    path: Path
+    path: AnyPath
     raw: dict[str, Any]
     tensors: Mapping[str, Any]
 
@@ -74,7 +75,7 @@ class AdapterFiles:
         beside = f"give the base as --model and the adapter as --adapter, or set it in {self.path / CONFIG}"
         if not name:
             raise UserError(f"{self.path}: no base_model_name_or_path says what it is an adapter of; {beside}")
-        if not Path(name).expanduser().exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        if not path_of(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise UserError(f"{self.path}: its base {name} is not there; {beside}")
         return name
 
@@ -86,7 +87,7 @@ class AdapterFiles:
         return tuple(self.tensors[name].get_shape())
 
 
-def open_adapter(path: Path) -> AdapterFiles:
+def open_adapter(path: AnyPath) -> AdapterFiles:
     """An adapter's files, its config checked; no tensor has been read.
 
     Raises:
@@ -225,7 +226,7 @@ class _Layers:
     """Factors as weights of a family's files (:class:`~dpojax.models.weights.TensorSource`); zeros where a layer has no
     adapter."""
 
-    path: Path
+    path: AnyPath
     factors: Mapping[str, np.ndarray]
     empty: np.ndarray
 
@@ -280,7 +281,7 @@ def _as_weight(x: np.ndarray, place: Placed, factor: str) -> np.ndarray:
     return x.T if (factor == "B") != place.tensor.outputs_first else x
 
 
-def _wide(path: Path, place: Placed, low: LowRank, layers: dict[int, np.ndarray], factor: str) -> np.ndarray:
+def _wide(path: AnyPath, place: Placed, low: LowRank, layers: dict[int, np.ndarray], factor: str) -> np.ndarray:
     """A factor whose other side is not the model's width, ``[L, r, *out]``, of the parameter's part of its module."""
     weights = {place.name(i): _as_weight(x, place, factor) for i, x in layers.items()}
     shape = (low.rank, *place.shape[1:])
@@ -290,7 +291,7 @@ def _wide(path: Path, place: Placed, low: LowRank, layers: dict[int, np.ndarray]
     return read_slice(source, virtual, stacked, tuple(slice(None) for _ in stacked))
 
 
-def save_adapter(params: PyTree, config: DecoderConfig, family: Family, directory: Path, *, base: str) -> None:
+def save_adapter(params: PyTree, config: DecoderConfig, family: Family, directory: AnyPath, *, base: str) -> None:
     """Write an adapter as a PEFT directory, float32.
 
     Args:
@@ -327,8 +328,10 @@ def save_adapter(params: PyTree, config: DecoderConfig, family: Family, director
     raw["modules_to_save"] = sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in saved}) or None
     raw["task_type"] = "SEQ_CLS" if config.reward else "CAUSAL_LM"
     with written_aside(directory, patterns=("adapter_model*", CONFIG), last=CONFIG) as aside:
-        save_file({k: np.ascontiguousarray(x) for k, x in tensors.items()}, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(raw, indent=2))
+        with written_on_disk(aside) as files:
+            tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+            save_file(tensors, files / WEIGHTS, metadata={"format": "pt"})
+        write_text(aside / CONFIG, json.dumps(raw, indent=2))
 
 
 def _modules_of(lora: Lora, family: Family, config: DecoderConfig) -> dict[str, list[LowRank]]:

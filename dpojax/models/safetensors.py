@@ -3,9 +3,7 @@
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -15,7 +13,9 @@ from dpojax.errors import UserError
 from dpojax.models.config import DecoderConfig
 from dpojax.models.families import Family
 from dpojax.models.families.base import with_earlier_rope
+from dpojax.models.stored import FLOAT8, StoredTensors
 from dpojax.models.weights import FileTensor, file_tensors
+from dpojax.paths import AnyPath, in_store, make_directory, reaching, remove, write_text, written_on_disk
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ TOKENIZER = (
 )
 """Files of tokenizers, which those of another replace."""
 SHARD_BYTES = 5_000_000_000  # export: split files above this; --max-shard-size has the same default
-FLOAT8 = {  # NumPy has no such dtypes, and safetensors does not look for them in ml_dtypes
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
 DTYPES = {
     "float32": ("F32", np.dtype(np.float32)),
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
@@ -41,14 +36,15 @@ DTYPES = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
       UserError: naming the file and how to fix it.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with reaching(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a Hugging Face model directory, a .gguf file or a run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -58,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
+def tensor_files(directory: AnyPath) -> dict[str, AnyPath] | list[AnyPath]:
     """Where a directory's tensors are: file by name, or the one file.
 
     Raises:
@@ -73,7 +69,7 @@ def tensor_files(directory: Path) -> dict[str, Path] | list[Path]:
     raise UserError(f"{directory}: no model.safetensors or model.safetensors.index.json; export weights as safetensors")
 
 
-def open_safetensors(path: Path) -> Any:
+def open_safetensors(path: AnyPath) -> Any:
     """A file's tensors, opened.
 
     Raises:
@@ -82,6 +78,8 @@ def open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if in_store(path):
+            return StoredTensors(path)
         return safe_open(path, framework="numpy")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, though the index names it; fetch the model again") from None
@@ -92,10 +90,10 @@ def open_safetensors(path: Path) -> Any:
 class SafetensorsSource:
     """A directory's tensors, read slice by slice (:class:`~dpojax.models.weights.TensorSource`)."""
 
-    names: dict[str, Path]
+    names: dict[str, AnyPath]
     """The file that holds each tensor."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         self.path = directory
         files = tensor_files(directory)
         if isinstance(files, list):
@@ -105,7 +103,7 @@ class SafetensorsSource:
             handles = {path: open_safetensors(path) for path in sorted(set(files.values()))}
             self.names = {name: path for path, file in handles.items() for name in list(file.keys())} | files
         self.handles = handles
-        self.headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # where the data begins, and the header
+        self.headers: dict[AnyPath, tuple[int, dict[str, Any]]] = {}  # where the data begins, and the header
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         if name not in self.names:
@@ -118,7 +116,9 @@ class SafetensorsSource:
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         dtype = FLOAT8.get(self.dtype(name))
-        return self._slice(name)[index] if dtype is None else self._mapped(name, dtype)[index]
+        if dtype is None or in_store(self.path):
+            return self._slice(name)[index]
+        return self._mapped(name, dtype)[index]
 
     def _mapped(self, name: str, dtype: np.dtype) -> np.ndarray:
         """A tensor's bytes in its file, as an array of this dtype."""
@@ -148,7 +148,7 @@ def save_directory(
     config: DecoderConfig,
     family: Family,
     hf_config: Mapping[str, Any],
-    directory: Path,
+    directory: AnyPath,
     *,
     generation_config: Mapping[str, Any] | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
@@ -176,7 +176,7 @@ def save_directory(
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     files = ["model.safetensors"] if len(shards) == 1 else files
     replaced = [*MODEL, *(TOKENIZER if tokenizer is not None else ())]
-    if (directory / CARD).is_file() and CARD_MARK in (directory / CARD).read_text(encoding="utf-8", errors="replace"):
+    if (directory / CARD).is_file() and CARD_MARK.encode() in (directory / CARD).read_bytes():
         replaced.append(CARD)  # it describes what is replaced
     with written_aside(directory, patterns=tuple(replaced)) as aside:
         for file, shard in zip(files, shards, strict=True):
@@ -185,19 +185,25 @@ def save_directory(
             weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
             total = sum(tensor.size * itemsize for shard in shards for tensor in shard)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            write_text(aside / "model.safetensors.index.json", json.dumps(index, indent=1))
         if generation_config:
-            (aside / GENERATION).write_text(json.dumps(dict(generation_config), indent=2))
+            write_text(aside / GENERATION, json.dumps(dict(generation_config), indent=2))
         if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
+            save_tokenizer(tokenizer, aside)
         if card is not None:
-            (aside / CARD).write_text(card, encoding="utf-8")
+            write_text(aside / CARD, card)
         raw = with_earlier_rope({**hf_config, "dtype": dtype})
         raw.pop("torch_dtype", None)
-        (aside / "config.json").write_text(json.dumps(raw, indent=2))
+        write_text(aside / "config.json", json.dumps(raw, indent=2))
 
 
-def _write(path: Path, tensors: list[FileTensor], dtype: str) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", directory: AnyPath) -> None:
+    """Write a tokenizer's files, chat template included."""
+    with written_on_disk(directory) as files:
+        tokenizer.save_pretrained(files)
+
+
+def _write(path: AnyPath, tensors: list[FileTensor], dtype: str) -> None:
     """Write one file in the safetensors format: the header's length, the header in JSON, then tensor after tensor.
 
     The safetensors library writes a file from all of its tensors at once; here there is never more than one.
@@ -240,34 +246,41 @@ MODEL = ("model*.safetensors*", GENERATION)
 
 
 @contextlib.contextmanager
-def written_aside(directory: Path, *, patterns: tuple[str, ...] = MODEL, last: str = "config.json") -> Iterator[Path]:
+def written_aside(
+    directory: AnyPath, *, patterns: tuple[str, ...] = MODEL, last: str = "config.json"
+) -> Iterator[AnyPath]:
     """A new directory, whose files replace those of ``directory`` with these patterns once all are written; the file
-    ``last`` goes first and comes last: where it is, all is."""
+    ``last`` goes first and comes last: where it is, all is.
+
+    In an object store it is ``directory`` itself, where nothing is renamed: the old files go first, and the caller
+    writes ``last`` last.
+    """
+    if in_store(directory):
+        with reaching(directory):
+            _remove_files(directory, patterns, last)
+            yield directory
+        return
     aside = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     try:
         aside.mkdir(parents=True)
         yield aside
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         raise UserError(f"{directory}: cannot be written ({error}); free some space or name another place") from None
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         raise
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / last).unlink(missing_ok=True)
-    for old in (path for pattern in patterns for path in directory.glob(pattern)):
-        _remove(old)
+    make_directory(directory)
+    _remove_files(directory, patterns, last)
     for path in sorted(aside.iterdir(), key=lambda path: path.name == last):
         if path.is_dir():
-            _remove(directory / path.name)
+            remove(directory / path.name)
         path.replace(directory / path.name)
     aside.rmdir()
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or a directory."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _remove_files(directory: AnyPath, patterns: tuple[str, ...], first: str) -> None:
+    remove(directory / first)
+    for old in [path for pattern in patterns for path in directory.glob(pattern)]:
+        remove(old)

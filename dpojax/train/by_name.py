@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jax.sharding import Mesh
 
@@ -28,15 +28,18 @@ from dpojax.models.load import adapter_directory, resolve, reward_config
 from dpojax.models.params import flatten, nest, of_adapter, partition
 from dpojax.models.peft import CONFIG, load_adapter, lora_of, open_adapter
 from dpojax.models.safetensors import read_json
-from dpojax.progress import Stage
+from dpojax.paths import AnyPath, absolute, exists, path_of, same
+from dpojax.progress import Stage, console
 from dpojax.sharding import single_device_mesh
-from dpojax.train.checkpoint import Checkpoints, readable, restore_params
+from dpojax.train.checkpoint import Checkpoints, DamagedCheckpoint, all_damaged, frozen_of, params_of
 from dpojax.train.rundir import RunAdapter, adapter_of_run, is_run, options_of_run
 from dpojax.train.top_layers import join, separate_shapes
 from dpojax.types import PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ class PolicyFiles:
         Raises:
           UserError: one of them is no token of the model.
         """
-        where = Path(self.name) / "model" if is_run(self.name) else Path(self.name)
+        where = path_of(self.name) / "model" if is_run(self.name) else path_of(self.name)
         own = model_eos_ids(self.hf_config, self.generation_config, self.config.vocab_size, where)
         return with_tokenizer_eos(own, tokenizer, self.config.vocab_size)
 
@@ -78,9 +81,10 @@ def open_policy(name: str, *, reward: bool = False, adapter: str | None = None) 
     if not is_run(name) and adapter_directory(name) is not None:
         return _open_adapted(name, None, reward=reward)
     if is_run(name):
-        hf_config = read_json(Path(name) / "model" / "config.json")
-        config = config_from_hf(hf_config, str(Path(name) / "model" / "config.json"))
-        generation = read_generation_config(Path(name) / "model")
+        directory = path_of(name) / "model"
+        hf_config = read_json(directory / "config.json")
+        config = config_from_hf(hf_config, str(directory / "config.json"))
+        generation = read_generation_config(directory)
         read = lambda mesh: load_run(name, mesh=mesh)[0]  # noqa: E731
     else:
         files = open_model(name)
@@ -137,7 +141,7 @@ def merged_hf_config(hf_config: dict[str, Any], config: DecoderConfig) -> dict[s
 
 def same_model(name: str, other: str) -> bool:
     """Whether two names are one model's."""
-    return name == other or (Path(name).exists() and Path(other).exists() and Path(name).samefile(other))
+    return same(name, other)
 
 
 def load_policy(name: str, *, reward: bool = False, mesh: Mesh | None = None) -> Model:
@@ -145,7 +149,7 @@ def load_policy(name: str, *, reward: bool = False, mesh: Mesh | None = None) ->
     return open_policy(name, reward=reward).load(mesh)
 
 
-def load_run(path: str | Path, which: str = "latest", *, mesh: Mesh | None = None) -> tuple[Model, int]:
+def load_run(path: str | AnyPath, which: str = "latest", *, mesh: Mesh | None = None) -> tuple[Model, int]:
     """The policy of a run, its parameters born on a mesh, and its step.
 
     Args:
@@ -156,31 +160,30 @@ def load_run(path: str | Path, which: str = "latest", *, mesh: Mesh | None = Non
     Raises:
       UserError: no such run or checkpoint.
     """
-    run = Path(path)
+    run = path_of(path)
     if not is_run(run):
         raise UserError(f"{run}: no run.json; give the --output directory of a dpo or sft run")
+    over = mesh or single_device_mesh()
     for _ in range(5):
         # A run that is writing here may remove an older checkpoint while we look.
         with contextlib.suppress(FileNotFoundError):
-            return _load_checkpoint(run, which, mesh or single_device_mesh())
+            return _or_earlier(run, which, lambda checkpoint: _read_policy(run, checkpoint, over))
     raise UserError(f"{run}: its checkpoints change faster than they can be read; try again")
 
 
-def load_adapter_of_run(path: str | Path, which: str = "latest") -> tuple[Model, str, int]:
+def load_adapter_of_run(path: str | AnyPath, which: str = "latest") -> tuple[Model, str, int]:
     """The adapter of a LoRA run, its base's name, and its step; the model's parameters are the adapter's alone.
 
     Raises:
       UserError: no such run or checkpoint, or the run has trained no adapter.
     """
-    run = Path(path)
+    run = path_of(path)
     beside = adapter_of_run(run) if is_run(run) else None
     if beside is None:
         raise UserError(f"{run}: no run with an adapter; leave --adapter out, or give a run with --lora-rank")
-    checkpoints = Checkpoints(run, read_only=True)
-    step = _step_of(run, checkpoints, which)
     raw = read_json(run / "model" / "config.json")
-    config = _base_of(beside, raw)
-    params = _restore_adapter(checkpoints.directory / str(step), config, single_device_mesh())
+    config, mesh = _base_of(beside, raw), single_device_mesh()
+    params, step = _or_earlier(run, which, lambda checkpoint: _restore_adapter(checkpoint, config, mesh))
     return Model(config, nest(params), raw), beside.base, step
 
 
@@ -190,7 +193,7 @@ def _base_of(beside: RunAdapter, raw: dict[str, Any]) -> DecoderConfig:
     return dataclasses.replace(config_from_hf(base, "config.json"), lora=beside.lora, quantized=beside.quantized)
 
 
-def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh) -> Model:
+def _restore_adapted(run: AnyPath, checkpoint: AnyPath, beside: RunAdapter, mesh: Mesh) -> Model:
     """A LoRA run's policy, its base read by its name.
 
     Raises:
@@ -209,49 +212,70 @@ def _restore_adapted(run: Path, checkpoint: Path, beside: RunAdapter, mesh: Mesh
     return Model(config, params, raw, read_generation_config(run / "model"))
 
 
-def _restore_adapter(checkpoint: Path, config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
+def _restore_adapter(checkpoint: AnyPath, config: DecoderConfig, mesh: Mesh) -> dict[str, Any]:
     shapes, _ = partition(abstract_params(config, mesh), of_adapter)
-    with readable(checkpoint):
-        return flatten(restore_params(checkpoint / "params", shapes))
+    return flatten(params_of(checkpoint, shapes))
 
 
-def _step_of(run: Path, checkpoints: Checkpoints, which: str) -> int:
-    steps = sorted(checkpoints.manager.all_steps())
+def _or_earlier(run: AnyPath, which: str, read: Callable[[AnyPath], T]) -> tuple[T, int]:
+    """What is read of a checkpoint, and its step; where the latest is damaged, of the last that is not.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged, or all are.
+    """
+    checkpoints, damaged = Checkpoints(run, read_only=True), []
+    for step in _steps_of(run, checkpoints, which):
+        try:
+            value = read(checkpoints.directory / str(step))
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        for passed_over in damaged:
+            console.print(f"{passed_over}; the one of step {step} is used")
+        return value, step
+    if which != "latest":
+        raise UserError(f"{damaged[0]}; take another, or latest, which passes over it")
+    raise all_damaged(damaged)
+
+
+def _steps_of(run: AnyPath, checkpoints: Checkpoints, which: str) -> list[int]:
+    """The steps of the checkpoint that is asked for; of the latest, those of the earlier ones after it."""
+    steps = sorted(checkpoints.manager.all_steps(), reverse=True)
     if not steps:
         raise UserError(f"{run}: no checkpoint yet; let the run reach its first --save-steps")
-    step = {"latest": steps[-1], "best": checkpoints.manager.best_step()}.get(which, which)
-    if str(step) not in map(str, steps):
-        raise UserError(f"{run}: no checkpoint {which!r}; it has latest, best with eval data, and {steps}")
-    return int(str(step))
+    if which == "latest":
+        return steps
+    step = str(checkpoints.manager.best_step() if which == "best" else which)
+    if step not in map(str, steps):
+        raise UserError(f"{run}: no checkpoint {which!r}; it has latest, best with eval data, and {steps[::-1]}")
+    return [int(step)]
 
 
-def _load_checkpoint(run: Path, which: str, mesh: Mesh) -> tuple[Model, int]:
-    checkpoints = Checkpoints(run, read_only=True)
-    step = _step_of(run, checkpoints, which)
+def _read_policy(run: AnyPath, checkpoint: AnyPath, mesh: Mesh) -> Model:
     beside = adapter_of_run(run)
     if beside is not None:
-        adapted = _restore_adapted(run, checkpoints.directory / str(step), beside, mesh)
+        adapted = _restore_adapted(run, checkpoint, beside, mesh)
         params = merge(adapted.config, adapted.params)
-        return dataclasses.replace(adapted, config=adapted.config.merged, params=params), int(step)
+        return dataclasses.replace(adapted, config=adapted.config.merged, params=params)
     hf_config = read_json(run / "model" / "config.json")
     config = config_from_hf(hf_config, str(run / "model" / "config.json"))
     trained, n = abstract_params(config, mesh), options_of_run(run).get("train_top_layers")
     if n is not None:
         frozen, trained = separate_shapes(trained, n)
-    saved = checkpoints.directory / str(step) / "params"
-    with readable(saved.parent):
-        params = restore_params(saved, trained)
+    params = params_of(checkpoint, trained)
     if n is not None:
-        params = join(_restore_frozen(run.absolute() / "frozen", frozen), params)
-    return Model(config, params, hf_config, read_generation_config(run / "model")), int(step)
+        params = join(_restore_frozen(absolute(run), frozen), params)
+    return Model(config, params, hf_config, read_generation_config(run / "model"))
 
 
-def _restore_frozen(directory: Path, shapes: PyTree) -> PyTree:
-    again = "the run's own command writes it again"
-    if not directory.is_dir():
+def _restore_frozen(run: AnyPath, shapes: PyTree) -> PyTree:
+    directory, again = run / "frozen", "the run's own command writes it again"
+    if not exists(directory):
         raise UserError(f"{directory}: is missing; {again}")
-    with readable(directory, f"remove this directory, and {again}"):
-        return restore_params(directory, shapes)
+    try:
+        return frozen_of(run, shapes)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; remove this directory, and {again}") from None
 
 
 def tokenizer_for(options: ModelOptions) -> "PreTrainedTokenizerBase":
@@ -264,7 +288,7 @@ def tokenizer_for(options: ModelOptions) -> "PreTrainedTokenizerBase":
     return load_policy_tokenizer(options.tokenizer or options.model)
 
 
-def has_tokenizer(directory: Path) -> bool:
+def has_tokenizer(directory: AnyPath) -> bool:
     """Whether an adapter's directory has a tokenizer of its own."""
     return (directory / "tokenizer_config.json").exists()
 
@@ -272,8 +296,8 @@ def has_tokenizer(directory: Path) -> bool:
 def load_policy_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model by name, or of a run; an adapter without one has its base's."""
     if is_run(name):
-        return load_tokenizer(str(Path(name) / "model"))
-    path = Path(name).expanduser()
+        return load_tokenizer(str(path_of(name) / "model"))
+    path = path_of(name)
     directory = adapter_directory(name) if not path.exists() or (path / CONFIG).exists() else None
     if directory is not None and not has_tokenizer(directory):
         return load_policy_tokenizer(open_adapter(directory).base_name())

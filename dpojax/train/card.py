@@ -16,6 +16,7 @@ from dpojax.losses.spelling import IN_FILE
 from dpojax.models import config_from_hf
 from dpojax.models.safetensors import CARD_MARK, read_json
 from dpojax.options import flag
+from dpojax.paths import AnyPath, absolute, path_of
 from dpojax.show.equations import readable
 from dpojax.show.listing import NOTATION, paper
 from dpojax.train.rundir import adapter_of_run, flat_options, options_of_run
@@ -29,7 +30,7 @@ IDENTITIES = re.compile(r"run_format|command|today|(model|base|reference|data)_h
 FIRST = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
-def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = False) -> str:
+def model_card(run: str | AnyPath, step: int, *, title: str = "", adapter: bool = False) -> str:
     """The model card of a run's policy: YAML front matter, then Markdown.
 
     Args:
@@ -41,12 +42,12 @@ def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = F
     Raises:
       UserError: one of the run's files is damaged.
     """
-    run = Path(run)
+    run = path_of(run)
     own = options_of_run(run)
     reward = config_from_hf(read_json(run / "model" / "config.json"), str(run / "model" / "config.json")).reward
     lines = ["---", _front_matter(own, run, reward=reward, adapter=adapter).rstrip("\n"), "---", ""]
     what = "The LoRA adapter" if adapter else "The reward model" if reward else "The policy"
-    lines += [f"# {_plain(title or run.absolute().name)}", "", f"{what} of step {step} of a run of dpojax."]
+    lines += [f"# {_plain(title or absolute(run).name)}", "", f"{what} of step {step} of a run of dpojax."]
     for heading, section in (
         ("Base model", _base_model(own, run)),
         ("Data", _data(own, _metrics(run))),
@@ -66,7 +67,7 @@ def model_card(run: str | Path, step: int, *, title: str = "", adapter: bool = F
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(own: Mapping[str, Any], run: Path, *, reward: bool, adapter: bool) -> str:
+def _front_matter(own: Mapping[str, Any], run: AnyPath, *, reward: bool, adapter: bool) -> str:
     """The metadata that the hub reads; names that are no hub's ids are left to the text, as the hub refuses them."""
     import yaml  # type: ignore[import-untyped]
 
@@ -82,7 +83,7 @@ def _front_matter(own: Mapping[str, Any], run: Path, *, reward: bool, adapter: b
     return yaml.safe_dump(raw | {"tags": list(dict.fromkeys(tags))}, sort_keys=False, allow_unicode=True)
 
 
-def _base_name(own: Mapping[str, Any], run: Path) -> str:
+def _base_name(own: Mapping[str, Any], run: AnyPath) -> str:
     """The name of the model that the run began with; of an adapter, what it lies on."""
     beside = adapter_of_run(run)
     return str(own.get("model", "") if beside is None else beside.base)
@@ -92,7 +93,7 @@ def _is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _base_model(own: Mapping[str, Any], run: Path) -> list[str]:
+def _base_model(own: Mapping[str, Any], run: AnyPath) -> list[str]:
     lines, beside = [f"- model: {code(own.get('model', ''))}"], adapter_of_run(run)
     if own.get("adapter") is not None:
         lines.append(f"- adapter that training began with: {code(own['adapter'])}")
@@ -220,10 +221,10 @@ def _loading(*, reward: bool, adapter: bool) -> list[str]:
     return ["```python", *code_lines, "```", "", also]
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
+def _metrics(run: AnyPath) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``, by step; half a line, which a run that was killed may have written, is none."""
     path, lines = run / "metrics.jsonl", []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except ValueError:

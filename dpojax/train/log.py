@@ -122,6 +122,12 @@ class MetricsLog:
             with self._disk(writer):
                 writer.write(step, figures)
 
+    def sync(self) -> None:
+        """Bring all figures to where they are kept, so that none of a checkpoint's steps is missing beside it."""
+        for writer in self.writers:
+            with self._disk(writer):
+                writer.sync()
+
     def show_steps(self, step: int) -> None:
         """Print the means of the steps since the last call."""
         names = dict.fromkeys(name for figures in self.unshown for name in figures)

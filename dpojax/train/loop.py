@@ -6,7 +6,6 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,6 +17,7 @@ from dpojax.data import Batches, IndexedBatch
 from dpojax.errors import UserError
 from dpojax.models import Model, partition
 from dpojax.options import check_options
+from dpojax.paths import path_of, scratch
 from dpojax.progress import Stage, console
 from dpojax.sharding import check_batch, held_sequences, make_mesh, put_batch
 from dpojax.startup import keep_memory
@@ -164,7 +164,7 @@ def claim(config: TrainOptions, identities: dict[str, str], start: Start, data: 
       UserError: the directory is another run's.
     """
     claim_directory(config, identities)
-    run = Path(config.output)
+    run = path_of(config.output)
     save_model_files(start.merged.hf_config, start.merged.generation_config, data.tokenizer, run / "model")
     if start.config.lora is not None and start.base is not None:
         base = start.config.base
@@ -228,13 +228,13 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     task = task_of(config)
     data, model, ref_model, program, identities = open_run(config, task)
     keep_memory()
-    run, total_steps = Path(config.output), data.total_steps
+    run, total_steps = path_of(config.output), data.total_steps
     largest = max(x.nbytes for x in jax.tree.leaves(model.params))
     checkpoints = Checkpoints(run, config.save_total_limit, in_flight=max(IN_FLIGHT, largest + 1))
     if config.train_top_layers is not None:
         checkpoints.save_frozen(separate(model.params, config.train_top_layers)[0])
     done = checkpoints.latest
-    if done >= total_steps:
+    if done >= total_steps and checkpoints.sound(done, program.layout.abstract()):
         console.print(f"{run}: this run is complete, at step {done}; nothing to do")
         return Result(done, finished=True)
 
@@ -246,7 +246,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     batches, eval_batches = data.batches, data.eval_batches
     if config.train_top_layers is not None:
         trunk_model, model = cut(model, config.train_top_layers)
-        trunk = Trunk(trunk_model, program.mesh, config, run, config.gradient_accumulation_steps)
+        trunk = Trunk(trunk_model, program.mesh, config, scratch(run), config.gradient_accumulation_steps)
         batches = trunk.below(batches, "Frozen layers", total_steps)
         eval_batches = eval_batches and trunk.below(eval_batches, "Frozen layers, held-out")
         del trunk, trunk_model
@@ -256,11 +256,11 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     if done:
         frozen = placed(partition(model.params, layout.trainable)[1], layout.shardings.frozen)
         like = dataclasses.replace(layout.abstract(), hyper=layout.placed_hyper(), frozen=frozen)
-        state, position = checkpoints.restore(done, like)
+        moving = reference if isinstance(reference, MovingReference) else None
+        done, state, position, moved = checkpoints.restore_latest(like, moving and moving.params)
         iterator.set_state(position)
-        if isinstance(reference, MovingReference):
-            moved = checkpoints.restore_moved(done, reference.params)
-            reference = dataclasses.replace(reference, params=moved)
+        if moving is not None:
+            reference = dataclasses.replace(moving, params=moved)
         console.print(f"{run}: continuing from step {done}")
     else:
         state = initial_state(program, model.params, config.seed, donate=True)
@@ -302,6 +302,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
             eval_loss = figures_of(step, at.state, at.reference) if evaluates else None
             if saves:
                 moved = at.reference.params if isinstance(at.reference, MovingReference) else None
+                log.sync()
                 checkpoints.save(at.state, iterator.get_state(), eval_loss, moved)
             if evaluates or saves:
                 log.restart_clock()

@@ -1,9 +1,18 @@
 """Where figures are written: a line of metrics.jsonl for every step, and TensorBoard."""
 
+import contextlib
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Protocol
+
+from dpojax.errors import UserError
+from dpojax.paths import AnyPath, exists, in_store, reaching, write_bytes
+
+SECONDS_BETWEEN_UPLOADS = 60.0
+UPLOAD_SHARE = 0.01
+"""Of the time between them, that uploads of growing files take at most."""
 
 
 class Writer(Protocol):
@@ -16,10 +25,49 @@ class Writer(Protocol):
         """Take the figures of a step."""
 
     def flush(self) -> None:
-        """Bring to disk all that was taken."""
+        """Bring to disk all that was taken; to an object store, now and then."""
+
+    def sync(self) -> None:
+        """Bring to disk, or to the object store, all that was taken."""
 
     def close(self) -> None:
-        """Flush, and take no more."""
+        """Sync, and take no more."""
+
+
+class Growing:
+    """A directory whose files grow: the given one, or, of one in an object store, where nothing can be appended to, one
+    on a disk, whose files are put there whole, now and then."""
+
+    def __init__(self, directory: AnyPath):
+        self.target = directory
+        self.aside = tempfile.TemporaryDirectory(prefix="dpojax-") if in_store(directory) else None
+        self.directory = Path(self.aside.name) if self.aside else directory
+        self.sizes: dict[str, int] = {}
+        self.due = time.monotonic() + SECONDS_BETWEEN_UPLOADS
+
+    def flush(self) -> None:
+        """:meth:`sync`, if the last is some time ago; a store that does not answer is asked again the next time."""
+        if self.aside and time.monotonic() >= self.due:
+            with contextlib.suppress(UserError):
+                self.sync()
+
+    def sync(self) -> None:
+        """Put the files that have grown into the object store."""
+        if self.aside is None:
+            return
+        start = time.monotonic()
+        for path in sorted(self.directory.iterdir()):
+            if self.sizes.get(path.name) != (size := path.stat().st_size):
+                write_bytes(self.target / path.name, path.read_bytes())
+                self.sizes[path.name] = size
+        end = time.monotonic()
+        self.due = end + max(SECONDS_BETWEEN_UPLOADS, (end - start) / UPLOAD_SHARE)
+
+    def close(self) -> None:
+        """Sync, and remove the directory on the disk."""
+        self.sync()
+        if self.aside:
+            self.aside.cleanup()
 
 
 class JsonLines:
@@ -30,10 +78,12 @@ class JsonLines:
       resume: the step that the run continues from; lines beyond it are dropped. 0 starts anew.
     """
 
-    def __init__(self, directory: Path, resume: int = 0):
-        path = directory / "metrics.jsonl"
-        self.name = str(path)
-        old = path.read_text().splitlines() if path.exists() and resume else []
+    def __init__(self, directory: AnyPath, resume: int = 0):
+        there = directory / "metrics.jsonl"
+        self.name, self.growing = str(there), Growing(directory)
+        with reaching(there):
+            old = there.read_bytes().decode().splitlines() if resume and exists(there) else []
+        path = self.growing.directory / there.name
         path.write_text("".join(line + "\n" for line in old if 0 <= step_of(line) <= resume))
         self.file = path.open("a")
 
@@ -42,10 +92,14 @@ class JsonLines:
         self.file.flush()  # the line is there, whatever happens to the process next
 
     def flush(self) -> None:
-        pass
+        self.growing.flush()
+
+    def sync(self) -> None:
+        self.growing.sync()
 
     def close(self) -> None:
         self.file.close()
+        self.growing.close()
 
 
 def step_of(line: str) -> int:
@@ -59,15 +113,15 @@ def step_of(line: str) -> int:
 class TensorBoard:
     """TensorBoard's event files; it drops figures that an earlier process wrote beyond the step ``resume``."""
 
-    def __init__(self, directory: Path, resume: int = 0):
+    def __init__(self, directory: AnyPath, resume: int = 0):
         # Imported here, as it imports torch where there is one, which those who only call `fit` need not wait for.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         # Not tensorboardX's SummaryWriter: its thread ends at a full disk without an error, and its queue then blocks.
-        self.name = str(directory / "tensorboard")
-        (directory / "tensorboard").mkdir(exist_ok=True)
-        self.board = EventsWriter(str(directory / "tensorboard" / "events"))
+        self.name, self.growing = str(directory / "tensorboard"), Growing(directory / "tensorboard")
+        self.growing.directory.mkdir(exist_ok=True)
+        self.board = EventsWriter(str(self.growing.directory / "events"))
         self._event(resume + 1 if resume else 0, session_log=SessionLog(status=SessionLog.START))
 
     def _event(self, step: int, **content: Any) -> None:
@@ -83,6 +137,12 @@ class TensorBoard:
 
     def flush(self) -> None:
         self.board.flush()
+        self.growing.flush()
+
+    def sync(self) -> None:
+        self.board.flush()
+        self.growing.sync()
 
     def close(self) -> None:
         self.board.close()
+        self.growing.close()
