@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-restarts", type=int, default=20, help="times that all begin again; bad input never does (default: 20)"
     )
     parsed.add_argument("--grace", type=int, default=120, help="seconds for saving, after SIGTERM (default: 120)")
-    parsed.add_argument("--ttl", type=int, default=43200, help="seconds until an ended JobSet is deleted (default: 12 h)")
+    parsed.add_argument("--ttl", type=int, default=43200, help="seconds until an ended JobSet goes (default: 12 hours)")
     parsed.add_argument("command", nargs="+", help="a command of dpojax and its options, behind --")
     return parsed
 

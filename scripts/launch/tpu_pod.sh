@@ -58,6 +58,7 @@ keep=false retries=3 poll=30 dry=false task=run
 create_flags=() ssh_flags=() command=()
 while [ $# != 0 ]; do
   case $1 in
+    --[a-z]*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
     --spot) create_flags+=(--spot) ;;
     --keep) keep=true ;;
     --stop | --delete) task=${1#--} ;;
