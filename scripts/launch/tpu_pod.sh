@@ -31,8 +31,8 @@ what runs there
 how it ends
   --collect DIR       copy the run's --output from worker 0 to DIR of this machine (a URL needs no copy)
   --keep              leave the pod at the end, for the next command
-  --retries N         times that the command is started again where it failed and the pod was not taken away
-                      (default: 3)
+  --retries N         times that the command is started again where it failed and the pod was not taken away; after
+                      half an hour of running they count anew (default: 3)
   --poll S            seconds between two looks at the pod (default: 30)
 in place of a run
   --stop              ask the run on the pod to save and end; whoever follows it then fetches and deletes
@@ -96,18 +96,19 @@ check_run() {
       --output=*) output=${command[i]#--output=} ;;
     esac
   done
+  if [ -z "$runtime" ]; then
+    case $type in
+      v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+      v5p-*) runtime=v2-alpha-tpuv5 ;;
+      v6e-*) runtime=v2-alpha-tpuv6e ;;
+      v4-*) runtime=tpu-ubuntu2204-base ;;
+      *) fail "--type $type: give its --runtime-version too" ;;
+    esac
+  fi
   if [ -n "$output" ] && [[ $output != *://* ]] && [ -z "$collect" ] && ! $keep; then
     fail "--output $output: is on the pod, which is deleted at the end; give a URL (gs://), --collect or --keep"
   fi
   [ -z "$collect" ] || [ -n "$output" ] || fail "--collect $collect: the command has no --output to fetch"
-  [ -z "$runtime" ] || return 0
-  case $type in
-    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
-    v5p-*) runtime=v2-alpha-tpuv5 ;;
-    v6e-*) runtime=v2-alpha-tpuv6e ;;
-    v4-*) runtime=tpu-ubuntu2204-base ;;
-    *) fail "--type $type: give its --runtime-version too" ;;
-  esac
 }
 
 # ---- gcloud -----------------------------------------------------------------------------------------------------
@@ -186,15 +187,17 @@ await() {
 }
 
 spend() { # a try, or give up
-  [ "$retries" -gt 0 ] || end 1 "$1, and --retries are used up"
-  retries=$((retries - 1))
-  say "$1; $retries tries are left"
+  [ "$left" -gt 0 ] || end 1 "$1, and --retries are used up"
+  left=$((left - 1))
+  say "$1; $left tries are left"
   rest
 }
 
 # ---- a run ------------------------------------------------------------------------------------------------------
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+GOOD_SECONDS=1800
+left=$retries # of them
 reached=false # whether there has been a pod
 packed=''     # a folder with what is copied to the workers
 statuses=''
@@ -216,12 +219,12 @@ install_once() {
 }
 
 install() { # a new pod may not take connections at once
-  local left=3
+  local patience=3
   say "installing on all workers"
   until install_once; do
-    left=$((left - 1))
+    patience=$((patience - 1))
     [ "$(state)" = ACTIVE ] || return 1
-    [ $left != 0 ] || end 1 "the installation has failed"
+    [ $patience != 0 ] || end 1 "the installation has failed"
     rest
   done
 }
@@ -295,7 +298,9 @@ run() {
     await
     statuses=''
     if install && begin; then
+      began=$SECONDS
       follow
+      [ $((SECONDS - began)) -lt "$GOOD_SECONDS" ] || left=$retries
       grep '^last line of' <<<"$statuses" || true
     fi
     if some 2; then end 2 "dpojax refused the command or its data, as its output says"; fi
@@ -311,7 +316,7 @@ run() {
     if [ "$(state)" != ACTIVE ]; then
       say "the pod was taken away; the run continues on the next"
     elif some 130; then
-      say "the machines asked the run to stop; it continues"
+      spend "the machines asked the run to stop"
     else
       spend "the run has failed, or its workers do not answer"
     fi

@@ -65,7 +65,7 @@ run() {  # the process whose number is in the file pid
 
 follow() {
   [ -f log ] || return 0
-  tail -n +"$1" --sleep-interval=0.5 --pid="$(cat pid)" -f log
+  tail -n +"$1" --sleep-interval=0.2 --pid="$(cat pid)" -f log
 }
 
 status() {
