@@ -1,5 +1,6 @@
 """The launchers, as far as they can be tried without a cloud: what they print, and what they do to stand-ins."""
 
+import itertools
 import os
 import re
 import shlex
@@ -11,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 import yaml
 
 from dpojax import processes
+from dpojax.cli import COMMANDS
 from tests.several import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,24 +301,26 @@ def test_processes_of_this_machine(tiny_dir, pairs_file, tmp_path):
 def commands_of_the_page() -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "pods.md").read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [list(itertools.takewhile(lambda word: word not in (">", "|"), line)) for line in words]
 
 
 def test_the_pages_commands_are_understood():
-    import tyro
-
-    from dpojax.cli import COMMANDS
-
     tried = set()
-    for words in commands_of_the_page():
-        if "scripts/launch/tpu_pod.sh" in words and not {"--stop", "--delete"} & set(words):
+    commands = commands_of_the_page()
+    for i, words in enumerate(commands):
+        script = next((word for word in words if word.startswith("scripts/launch/")), "")
+        if script.endswith("tpu_pod.sh") and "--" in words:
             end = words.index("--")
             ran = call(*words[:end], "--dry-run", *words[end:])
-            assert ran.returncode == 0, ran.stderr
-            tried.add("tpu_pod.sh")
-        named = next((i for i, word in enumerate(words[:-1]) if word in COMMANDS), None)
-        if named is not None and words[0] != "gcloud":
-            kind, _ = COMMANDS[words[named]]
-            tyro.cli(kind, args=words[named + 1 :])
-            tried.add(words[named])
-    assert tried >= {"tpu_pod.sh", "dpo", "sft", "export"}
+        elif script.endswith("gke_jobset.py"):
+            ran = call(sys.executable, *words[1:])
+        else:
+            ran = None
+        assert ran is None or ran.returncode == 0, ran.stderr
+        named = next((k for k, word in enumerate(words) if word in COMMANDS), None)
+        if named is not None:
+            line = shlex.split(commands[i - 1][2]) if "--lines" in words else []  # of the file that is printed before
+            tyro.cli(COMMANDS[words[named]][0], args=words[named + 1 :] + line)  # exits where it is not understood
+            tried |= {script, words[named]}
+    assert tried >= {"scripts/launch/tpu_pod.sh", "scripts/launch/gke_jobset.py", "dpo", "sft", "eval", "export"}

@@ -8,7 +8,8 @@ usage() {
 usage: bash scripts/launch/tpu_pod.sh --project P --zone Z --name N --type T [options] -- COMMAND OF DPOJAX
 
   bash scripts/launch/tpu_pod.sh --project my-project --zone us-west4-a --name align --type v5litepod-256 --spot \
-    -- dpo --model gs://my-bucket/base --data gs://my-bucket/pairs.jsonl --output gs://my-bucket/run --mesh.fsdp 256
+    --extras gcs --setup 'gcloud storage cp gs://my-bucket/pairs.jsonl pairs.jsonl' \
+    -- dpo --model gs://my-bucket/base --data pairs.jsonl --output gs://my-bucket/run --mesh.fsdp 256
 
 Given again while the pod is there, the same call goes on where it was: it waits, installs, starts or follows.
 
@@ -27,7 +28,8 @@ what runs there
   --source S          a git URL, as in git+https://example.org/dpojax.git@main (default: the last commit of this
                       checkout, copied)
   --extras E          extras of dpojax to install, with commas between them
-  --setup C           a shell command for every worker, before the installation, as in a mount
+  --setup C           a shell command for every worker, before the installation, as in a mount, or a copy of data; it
+                      runs in the folder that the command of dpojax runs in
 how it ends
   --collect DIR       copy the run's --output from worker 0 to DIR of this machine (a URL needs no copy)
   --keep              leave the pod at the end, for the next command

@@ -51,13 +51,12 @@ start() {
 }
 
 run() {  # the process whose number is in the file pid
-  local code=0 child
+  local code child signals=0 heard=-1
   PYTHONUNBUFFERED=1 venv/bin/dpojax "$@" &
   child=$!
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do  # the signal has ended the wait, and not yet dpojax
-    code=0
+  trap 'signals=$((signals + 1)); kill -TERM "$child" 2>/dev/null || true' TERM
+  while [ "$heard" != "$signals" ]; do # a signal ends the wait, and not what is waited for
+    heard=$signals code=0
     wait "$child" || code=$?
   done
   echo "$code" >status.new && mv status.new status
