@@ -1,7 +1,7 @@
 """A stand-in for gcloud, as much of it as scripts/launch/tpu_pod.sh uses: two workers are two folders of this machine.
 
 The folder that $CLOUD names holds all there is of it: `states` (what the pod is said to be, one look after another; no
-file, no pod), `workers/0` and `workers/1` (their homes), `calls` (every call).
+file, no pod), `preempted` (whether its TPU was taken away), `workers/0` and `workers/1` (their homes), `calls`.
 """
 
 import os
@@ -47,17 +47,20 @@ def describe(name: str) -> int:
 
 def delete() -> int:
     (CLOUD / "states").unlink()
+    (CLOUD / "preempted").unlink(missing_ok=True)
     shutil.rmtree(CLOUD / "workers")
     return 0
 
 
 def ssh(arguments: list[str]) -> int:
-    if "ACTIVE" not in (CLOUD / "states").read_text():
+    if "ACTIVE" not in (CLOUD / "states").read_text() or (CLOUD / "preempted").exists():
         return 255
     codes = []
     for worker in chosen(arguments):
         env = {**os.environ, "HOME": str(home(worker)), "WORKER": str(worker)}
-        codes.append(subprocess.run(["bash", "-c", option("command", arguments)], cwd=home(worker), env=env).returncode)
+        for _ in range(2 if "follow" in option("command", arguments) else 1):  # as after a lost connection
+            ran = subprocess.run(["bash", "-c", option("command", arguments)], cwd=home(worker), env=env)
+        codes.append(ran.returncode)
     return max(codes)
 
 
@@ -87,6 +90,9 @@ def main() -> int:
             return describe(words[0])
         case ["queued-resources", "delete"]:
             return delete()
+        case ["tpu-vm", "describe"]:
+            print("PREEMPTED" if (CLOUD / "preempted").exists() else "READY")
+            return 0
         case ["tpu-vm", "ssh"]:
             return ssh(arguments)
         case ["tpu-vm", "scp"]:

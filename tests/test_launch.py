@@ -69,12 +69,13 @@ def test_pod_dry_run():
     commands = [line for line in ran.stdout.splitlines() if not line.startswith("#")]
     assert ran.returncode == 0, ran.stderr
     assert re.fullmatch(
-        r"gcloud compute tpus tpu-vm scp \S+/tpu_worker.sh n:dpojax-pod/ --worker=all .*", commands.pop(3)
+        r"gcloud compute tpus tpu-vm scp \S+/tpu_worker.sh n:dpojax-pod/ --worker=all .*", commands.pop(4)
     )
     assert commands == [
         f"gcloud compute tpus queued-resources create {where} --node-id=n --accelerator-type=v5litepod-256 "
         "--runtime-version=v2-alpha-tpuv5-lite --spot --service-account=a",
         f"gcloud compute tpus queued-resources describe {where} '--format=value(state.state)'",
+        f"gcloud compute tpus tpu-vm describe {where} '--format=value(state)'",
         f"{ssh}=all --quiet '--command=mkdir -p dpojax-pod'",
         f"{ssh}=all {does} install git+https://example.org/dpojax.git@main hub'",
         rf"{ssh}=all {does} start dpo --loss sigmoid\ +\ 0.2\*sft --output /mnt/run'",
@@ -130,15 +131,15 @@ class Cloud:
         return sorted((self.root / "starts").read_text().splitlines())
 
 
-def test_a_run_goes_on_after_its_pod_was_taken_away(tmp_path):
-    taken = 'echo "run $n of worker $WORKER"; [ "$n" = 2 ] || { echo SUSPENDED >"$CLOUD/states"; exit 130; }'
-    cloud = Cloud(tmp_path, taken)
+@pytest.mark.parametrize("taken", ['echo SUSPENDED >"$CLOUD/states"', 'touch "$CLOUD/preempted"'])
+def test_a_run_goes_on_after_its_pod_was_taken_away(tmp_path, taken):
+    cloud = Cloud(tmp_path, f'echo "  run $n of worker $WORKER"; [ "$n" = 2 ] || {{ {taken}; exit 130; }}')
     ran = cloud.run("--spot", "--retries", "0", "--setup", 'echo "mounted" >"$CLOUD/setup-$WORKER"')
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert cloud.calls("create", "delete") == ["create", "delete", "create", "delete"]
     assert cloud.starts() == [f"{i}: dpo --loss a b --output gs://b/run" for i in (0, 0, 1, 1)]
     said = ran.stdout.splitlines()
-    assert "run 2 of worker 0" in said and "run 2 of worker 1" not in said  # the first alone is followed
+    assert said.count("  run 2 of worker 0") == 1 and "  run 2 of worker 1" not in said  # the first alone is followed
     assert said[-1] == "# done: gs://b/run"
     assert (tmp_path / "setup-0").exists() and (tmp_path / "setup-1").exists()
     installed = (tmp_path / "python").read_text().splitlines()

@@ -134,7 +134,7 @@ tpus() {
     print gcloud compute tpus "$@"
     [ -z "${ANSWER:-}" ] || echo "$ANSWER"
   else
-    gcloud compute tpus "$@"
+    gcloud compute tpus "$@" </dev/null
   fi
 }
 
@@ -166,7 +166,13 @@ state() {
     say "gcloud does not say how the pod is: $found" >&2
     sleep "$poll"
   done
-  echo "${found##*$'\n'}"
+  found=${found##*$'\n'}
+  if [ "$found" = ACTIVE ]; then # of its TPU, what was taken away may be known earlier
+    case $(ANSWER=READY tpus tpu-vm describe "$name" "${here[@]}" --format='value(state)' || true) in
+      PREEMPTED | TERMINATED) found=SUSPENDED ;;
+    esac
+  fi
+  echo "$found"
 }
 
 rest() { $dry || sleep "$poll"; }
@@ -249,7 +255,8 @@ follow() { # worker 0's output, over broken connections, until all workers have 
   local line next=1 silent=5
   while true; do
     while IFS= read -r line; do
-      echo "$line"
+      [ "${line%% *}" = "$next" ] || continue # gcloud has connected anew, and asked for the same lines again
+      echo "${line#* }"
       next=$((next + 1))
     done < <(on 0 follow "$next")
     if statuses=$(ANSWER='dpojax: 0' on all status); then

@@ -6,7 +6,7 @@ usage() {
   cat <<'END'
 usage: bash tpu_worker.sh install SOURCE EXTRAS [COMMAND]   Python, JAX and dpojax, once; before them COMMAND
        bash tpu_worker.sh start ARGUMENT ...                dpojax with these arguments, detached from the connection
-       bash tpu_worker.sh follow LINE                       its output from this line on, until it ends
+       bash tpu_worker.sh follow LINE                       its output from this line on, with numbers, until it ends
        bash tpu_worker.sh status                            none, running, stopped, lost, or its exit status
        bash tpu_worker.sh stop                              SIGTERM: all workers save, and end
 SOURCE is a git URL, or "checkout": the archive ~/dpojax-pod/source.tar.gz.
@@ -44,27 +44,27 @@ start() {
     exit 2
   fi
   [ ! -f log ] || mv log log.before
-  rm -f status stopped
+  rm -f status stopped dpojax.pid
   echo "$*" >arguments
   setsid nohup bash "$PWD/tpu_worker.sh" run "$@" </dev/null >log 2>&1 &
   echo $! >pid
 }
 
 run() {  # the process whose number is in the file pid
-  local code child signals=0 heard=-1
-  PYTHONUNBUFFERED=1 venv/bin/dpojax "$@" &
-  child=$!
-  trap 'signals=$((signals + 1)); kill -TERM "$child" 2>/dev/null || true' TERM
-  while [ "$heard" != "$signals" ]; do # a signal ends the wait, and not what is waited for
-    heard=$signals code=0
-    wait "$child" || code=$?
-  done
+  local code=0
+  trap : TERM # a machine that goes down sends it to this shell too, which writes down how dpojax ends
+  # shellcheck disable=SC2016
+  PYTHONUNBUFFERED=1 bash -c 'echo $$ >dpojax.pid && exec venv/bin/dpojax "$@"' dpojax "$@" || code=$?
   echo "$code" >status.new && mv status.new status
 }
 
 follow() {
   [ -f log ] || return 0
-  tail -n +"$1" --sleep-interval=0.2 --pid="$(cat pid)" -f log
+  local line number=$1
+  tail -n +"$1" --sleep-interval=0.2 --pid="$(cat pid)" -f log | while IFS= read -r line; do
+    echo "$number $line"
+    number=$((number + 1))
+  done
 }
 
 status() {
@@ -87,7 +87,7 @@ status() {
 stop() {
   running || { echo "nothing runs here" >&2; exit 2; }
   touch stopped
-  kill -TERM "$(cat pid)"
+  kill -TERM "$(cat dpojax.pid)"
 }
 
 case ${1:-} in
