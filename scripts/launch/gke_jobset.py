@@ -96,21 +96,12 @@ def gpu_pod(name: str, jobset: str, nodes: int, gpus: int) -> dict[str, Any]:
     }
 
 
-def manifest(options: argparse.Namespace) -> dict[str, Any]:
-    """The JobSet.
-
-    Raises:
-      ValueError: bad options.
-    """
-    if options.tpu:
-        hosts, kind = tpu_pod(options.tpu)
-    else:
-        hosts, kind = options.nodes, gpu_pod(options.gpu, options.name, options.nodes, options.gpus_per_node)
-    own = {"xpk.google.com/workload": options.name}
+def pod_of(options: argparse.Namespace, kind: dict[str, Any]) -> dict[str, Any]:
+    """A pod's specification."""
     if options.spot:
         kind["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
         kind["tolerations"].append({"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"})
-    env = [{"name": key, "value": value} for key, _, value in (item.partition("=") for item in options.env)]
+    env = [{"name": name, "value": value} for name, _, value in (item.partition("=") for item in options.env)]
     container = {
         "name": CONTAINER,
         "image": options.image,
@@ -120,36 +111,56 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
     }
     if env or "env" in container:
         container["env"] = container.get("env", []) + env
-    pod = {
+    return {
         "restartPolicy": "Never",
-        # The hosts' own network, as XPK has it: faster, and a GPU job's pods are then found by their hosts' names.
+        # The hosts' own network, as XPK has it.
         "hostNetwork": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
         "terminationGracePeriodSeconds": options.grace,
+        **({"serviceAccountName": options.service_account} if options.service_account else {}),
         "nodeSelector": kind["nodeSelector"],
         "tolerations": kind["tolerations"],
         "containers": [container],
     }
-    if options.service_account:
-        pod["serviceAccountName"] = options.service_account
+
+
+def job_of(options: argparse.Namespace, labels: dict[str, str]) -> dict[str, Any]:
+    """The specification of the job that all processes are.
+
+    Raises:
+      ValueError: bad options.
+    """
+    if options.tpu:
+        hosts, kind = tpu_pod(options.tpu)
+    else:
+        hosts, kind = options.nodes, gpu_pod(options.gpu, options.name, options.nodes, options.gpus_per_node)
     bad_input = {"containerName": CONTAINER, "operator": "In", "values": [BAD_INPUT]}
-    job = {
+    return {
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one process fewer, and all begin again
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": bad_input}]},
-        "template": {"metadata": {"labels": own}, "spec": pod},
+        "template": {"metadata": {"labels": labels}, "spec": pod_of(options, kind)},
     }
-    annotations = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+
+
+def manifest(options: argparse.Namespace) -> dict[str, Any]:
+    """The JobSet.
+
+    Raises:
+      ValueError: bad options.
+    """
+    own = {"xpk.google.com/workload": options.name}
+    queue = {"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}
+    metadata: dict[str, Any] = {"name": options.name, "labels": queue | own}
+    if options.tpu:  # a slice is a node pool
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    job = job_of(options, dict(own))
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {
-            "name": options.name,
-            "labels": ({"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {}) | own,
-            **({"annotations": annotations} if options.tpu else {}),
-        },
+        "metadata": metadata,
         "spec": {
             "ttlSecondsAfterFinished": options.ttl,
             "failurePolicy": {
