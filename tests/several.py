@@ -18,7 +18,8 @@ def spawn(number: int, devices: int, command: Sequence[str]) -> list[subprocess.
     from dpojax.local import environment, free_port
 
     port = free_port()
-    base = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONDONTWRITEBYTECODE": "1"}
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONDONTWRITEBYTECODE": "1"}  # XLA's warnings
+    base = {**os.environ, "XLA_FLAGS": FLAGS, **quiet}
     envs = [environment(i, number, port, devices, base) for i in range(number)]
     return [
         subprocess.Popen(
