@@ -104,7 +104,7 @@ def _pythia(vocab: int, width: int, layers: int) -> Raw:
     }
 
 
-MOE = {"model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
+MOE: Raw = {"model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
 GPTJ = {"model_type": "gptj", "vocab_size": 50_400, "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048}
 GPT2 = {"model_type": "gpt2", "vocab_size": 50_257, "n_embd": 1280, "n_layer": 36, "n_head": 20, "n_positions": 1024}
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dpojax.plan.chips import Chip
 from dpojax.plan.collectives import KINDS, Collective, Layout, collectives_of
 from dpojax.plan.flops import Flops, Visits, flops_of, kernel_flops
-from dpojax.plan.hlo import Instruction, Module, Runs, deep, executed, runs_of
+from dpojax.plan.hlo import Instruction, Module, deep, executed, runs_of
 from dpojax.plan.traffic import memory_bytes
 
 KERNEL_SHARE = 0.5

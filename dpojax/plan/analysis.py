@@ -8,9 +8,9 @@ published peaks:
 - one layer's weights gathered and its gradients, one chunk of logits three times, and the unembedding's gradient;
 - products: the model's, the forward pass again for remat block, and the unembedding's again where its logits come in
   chunks;
-- over the links: each layer's weights gathered over fsdp in every pass and their gradients reduced, for every
-  micro-batch; gradients reduced over data once; over tensor four reductions of the residual stream a layer, and two more
-  where a layer is computed again. Collectives over tensor are waited for, the others go on beside the products.
+- over the links: each layer's weights gathered over fsdp in the forward and in the backward pass and their gradients
+  reduced, for every micro-batch; gradients reduced over data once; over tensor four reductions of the residual stream a layer, and two
+  more where a layer is computed again. Collectives over tensor are waited for, the others go on beside the products.
 """
 
 import dataclasses
@@ -142,7 +142,7 @@ def link_seconds(built: Built, weights: float, residual: float, passes: int) -> 
     share = 1.0 if built.start.config.lora is None and built.config.train_top_layers is None else 0.0
     out: dict[tuple[str, str], float] = {}
     if sizes.get("fsdp", 1) > 1:
-        out["all-gather", "fsdp"] = micro * passes * axis_seconds("all-gather", weights, "fsdp", layout, built)
+        out["all-gather", "fsdp"] = 2 * micro * axis_seconds("all-gather", weights, "fsdp", layout, built)
         reduced = 2 * share * weights
         out["reduce-scatter", "fsdp"] = micro * axis_seconds("reduce-scatter", reduced, "fsdp", layout, built)
     if sizes.get("data", 1) > 1 and trained:

@@ -1,4 +1,4 @@
-"""From a command's options to the program of a run on devices that need not be here; no data and no weights are read."""
+"""From a command's options to the program of a run on devices that need not be here; no data, no weights are read."""
 
 import dataclasses
 import os

@@ -13,9 +13,9 @@ GIB = 2**30
 class Chip:
     """One accelerator as JAX sees it, a device.
 
-    Sources: for TPUs peaks and memory are of the Google Cloud documentation (cloud.google.com/tpu/docs/system-architecture
-    and the pages of each version), and a link's bandwidth of jax-ml.github.io/scaling-book (Rooflines, TPUs); for GPUs,
-    NVIDIA's data sheets, dense bfloat16.
+    Sources: for TPUs, peaks are the Google Cloud documentation's (cloud.google.com/tpu/docs/v5e and the pages of the
+    other versions), and a link's bandwidth is that of jax-ml.github.io/scaling-book (TPUs); for GPUs, NVIDIA's data
+    sheets, dense bfloat16.
 
     Attributes:
       flops: peak of bfloat16 products, FLOP/s.

@@ -125,11 +125,14 @@ class Module:
     def line(self, instruction: Instruction) -> str:
         """The innermost line of this package that an instruction comes from, or else the innermost of all."""
         lines = self.source(instruction)
-        return next((line.removeprefix(PACKAGE) for line in lines if line.startswith(PACKAGE)), (lines or ["?"])[0])
+        return next(
+            (line.removeprefix(PACKAGE) for line in lines if line.startswith(PACKAGE)), (lines or ["no source line"])[0]
+        )
 
     def source(self, instruction: Instruction) -> list[str]:
         """Source lines of an instruction, the innermost first, as ``dpojax/models/block.py:78 project``."""
-        frames, out = self.tables.get("StackFrames", {}), []
+        frames: Mapping[int, str] = self.tables.get("StackFrames", {})
+        out: list[str] = []
         at = int(instruction.text(r"\bstack_frame_id=(\d+)") or 0)
         while at in frames and len(out) < 64:
             place, parent = frames[at], re.search(r"parent_frame_id=(\d+)", frames[at])
@@ -140,7 +143,9 @@ class Module:
         return out
 
     def _line(self, location: int) -> str | None:
-        found = re.search(r"file_name_id=(\d+) function_name_id=(\d+) line=(\d+)", self.tables["FileLocations"][location])
+        found = re.search(
+            r"file_name_id=(\d+) function_name_id=(\d+) line=(\d+)", self.tables["FileLocations"][location]
+        )
         if found is None:
             return None
         path = self.tables["FileNames"][int(found[1])].strip('"')

@@ -3,7 +3,15 @@
 from dpojax.plan.hlo import Array, Computation, Instruction, Module, Runs, executed
 
 READS_A_PART = {"dynamic-slice", "slice", "gather"}
-NO_TRAFFIC = {"copy-done", "async-done", "async-update", "all-gather-done", "all-reduce-done", "iota", "rng-bit-generator"}
+NO_TRAFFIC = {
+    "copy-done",
+    "async-done",
+    "async-update",
+    "all-gather-done",
+    "all-reduce-done",
+    "iota",
+    "rng-bit-generator",
+}
 NO_TRAFFIC |= {"collective-permute-done", "send", "recv", "send-done", "recv-done", "infeed", "outfeed"}
 
 

@@ -76,9 +76,9 @@ def full_rows(rows: int, each: int, prompt: int, completion: int, sequences: int
     together = rows // sequences
     lengths = np.array([[prompt, *[completion] * each]])
     tokens, targets = together * (prompt + each * completion), together * each * completion
-    packed = dict(sequences=sequences, tokens=up(tokens), targets=up(targets), lengths=lengths)
     source = f"full length: prompts of {prompt}, completions of {completion} tokens"
-    return Workload(rows, each, even(prompt), even(completion), **packed, source=source)  # type: ignore[arg-type]
+    sizes = even(prompt), even(completion), sequences, up(tokens), up(targets)
+    return Workload(rows, each, *sizes, lengths, source)
 
 
 def rows_of_lengths(lengths: np.ndarray, rows: int, sequences: int, source: str, max_shapes: int = 8) -> Workload:
