@@ -52,14 +52,15 @@ What `dpojax plan` prints says of each figure where it is from:
 - **exact**: by shapes and shardings. **counted**: from the compiled program, loops as often as they run.
 - **compiler's cycles**: the estimate that the compiler writes into most instructions, at the clock at which its matrix
   units give the published peak. It is an estimate of a compiler, not a measurement.
-- **model**: of what the compiler estimates nothing. Attention's kernels: the blocks of scores that they visit, at half of
-  the peak. Gathers and scatters: bytes at 82 % of the memory's bandwidth. Collectives: rings, over the links that a
+- **model**: of what the compiler estimates nothing. Attention's kernels: the blocks of scores that they visit, at half
+  of the peak. Gathers and scatters: bytes at 82 % of the memory's bandwidth. Collectives: rings, over the links that a
   group of devices has; asynchronous ones cost what the other instructions of their loop do not hide.
 - **analysis**: of no compiled program: GPUs, and what `--search` goes by before it compiles.
 
-Peaks and links are published ones (`dpojax/plan/chips.py` cites them). FLOPs are two for a multiply-add; the model's are
-three forward passes of the real tokens, no padding and nothing twice. MFU is the model's FLOPs at the peak over the step's
-time. `dpojax dpo ... --plan v5e:16x16` plans any run before it is started; the exit status is 1 where it does not fit.
+Peaks and links are published ones (`dpojax/plan/chips.py` cites them). FLOPs are two for a multiply-add; the model's
+are three forward passes of the real tokens, no padding and nothing twice. MFU is the time that the model's FLOPs take at
+the peak over the step's. `dpojax dpo ... --plan v5e:16x16` plans any run before it is started; the exit status is 1
+where it does not fit.
 
 """
 

@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
     *("errors", "configs", "options", "progress", "cachedir", "startup", "types", "sharding", "losses"),
-    *("theory", "packing", "logprobs", "models", "data", "show", "train", "generate", "evaluate", "plan", "cli", "__main__"),
+    *("theory", "packing", "logprobs", "models", "data", "show", "train", "generate", "evaluate", "plan"),
+    *("cli", "__main__"),
 ]
 
 

@@ -9,8 +9,9 @@ published peaks:
 - products: the model's, the forward pass again for remat block, and the unembedding's again where its logits come in
   chunks;
 - over the links: each layer's weights gathered over fsdp in the forward and in the backward pass and their gradients
-  reduced, for every micro-batch; gradients reduced over data once; over tensor four reductions of the residual stream a layer, and two
-  more where a layer is computed again. Collectives over tensor are waited for, the others go on beside the products.
+  reduced, for every micro-batch; gradients reduced over data once; over tensor four reductions of the residual stream a
+  layer, and two more where a layer is computed again. Collectives over tensor are waited for, the others go on beside
+  the products.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from dpojax.plan.flops import Visits, flops_of, kernel_flops, product_flops
 from dpojax.plan.hlo import executed, parse, runs_of
 from dpojax.plan.traffic import memory_bytes
 
-# As a TPU's compiler prints a scan of three layers: no known_trip_count, a gather inside of a fusion, attributes that go
+# As a TPU's compiler prints a scan of three layers: no known_trip_count, a slice inside of a fusion, attributes that go
 # on over lines, and a product as a convolution whose window runs over heads.
 TPU = """HloModule jit_f, is_scheduled=true
 
@@ -104,7 +104,7 @@ def test_a_window_over_heads_counts_what_meets_an_input(module):
 def test_a_slice_is_read_and_not_what_it_is_of(module):
     layer = 8 * 4 * 2
     product = 2 * (16 * 32 + 32 * 2 * 8 + 16 * 2 * 8)
-    # The fusion reads and writes one layer, the index beside it; the copy reads one and writes to the core's own memory.
+    # The fusion reads a layer and an index and writes a layer; the copy reads one and writes to the core's own memory.
     assert memory_bytes(module, runs_of(module)) == 3 * (2 * layer + 4 + layer) + product
 
 
