@@ -360,7 +360,9 @@ def run(config: Config) -> int:
 
     def command() -> int:
         check_options(config)
-        if not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig | PlanConfig):
+        planned = isinstance(config, PlanConfig) or getattr(config, "plan", None)
+        # Programs for devices that are not here cannot be read back, so a plan keeps none.
+        if not planned and not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig):
             from dpojax.startup import prepare
 
             prepare()

@@ -58,8 +58,8 @@ What `dpojax plan` prints says of each figure where it is from:
 - **analysis**: of no compiled program: GPUs, and what `--search` goes by before it compiles.
 
 Peaks and links are published ones (`dpojax/plan/chips.py` cites them). FLOPs are two for a multiply-add; the model's
-are three forward passes of the real tokens, no padding and nothing twice. MFU is the time that the model's FLOPs take at
-the peak over the step's. `dpojax dpo ... --plan v5e:16x16` plans any run before it is started; the exit status is 1
+are three forward passes of the real tokens, no padding and nothing twice. MFU is the time of the model's FLOPs at the
+peak over the step's. `dpojax dpo ... --plan v5e:16x16` plans any run before it is started; the exit status is 1
 where it does not fit.
 
 """

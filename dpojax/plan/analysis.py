@@ -5,7 +5,8 @@ published peaks:
 
 - kept activations, of every token and layer: the residual stream (remat block), the outputs of products too (dots), or
   about twice as much (none), and scores where attention is XLA's own;
-- one layer's weights gathered and its gradients, one chunk of logits three times, and the unembedding's gradient;
+- one layer's weights gathered and its gradients, its scores three times where they are whole, and one chunk of logits
+  three times;
 - products: the model's, the forward pass again for remat block, and the unembedding's again where its logits come in
   chunks;
 - over the links: each layer's weights gathered over fsdp in the forward and in the backward pass and their gradients
@@ -81,6 +82,7 @@ def estimate(built: Built) -> Estimate:
     logits = 4.0 * min(config.logprob_chunk_tokens, work.targets) * shape.vocab_size / tensor
     activations = tokens * L * kept(built, shape, narrow, tensor)
     work_of_layer = 2 * tokens * narrow * (4 * shape.width + inner(shape) / tensor)
+    work_of_layer += 3 * tokens * score_bytes(built, shape, narrow, tensor)
     memory = {
         "parameters": state["parameters"],
         "optimizer": state["optimizer"],
@@ -121,10 +123,15 @@ def kept(built: Built, config: DecoderConfig, narrow: int, tensor: int) -> float
     products = residual * 3 + narrow * inner(config) / tensor
     if remat != "none":
         return products
-    dense = not built.topology.chip.gpu or (narrow == 2 and built.config.attention != "xla")
+    return 2 * products + score_bytes(built, config, narrow, tensor)
+
+
+def score_bytes(built: Built, config: DecoderConfig, narrow: int, tensor: int) -> float:
+    """Bytes of a token's scores in a layer, where attention is XLA's own; a kernel keeps none."""
+    platform = built.program.mesh.devices.flat[0].platform
+    whole = built.config.attention == "xla" or platform == "cpu" or (platform == "gpu" and narrow == 4)
     row = built.work.prompt + built.work.completion
-    scores = 0.0 if dense else 4.0 * config.attention.heads / tensor * row / 2
-    return 2 * products + scores
+    return 4.0 * config.attention.heads / tensor * row if whole else 0.0
 
 
 def link_seconds(built: Built, weights: float, residual: float, passes: int) -> dict[tuple[str, str], float]:

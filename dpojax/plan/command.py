@@ -71,8 +71,6 @@ def plan_run(config: TrainOptions) -> int:
 
 
 def without_accelerators() -> None:
-    """A plan takes no accelerator of this machine, which another process may be using, and keeps no compiled programs:
-    JAX cannot read them back without the devices."""
-    jax.config.update("jax_enable_compilation_cache", False)
+    """A plan takes no accelerator of this machine, which another process may be using."""
     if getattr(jax.config, "jax_platforms", None) != "cpu":
         jax.config.update("jax_platforms", "cpu")

@@ -89,10 +89,11 @@ def flops_of(module: Module, runs: Runs, visits: Visits | None = None) -> Flops:
             flops = times * product_flops(where, part)
             if not flops:
                 continue
-            if any(line.startswith("dpojax/models/") for line in module.source(part)):
-                layers += flops
-            else:
+            lines = module.source(part)
+            if lines and not any(line.startswith("dpojax/models/") for line in lines):
                 unembedding += flops
+            else:
+                layers += flops
             recomputed += flops if RECOMPUTED in part.op_name else 0.0
     return Flops(layers, unembedding, kernels, recomputed)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -165,7 +166,10 @@ def compile_program(built: Built, lowered: Any) -> Compiled:
     """A lowered program compiled for its devices, and its account."""
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        with warnings.catch_warnings():
+            # Where JAX keeps compiled programs, it finds that it cannot read one back without the devices.
+            warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -72,7 +72,7 @@ def heading(plan: Plan) -> list[str]:
     total = sum(_size(spec.shape) for spec in param_specs(built.start.config.base).values())
     mesh = ", ".join(f"{axis} {n}" for axis, n in built.program.mesh.shape.items())
     reference = {"none": "no reference"}.get(built.task.reference.form, f"{built.task.reference.form} reference")
-    micro = config.gradient_accumulation_steps
+    remat, micro, objective = config.remat, config.gradient_accumulation_steps, getattr(config, "loss", "sft")
     pieces = f" in {micro} micro-batches" if micro > 1 else ""
     how = "an analysis, nothing was compiled" if plan.step is None else "the real step, compiled by libtpu"
     rows = {1: "rows of one completion", 2: "pairs"}.get(work.each, f"rows of {work.each} completions")
@@ -81,7 +81,7 @@ def heading(plan: Plan) -> list[str]:
     return [
         f"{config.model} ({total / 1e9:,.2f} billion parameters) on {topology.name} ({topology.chips} {unit}): {how}",
         f"mesh {mesh}; {work.rows} {rows} a step{pieces}, {work.source}; {padding}",
-        f"{config.dtype}, {config.optim} ({config.optim_dtype} moments), remat {config.remat}, {reference}",
+        f"{objective}, {reference}; {config.dtype}, {config.optim} ({config.optim_dtype} moments); remat {remat}",
     ]
 
 
