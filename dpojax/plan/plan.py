@@ -197,10 +197,12 @@ def sentence_of(message: str) -> str:
 def plan(built: Built) -> Plan:
     """The plan of a run.
 
-    For a TPU its train step, and where the reference runs in every step the reference's, are compiled.
+    For a TPU its train step, and where the reference runs in every step the reference's, are compiled; not where what
+    lies on a device between steps is too large already.
     """
     guess, model, chip = estimate(built), flops_of_model(built), built.topology.chip
-    if chip.gpu:
+    state = state_bytes(built)
+    if chip.gpu or state["parameters"] + state["optimizer"] + state["reference"] > chip.memory:
         return Plan(built, model, dict(guess.memory), chip.memory, guess)
     batch, reference = abstract_batch(built), None
     inputs = abstract_inputs(built.program, batch)

@@ -260,6 +260,12 @@ def test_what_does_not_fit_has_status_1(capsys):
     assert status == 1 and "does not fit: it needs" in out
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="a TPU's topology is libtpu's (jax[tpu])")
+def test_what_cannot_fit_is_not_compiled(capsys):
+    status, out, _ = planned(capsys, **BIG, topology="v5e:2x2")
+    assert status == 1 and "does not fit: it needs" in out and "nothing was compiled" in out
+
+
 def test_a_search_finds_what_fits(capsys):
     status, out, _ = planned(capsys, **BIG, topology="h100:1x8", search=2)
     assert status == 0 and re.search(r"ways to run; \d+ could fit by analysis; compiling the best 2", out)
