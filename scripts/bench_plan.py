@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (
     "--model llama3-8b --dtype bfloat16 --optim adamw --remat block --mesh.data 1 --mesh.fsdp {chips} "
-    "--topology {topology} --batch-size {pairs} --max-length {length} --prompt-length {prompt} --logprob-chunk-tokens {chunk}"
+    "--topology {topology} --batch-size {pairs} --max-length {length} --prompt-length {prompt} "
+    "--logprob-chunk-tokens {chunk}"
 )
 LAYERS = 32
 

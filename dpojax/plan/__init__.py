@@ -4,7 +4,7 @@ from dpojax.plan.account import Account, account_of
 from dpojax.plan.build import Built, build, devices_of
 from dpojax.plan.chips import Chip, Topology, topology_of
 from dpojax.plan.hlo import Module, parse
-from dpojax.plan.plan import Plan, plan
+from dpojax.plan.plan import Plan, make_plan
 
 __all__ = [
     "Account",
@@ -16,7 +16,7 @@ __all__ = [
     "account_of",
     "build",
     "devices_of",
+    "make_plan",
     "parse",
-    "plan",
     "topology_of",
 ]

@@ -11,7 +11,7 @@ from dpojax.errors import UserError
 from dpojax.options import check_options
 from dpojax.plan.build import Built, build, completions_of, devices_of, run_options
 from dpojax.plan.chips import topology_of
-from dpojax.plan.plan import Plan, plan
+from dpojax.plan.plan import Plan, make_plan
 from dpojax.plan.report import as_json, show
 from dpojax.plan.search import search
 from dpojax.plan.workload import read_lengths
@@ -44,7 +44,7 @@ def plan_of(config: PlanConfig) -> tuple[Plan, int | None]:
 
     if config.search:
         return search(options, topology, built, config.search, console.print).best, rows
-    return plan(built(options)), rows
+    return make_plan(built(options)), rows
 
 
 def run_plan(config: PlanConfig) -> int:
@@ -65,7 +65,7 @@ def plan_run(config: TrainOptions) -> int:
     check_options(config)
     assert config.plan is not None
     topology = topology_of(config.plan)
-    found = plan(build(config, topology, devices_of(topology)))
+    found = make_plan(build(config, topology, devices_of(topology)))
     show(found, Console(soft_wrap=True, highlight=False))
     return 0 if found.fits else 1
 

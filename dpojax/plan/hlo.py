@@ -222,23 +222,72 @@ def _closing(text: str, start: int) -> int:
 # ---- how often ------------------------------------------------------------------------------------------------------
 
 
-def trip_count(module: Module, loop: Instruction) -> int | None:
-    """Passes of a while loop: as XLA notes them, or, as a TPU's compiler does not, the constant that its condition
-    compares a counter with (``i < constant``, as ``lax.scan`` and ``lax.map`` make it). None: not known."""
+def trip_count(module: Module, within: Computation, loop: Instruction) -> int | None:
+    """Passes of a while loop; None where they are not known.
+
+    They are as XLA notes them, or, as a TPU's compiler does not, read from the loop: its condition compares a counter
+    with a constant (``i < constant``), its body adds a constant to it, and before it the counter is a constant.
+    ``lax.scan`` and ``lax.map`` make such loops, which count by one from zero; what the compiler makes of a product
+    whose factor is gathered piece by piece may count by two.
+
+    Args:
+      module: the program.
+      within: the computation that the loop is part of.
+      loop: the ``while``.
+    """
     noted = loop.text(r'known_trip_count"?:\{"?n"?:"?(\d+)')
     if noted:
         return int(noted)
     condition = module.computations.get(loop.called("condition") or "")
-    if condition is None:
+    found = None if condition is None else _limit(condition)
+    if found is None:
         return None
+    limit, counter = found
+    body = module.computations.get(loop.called("body") or "")
+    step = 1 if body is None or counter is None else _step(module, body, counter)
+    start = 0 if counter is None else _start(within, loop, counter)
+    return max(0, -(-(limit - start) // step))
+
+
+def _limit(condition: Computation) -> tuple[int, int | None] | None:
+    """What a condition compares a counter with, and the counter's place in the loop's tuple."""
     numbers = {i.name: int(n) for i in condition.instructions if (n := _constant(i)) is not None}
     for i in condition.instructions:
         compares = i.op == "compare" and "direction=LT" in i.rest
         if compares or i.op == "fusion":  # of a compare alone
-            for name in i.operands:
-                if name in numbers:
-                    return numbers[name]
+            limits = [numbers[name] for name in i.operands if name in numbers]
+            places = [o.text(r"index=(\d+)") for o in condition.operands(i) if o.op == "get-tuple-element"]
+            if limits:
+                return limits[0], int(places[0]) if places and places[0] else None
     return None
+
+
+def _step(module: Module, body: Computation, counter: int) -> int:
+    """What a pass adds to the counter; 1 where it is not a constant."""
+    values = body.operands(body.root) if body.root.op == "tuple" else []
+    at, where = (values[counter] if counter < len(values) else None), body
+    while at is not None and at.op in ("copy", "fusion"):
+        inner = module.inside(at)
+        numbers = [n for o in where.operands(at) if (n := _constant(o)) is not None]
+        if inner is not None:
+            if inner.root.op == "add" and numbers:
+                return numbers[0]
+            at, where = inner.root, inner
+        else:
+            at = next(iter(where.operands(at)), None)
+    if at is None or at.op != "add":
+        return 1
+    return next((n for o in where.operands(at) if (n := _constant(o)) is not None), 1)
+
+
+def _start(within: Computation, loop: Instruction, counter: int) -> int:
+    """The counter before the loop; 0 where it is not a constant."""
+    before = next(iter(within.operands(loop)), None)
+    values = within.operands(before) if before is not None and before.op == "tuple" else []
+    at = values[counter] if counter < len(values) else None
+    while at is not None and at.op == "copy":
+        at = next(iter(within.operands(at)), None)
+    return (_constant(at) if at is not None else None) or 0
 
 
 def _constant(instruction: Instruction) -> int | None:
@@ -273,7 +322,7 @@ def runs_of(module: Module, shares: Sequence[float] = ()) -> Runs:
         times[name] = times.get(name, 0.0) + n
         for i in module.computations[name].instructions:
             if i.op == "while":
-                count = trip_count(module, i)
+                count = trip_count(module, module.computations[name], i)
                 if count is None:
                     unknown.append(i.name)
                 else:

@@ -194,7 +194,7 @@ def sentence_of(message: str) -> str:
     return line.strip()
 
 
-def plan(built: Built) -> Plan:
+def make_plan(built: Built) -> Plan:
     """The plan of a run.
 
     For a TPU its train step, and where the reference runs in every step the reference's, are compiled; not where what

@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -69,12 +70,13 @@ def heading(plan: Plan) -> list[str]:
     """What is planned, in sentences."""
     built, work = plan.built, plan.built.work
     config, topology = built.config, built.topology
-    total = sum(_size(spec.shape) for spec in param_specs(built.start.config.base).values())
+    total = sum(math.prod(spec.shape) for spec in param_specs(built.start.config.base).values())
     mesh = ", ".join(f"{axis} {n}" for axis, n in built.program.mesh.shape.items())
     reference = {"none": "no reference"}.get(built.task.reference.form, f"{built.task.reference.form} reference")
     remat, micro, objective = config.remat, config.gradient_accumulation_steps, getattr(config, "loss", "sft")
     pieces = f" in {micro} micro-batches" if micro > 1 else ""
     how = "an analysis, nothing was compiled" if plan.step is None else "the real step, compiled by libtpu"
+    how = "the real step, which libtpu refuses to compile" if plan.refused else how
     rows = {1: "rows of one completion", 2: "pairs"}.get(work.each, f"rows of {work.each} completions")
     padding = f"{work.real_share:.1%} of {work.sequences} x {work.tokens:,} computed tokens are real"
     unit = "GPUs" if topology.chip.gpu else "chips"
@@ -83,13 +85,6 @@ def heading(plan: Plan) -> list[str]:
         f"mesh {mesh}; {work.rows} {rows} a step{pieces}, {work.source}; {padding}",
         f"{objective}, {reference}; {config.dtype}, {config.optim} ({config.optim_dtype} moments); remat {remat}",
     ]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
 
 
 def verdict(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from dpojax.errors import UserError
 from dpojax.plan.analysis import estimate
 from dpojax.plan.build import Built
 from dpojax.plan.chips import Topology
-from dpojax.plan.plan import Plan, plan
+from dpojax.plan.plan import Plan, make_plan
 
 SLACK = 1.3
 """Analysis may be wrong by as much: what it takes for this many times too large is still tried, the last."""
@@ -122,7 +122,7 @@ def search(
     report(f"{tried} ways to run; {len(ranked)} could fit by analysis; compiling the best {min(number, len(ranked))}")
     plans = []
     for candidate in ranked[:number]:
-        found = plan(candidate.built)
+        found = make_plan(candidate.built)
         plans.append((candidate, found))
         outcome = f"{found.seconds * 1e3:,.0f} ms" if not found.refused else "too large"
         fits = "fits" if found.fits else "does not fit"

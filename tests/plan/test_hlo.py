@@ -84,6 +84,46 @@ def test_a_loops_passes_stand_in_its_condition(module):
     assert runs.times == {"main": 1, "body": 3}
 
 
+@pytest.mark.parametrize(
+    ("start", "limit", "step", "passes"), [(0, 3, 1, 3), (0, 8, 2, 4), (0, 7, 2, 4), (2, 8, 3, 2), (5, 3, 1, 0)]
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loop_may_count_by_another_step(start, limit, step, passes, fused):
+    added = "add(%i, %by)" if not fused else "fusion(%i, %by), kind=kLoop, calls=%more"
+    text = f"""
+%more (a: s32[], b: s32[]) -> s32[] {{
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %sum = s32[] add(%a, %b)
+}}
+
+%cond (arg: (f32[], s32[])) -> pred[] {{
+  %arg = (f32[], s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%arg), index=1
+  %limit = s32[] constant({limit})
+  ROOT %lt = pred[] compare(%at, %limit), direction=LT
+}}
+
+%body (arg.1: (f32[], s32[])) -> (f32[], s32[]) {{
+  %arg.1 = (f32[], s32[]) parameter(0)
+  %x = f32[] get-tuple-element(%arg.1), index=0
+  %i = s32[] get-tuple-element(%arg.1), index=1
+  %by = s32[] constant({step})
+  %next = s32[] {added}
+  ROOT %out = (f32[], s32[]) tuple(%x, %next)
+}}
+
+ENTRY %main (p: f32[]) -> (f32[], s32[]) {{
+  %p = f32[] parameter(0)
+  %first = s32[] constant({start})
+  %start = s32[] copy(%first)
+  %before = (f32[], s32[]) tuple(%p, %start)
+  ROOT %loop = (f32[], s32[]) while(%before), condition=%cond, body=%body
+}}
+"""
+    assert runs_of(parse(text)).trips == {"loop": passes}
+
+
 def test_cycles_count_as_often_as_they_run(module):
     assert sum(times * (i.cycles or 0) for _, i, times in executed(module, runs_of(module))) == 3 * (70 + 30)
 

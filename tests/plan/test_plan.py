@@ -20,7 +20,8 @@ from dpojax.plan.analysis import estimate
 from dpojax.plan.build import abstract_batch, build, devices_of, raw_config, run_options, state_bytes
 from dpojax.plan.chips import TPUS, Chip, Topology, topology_of
 from dpojax.plan.collectives import Layout, seconds_of
-from dpojax.plan.plan import plan, sentence_of
+from dpojax.plan.plan import compile_program, make_plan, sentence_of
+from dpojax.plan.report import as_json, sections, verdict
 from dpojax.plan.search import candidates
 from dpojax.plan.workload import full_rows, model_flops, read_lengths, rows_of_lengths
 from dpojax.train import initial_state
@@ -78,7 +79,7 @@ def test_state_falls_with_the_devices_that_share_it(tiny_dir):
 def test_bytes_of_the_step_are_those_of_the_run(tiny_dir, more):
     """Of a step compiled for abstract inputs, and for the arrays of a run."""
     found = built(tiny_dir, **more)
-    predicted = plan(found)
+    predicted = make_plan(found)
     program, work = found.program, found.work
     state = initial_state(program, init_params(found.start.config, 0, program.mesh))
     _, batch, ref = abstract_inputs(program, abstract_batch(found))
@@ -101,13 +102,13 @@ from tests.plan.test_plan import CPU, options
 from dpojax.configs import MeshConfig
 from dpojax.models import init_params
 from dpojax.plan.build import abstract_batch, build
-from dpojax.plan.plan import plan
+from dpojax.plan.plan import make_plan
 from dpojax.train import initial_state
 from dpojax.train.program import abstract_inputs
 
 config = options(sys.argv[1], mesh=MeshConfig(), batch_size=8, max_length=256, optim="adamw")
 found = build(config, dataclasses.replace(CPU, shape=(1,)), jax.devices()[:1])
-predicted = plan(found)
+predicted = make_plan(found)
 program = found.program
 state = initial_state(program, init_params(found.start.config, 0, program.mesh))
 _, batch, ref = abstract_inputs(program, abstract_batch(found))
@@ -148,7 +149,7 @@ def test_a_steps_memory_is_what_the_process_takes(tmp_path):
 def test_flops_of_the_step_are_the_models(tiny_dir):
     """Of a step that recomputes nothing: the products of the compiled program, attention's whole blocks apart."""
     found = built(tiny_dir, mesh=MeshConfig(data=8), logprob_chunk_tokens=4096, batch_size=8)
-    predicted = plan(found)
+    predicted = make_plan(found)
     a, work = found.start.config.attention, found.work
     # Attention computes whole blocks of scores: of the prompt, and of each completion behind it.
     P, C = work.prompt, work.completion
@@ -338,11 +339,53 @@ def test_what_the_compiler_says_of_memory_is_a_sentence():
     assert sentence_of(said) == "Ran out of memory on HBM. Used 20G of 15.75G hbm."
 
 
+def test_a_step_that_the_compiler_refuses_does_not_fit(tiny_dir, monkeypatch, capsys):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM. Used 20G of 15.75G.\nMore")
+
+    found = built(tiny_dir)
+    refused = compile_program(found, Lowered())
+    assert refused.refused == "Ran out of memory on HBM. Used 20G of 15.75G." and refused.account is None
+    monkeypatch.setattr("dpojax.plan.plan.compile_program", lambda built, lowered: refused)
+    whole = make_plan(found)
+    assert not whole.fits and whole.need == pytest.approx(whole.estimate.total_memory)
+    assert verdict(whole) == f"does not fit: the compiler says, {refused.refused}"
+    assert [s.title for s in sections(whole)] == ["Memory"] and not as_json(whole)["fits"]
+
+
+LIMITS = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from dpojax.plan.build import devices_of
+from dpojax.plan.chips import topology_of
+
+for name in sys.argv[1:]:
+    one = Mesh(np.array(devices_of(topology_of(name))[:1]), ("x",))
+    large = jax.ShapeDtypeStruct((2**37,), jnp.int8, sharding=NamedSharding(one, PartitionSpec()))
+    try:
+        jax.jit(lambda x: x[::-1]).lower(large).compile()
+    except jax.errors.JaxRuntimeError as error:
+        print(str(error).split("available HBM (")[1].split("G)")[0])
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the limits are libtpu's (jax[tpu])")
+def test_memory_of_chips_is_the_compilers_limit():
+    names = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
+    command = [sys.executable, "-c", LIMITS, *(f"{chip}:{shape}" for chip, shape in names.items())]
+    run = subprocess.run(
+        command, env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert [float(line) for line in run.stdout.split()] == [TPUS[chip].memory / 2**30 for chip in names]
+
+
 def test_analysis_of_memory_is_near_the_programs(tiny_dir):
     """It decides what is compiled, so it may be wrong by a factor, and by no more."""
     for remat in ("none", "block"):
         found = built(tiny_dir, remat=remat, batch_size=64, max_length=512)
-        step = plan(found).step.memory
+        step = make_plan(found).step.memory
         assert 1 / 3 < estimate(found).total_memory / (step["temp"] + step["argument"]) < 3
 
 
