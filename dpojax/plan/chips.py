@@ -73,10 +73,10 @@ TPUS = {
 """A v4's and a TPU7x's chip are two devices, each with half of its figures; ``cycle_flops`` are their matrix units'."""
 
 GPUS = {
-    "a100": Chip(flops=312e12, memory=79e9, bandwidth=2.039e12, link=3e11, network=2.5e10, per_node=8),
-    "h100": Chip(flops=989e12, memory=79e9, bandwidth=3.35e12, link=4.5e11, network=5e10, per_node=8),
-    "h200": Chip(flops=989e12, memory=140e9, bandwidth=4.8e12, link=4.5e11, network=5e10, per_node=8),
-    "b200": Chip(flops=2250e12, memory=178e9, bandwidth=8e12, link=9e11, network=5e10, per_node=8),
+    "a100": Chip(flops=312e12, memory=80e9, bandwidth=2.039e12, link=3e11, network=2.5e10, per_node=8),
+    "h100": Chip(flops=989e12, memory=80e9, bandwidth=3.35e12, link=4.5e11, network=5e10, per_node=8),
+    "h200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, link=4.5e11, network=5e10, per_node=8),
+    "b200": Chip(flops=2250e12, memory=180e9, bandwidth=8e12, link=9e11, network=5e10, per_node=8),
 }
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x2, tpu7x:2x2x1 (TPUs), or h100:8x8 (GPUs, nodes x GPUs of a node)"

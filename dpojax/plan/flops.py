@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,17 +40,19 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """Which blocks of scores attention's kernels visit: of rows of a prompt and its completions, where a completion
-    sees its prompt and itself. Without a prompt, all blocks of a kernel's grid count.
+    """What kernels work on. Attention's visit blocks of scores: of rows of a prompt and its completions, where a
+    completion sees its prompt and itself. Without a prompt, all blocks of a kernel's grid count.
 
     Attributes:
       prompt, completion: padded tokens.
       windows: of the layers, each layer's own (None: a token sees all).
+      experts: of a mixture, on all devices together; 0 without one.
     """
 
     prompt: int = 0
     completion: int = 0
     windows: tuple[int | None, ...] = (None,)
+    experts: int = 0
 
     def blocks(self, length: int, block: int) -> float:
         """Blocks of a row of this many tokens in which some token sees some token, in the mean over the layers."""
@@ -163,17 +166,24 @@ that of queries, or those of keys and of values."""
 
 
 def kernel_flops(i: Instruction, visits: Visits | None = None) -> float:
-    """FLOPs of a Splash kernel: products of a block times the blocks that it visits; 0 for other kernels.
-
-    Its operands' shapes say how many blocks there are: of queries, the second axis of its mask's tables
-    ``[1, blocks, blocks visited]``, of keys in the kernel of their gradients. Blocks that are visited are those of
-    ``visits``, or all of that grid.
-    """
-    products = next((n for kind, n in PRODUCTS.items() if re.search(rf"splash_m[hq]a_{kind}", i.name)), 0)
+    """FLOPs of a kernel that is known, by its operands' shapes: Splash attention's, and XLA's of a mixture's ragged
+    products; 0 for others."""
     listed = i.text(r"operand_layout_constraints=\{(.*?)\}(?:, \w+=|$)")
-    if not products or listed is None:
+    if listed is None:
         return 0.0
     arrays = [Array(d, tuple(map(int, s.split(",")))) for d, s in re.findall(r"\b(\w+)\[([\d,]+)\]", listed)]
+    if i.name.startswith("ragged-dot"):
+        return _ragged_flops(i, arrays, visits)
+    products = next((n for kind, n in PRODUCTS.items() if re.search(rf"splash_m[hq]a_{kind}", i.name)), 0)
+    return _splash_flops(i, arrays, products, visits) if products else 0.0
+
+
+def _splash_flops(i: Instruction, arrays: Sequence[Array], products: int, visits: Visits | None) -> float:
+    """Products of a block times the blocks that are visited: those of ``visits``, or else the whole grid.
+
+    How many blocks there are is the second axis of the mask's tables ``[1, blocks, blocks visited]``: of queries, or in
+    the kernel of their gradients of keys.
+    """
     grid = next((a.shape for a in arrays if a.dtype in ("s8", "s32") and len(a.shape) == 3), None)
     rows = [a.shape for a in arrays if a.dtype in ("bf16", "f32") and len(a.shape) >= 3]
     if grid is None or len(rows) < 2:
@@ -183,6 +193,19 @@ def kernel_flops(i: Instruction, visits: Visits | None = None) -> float:
     whole = visits is None or not visits.prompt or not 0 <= length - _row(visits, length) < block
     blocks = math.prod(grid[1:]) if visits is None or whole else visits.blocks(length, block)
     return 2.0 * products * blocks * block * block * width * math.prod(batch)
+
+
+def _ragged_flops(i: Instruction, arrays: Sequence[Array], visits: Visits | None) -> float:
+    """Every row by one of the weights ``[groups, a, b]``; where a device has some of the experts, as many rows as they
+    are of all."""
+    floats = [a for a in (*arrays, *i.arrays) if a.dtype in ("bf16", "f32")]
+    weights = next((a.shape for a in floats if len(a.shape) == 3), None)
+    rows = next((a for a in floats if len(a.shape) == 2), None)
+    if weights is None or rows is None:
+        return 0.0
+    groups, a, b = weights
+    share = 1.0 if visits is None or not visits.experts else min(1.0, groups / visits.experts)
+    return 2.0 * share * rows.size * (b if a in rows.shape else a)
 
 
 def _row(visits: Visits, length: int) -> int:

@@ -149,10 +149,11 @@ class Plan:
 
 
 def visits_of(built: Built) -> Visits:
-    """Which blocks attention's kernels visit."""
+    """What the kernels of a run work on."""
     shape = built.start.config
     windows = tuple(shape.kind(i).window for i in range(shape.layers))
-    return Visits(built.work.prompt, built.work.completion, windows)
+    experts = 0 if shape.experts is None else shape.experts.number
+    return Visits(built.work.prompt, built.work.completion, windows, experts)
 
 
 def shares_of(built: Built) -> list[float]:

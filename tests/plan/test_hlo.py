@@ -214,3 +214,14 @@ def test_kernels_count_the_blocks_that_they_visit(kind, grid, products):
     # A prompt of 512 and two completions of 512: the prompt's block, and of either completion its own and the prompt's.
     assert kernel_flops(kernel, Visits(512, 512)) == 5 * block
     assert kernel_flops(kernel, Visits(512, 512, windows=(None, 1))) == (5 + 3) / 2 * block
+
+
+def test_a_ragged_products_rows_go_through_one_expert_each():
+    text = (
+        "ENTRY %main (a: f32[]) -> f32[] {\n  %ragged-dot-none.7 = bf16[3072,96]{1,0} custom-call(%a), "
+        'custom_call_target="tpu_custom_call", operand_layout_constraints={s32[5]{0}, bf16[3072,256]{1,0}, '
+        "bf16[4,256,96]{2,1,0}}, backend_config={}\n}\n"
+    )
+    kernel = parse(text).computations["main"].instructions[0]
+    assert kernel_flops(kernel) == 2 * 3072 * 256 * 96
+    assert kernel_flops(kernel, Visits(experts=16)) == 2 * 3072 * 256 * 96 / 4
