@@ -20,6 +20,7 @@ from dpojax.configs import (
     LogpsConfig,
     LossesConfig,
     MakeTfdsConfig,
+    PlanConfig,
     SampleConfig,
     ScoreConfig,
     SFTConfig,
@@ -44,15 +45,27 @@ Config = (
     | ShowDataConfig
     | MakeTfdsConfig
     | LossesConfig
+    | PlanConfig
 )
 
 
 def run_train(config: TrainOptions) -> int:
     """``dpojax dpo`` and ``dpojax sft``."""
+    if config.plan is not None:
+        from dpojax.plan.command import plan_run
+
+        return plan_run(config)
     from dpojax.train.loop import train
 
     result = train(config)
     return 0 if result.finished else 130
+
+
+def run_plan(config: PlanConfig) -> int:
+    """``dpojax plan``."""
+    from dpojax.plan.command import run_plan
+
+    return run_plan(config)
 
 
 def run_logps(config: LogpsConfig) -> int:
@@ -361,6 +374,7 @@ COMMANDS = {
     "show-data": (ShowDataConfig, run_show_data),
     "make-tfds": (MakeTfdsConfig, run_make_tfds),
     "losses": (LossesConfig, run_losses),
+    "plan": (PlanConfig, run_plan),
 }
 
 
@@ -374,7 +388,9 @@ def run(config: Config) -> int:
 
     def command() -> int:
         check_options(config)
-        if not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig):
+        planned = isinstance(config, PlanConfig) or getattr(config, "plan", None)
+        # Programs for devices that are not here cannot be read back, so a plan keeps none.
+        if not planned and not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig):
             from dpojax.startup import prepare
 
             prepare()

@@ -104,9 +104,37 @@ class DataOptions(ReadingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
+class StepOptions(ComputeOptions):
+    """What a train step computes and keeps, which a plan of it needs too."""
+
+    optim: Literal["rmsprop", "adamw"] = "rmsprop"
+    """Optimizer; RMSprop (decay 0.99, as in torch) is the paper's."""
+    optim_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the optimizer's moments; bfloat16 halves their memory and is rounded stochastically."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches that a batch is computed in, one after another; results agree, memory falls."""
+    train_top_layers: int | None = None
+    """Train only the top N layers and the final norm; the layers below are computed once for every row."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank beside the frozen model (default: train the model itself; or the adapter that
+    --model or --adapter names)."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Modules that get an adapter, by the names that PEFT has for them, as in q_proj v_proj; all-linear is every one of
+    the layers."""
+    quantize_base: Literal["none", "int8", "nf4"] = "none"
+    """How the layers' frozen weights are kept beside an adapter: in 8 bits, or in the 4 of QLoRA; the reference reads
+    the same."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are arranged."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(ModelOptions, DataOptions, StepOptions):
     """What `dpo` and `sft` share."""
 
+    plan: str | None = None
+    """Run nothing: plan this run for accelerators that need not be here, as `dpojax plan` does, by their topology
+    (v5e:16x16, h100:8x8)."""
     output: str
     """Directory of the run: checkpoints, metrics, config. The same command on it continues the run."""
     eval_data: tuple[str, ...] = ()
@@ -119,10 +147,6 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     """Passes over the data."""
     steps: int | None = None
     """Optimizer steps; overrides --epochs."""
-    optim: Literal["rmsprop", "adamw"] = "rmsprop"
-    """Optimizer; RMSprop (decay 0.99, as in torch) is the paper's."""
-    optim_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the optimizer's moments; bfloat16 halves their memory and is rounded stochastically."""
     learning_rate: float = 1e-6
     """Peak learning rate (the paper: 1e-6)."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
@@ -133,18 +157,8 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     """Decoupled weight decay per unit of learning rate; AdamW only."""
     max_grad_norm: float = 10.0
     """Gradients are scaled down to this global norm (the original repository: 10)."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches that a batch is computed in, one after another; results agree, memory falls."""
-    train_top_layers: int | None = None
-    """Train only the top N layers and the final norm; the layers below are computed once for every row."""
-    lora_rank: int | None = None
-    """Train a LoRA adapter of this rank beside the frozen model (default: train the model itself; or the adapter that
-    --model or --adapter names)."""
     lora_alpha: float | None = None
     """The adapter's products are multiplied with alpha / rank (default: twice the rank, as TRL's 32 for 16)."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    """Modules that get an adapter, by the names that PEFT has for them, as in q_proj v_proj; all-linear is every one of
-    the layers."""
     lora_dropout: float = 0.0
     """Share of an adapter's inputs that training sets to zero."""
     use_rslora: bool = False
@@ -152,16 +166,11 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
     lora_init: Literal["b-zero", "a-zero"] = "b-zero"
     """The factor that starts at zero; the other is random. From B, the first steps move slower; from A, they cannot
     hang at ln 2."""
-    quantize_base: Literal["none", "int8", "nf4"] = "none"
-    """How the layers' frozen weights are kept beside an adapter: in 8 bits, or in the 4 of QLoRA; the reference reads
-    the same."""
     adapter: str | None = None
     """PEFT adapter on --model to start from; the reference is both together. (--model may also be such a directory,
     which names its base.)"""
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss of a mixture of experts, which is logged as aux_loss (0: logged alone)."""
-    mesh: MeshConfig = MeshConfig()
-    """How the devices are arranged."""
     seed: int = 0
     """Seed of the data order, and of a new adapter."""
     logging_steps: int = 1
@@ -175,21 +184,27 @@ class TrainOptions(ModelOptions, DataOptions, ComputeOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainOptions):
-    """Align a model to preference pairs."""
+class ObjectiveOptions:
+    """Which objective, and where its reference comes from."""
 
     loss: str = "sigmoid"
     """Objective: a name that `dpojax losses` lists, as in sigmoid+0.2*sft or "ipo(beta=0.3)", or path/to/file.py:name
     for one of your own."""
+    reference: Literal["auto", "cached", "live"] = "auto"
+    """Reference log-probabilities: computed once for all runs on these rows, or again in every step; auto is cached
+    unless the objective reads single tokens of the reference."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainOptions, ObjectiveOptions):
+    """Align a model to preference pairs."""
+
     beta: float | None = None
     """Strength of the KL penalty (default: the objective's own, mostly 0.1; the paper: 0.1, for summarization 0.5)."""
     label_smoothing: float | None = None
     """Probability that a label is flipped, from 0 to below 0.5, for objectives that have it (default: their own)."""
     ref_model: str | None = None
     """Reference model, as for --model (default: --model itself as it is before training)."""
-    reference: Literal["auto", "cached", "live"] = "auto"
-    """Reference log-probabilities: computed once for all runs on these rows, or again in every step; auto is cached
-    unless the objective reads single tokens of the reference."""
     sync_ref_model: bool = False
     """Move the reference towards the policy now and then, as in TR-DPO (arXiv 2404.09656); it runs in every step."""
     ref_model_mixup_alpha: float | None = None
@@ -371,3 +386,34 @@ class LossesConfig:
     """Strength of the KL penalty, for objectives that have it and do not bind it (default: their own)."""
     span: float | None = None
     """Largest margin plotted, nats (default: 4 over the smallest beta)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig(StepOptions, ObjectiveOptions):
+    """Compile the real train step for accelerators that are not here, and say whether it fits, how long a step takes
+    and what bounds it; exit status 0 if it fits, 1 if not. `dpojax dpo ... --plan` plans any other run."""
+
+    model: str
+    """A preset (llama3-8b, qwen3-30b-a3b, pythia-2.8b and so on), a config.json, or a model as for `dpojax dpo`; no
+    weights are read."""
+    topology: str
+    """What it runs on: TPU chips along each axis (v5e:16x16, v5p:4x4x4), for which the step is compiled by libtpu, or
+    GPUs, nodes x GPUs of a node (h100:8x8), for which the figures are an analysis."""
+    batch_size: int = 64
+    """Pairs per step, over all devices (the paper: 64)."""
+    max_length: int = 1024
+    """Tokens of a prompt and one completion; all rows are taken to be as long, unless --lengths says how long."""
+    prompt_length: int | None = None
+    """Tokens of --max-length that are the prompt's (default: half of them)."""
+    lengths: str | None = None
+    """JSONL file with the lengths of the rows of a data set, a line a row, as in {"prompt": 310, "completions": [180,
+    95]}: batches are packed from them."""
+    rows: int | None = None
+    """Rows of the data set, for the hours of an epoch (default: those of --lengths)."""
+    search: int = 0
+    """Compile as many of the most promising meshes, rematerialisations and micro-batches, and plan the best of them
+    that fits (0: plan the options as they are)."""
+    top: int = 10
+    """Source lines shown, by the time that they cost."""
+    json: str | None = None
+    """JSON file for all figures."""

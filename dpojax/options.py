@@ -52,6 +52,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     "stop_token_ids": ("token ids, which count from 0", lambda v: min(v, default=0) >= 0),
     "max_shard_size": ("a size above 0, as in 5GB, 500MB or 2GiB", lambda v: bytes_of(v) > 0),
     "rows": ("at least 0", lambda v: v >= 0),
+    "search": ("at least 0, and 0 for none", lambda v: v >= 0),
+    "top": ("at least 0", lambda v: v >= 0),
     "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),
     "prompt": ("at least one text", len),
@@ -61,7 +63,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     for name in (
         *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
         *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
-        *("min_prompt_length", "ref_model_sync_steps", "lora_rank"),
+        *("min_prompt_length", "ref_model_sync_steps", "lora_rank", "prompt_length"),
     )
 }
 
@@ -143,7 +145,7 @@ def check_lora(config: Any) -> None:
     Raises:
       UserError: naming the flag.
     """
-    named = {"lora_rank": config.lora_rank, "adapter": config.adapter}
+    named = {"lora_rank": config.lora_rank, "adapter": getattr(config, "adapter", None)}
     for name, value in named.items():
         if value is None:
             continue

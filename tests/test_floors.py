@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
     *("errors", "configs", "paths", "options", "progress", "processes", "cachedir", "startup", "types", "sharding"),
-    *("losses", "theory", "packing", "logprobs", "models", "data", "show", "train", "generate", "evaluate"),
+    *("losses", "theory", "packing", "logprobs", "models", "data", "show", "train", "generate", "evaluate", "plan"),
     *("cli", "local", "__main__"),
 ]
 

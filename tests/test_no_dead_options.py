@@ -150,6 +150,7 @@ def train_changes(w) -> dict:
         "max_shapes": (2, {"steps": 3}),
         "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
         "output": "elsewhere",
+        "plan": "h100:1x1",
         "eval_data": (w["pairs"],),
         "eval_share": 0.3,
         "epochs": (2, {"steps": None}),
@@ -179,6 +180,39 @@ def train_changes(w) -> dict:
         "eval_steps": (1, held_out),
         "save_steps": 1,
         "save_total_limit": (1, {"save_steps": 1}),
+    }
+
+
+def plan_changes(w) -> tuple[dict, dict]:
+    """On GPUs, for which nothing is compiled."""
+    write = (w["root"] / "lengths.jsonl").write_text
+    write('{"prompt": 9, "completions": [7, 5]}\n' * 16)
+    adapted = {"lora_rank": 2}
+    return {"model": w["model"], "topology": "h100:1x2"}, {
+        "model": "gpt2-large",
+        "topology": "h100:1x4",
+        "loss": "kto",
+        "reference": "live",
+        "dtype": "bfloat16",
+        "attention": "splash",  # refused: these are no TPUs
+        "logprob_chunk_tokens": 16,
+        "remat": "block",
+        "optim": "adamw",
+        "optim_dtype": "bfloat16",
+        "gradient_accumulation_steps": 2,
+        "train_top_layers": 1,
+        "lora_rank": 2,
+        "lora_targets": (("q_proj",), adapted),
+        "quantize_base": ("int8", adapted),  # refused where qwix is not installed
+        "mesh": MeshConfig(data=1, fsdp=2),
+        "batch_size": 32,
+        "max_length": 64,
+        "prompt_length": 10,
+        "lengths": str(w["root"] / "lengths.jsonl"),
+        "rows": 1000,
+        "search": 1,
+        "top": -1,  # refused: of GPUs there are no source lines
+        "json": "plan.json",
     }
 
 
@@ -292,6 +326,7 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "rows_per_shard": 7,
             },
         ),
+        "PlanConfig": plan_changes(w),
         "LossesConfig": (
             {"names": ("sigmoid",), "output": "curves.png"},
             {"names": ("hinge",), "output": "elsewhere.png", "beta": 0.7, "span": 9.0},

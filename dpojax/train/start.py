@@ -119,13 +119,17 @@ def open_start(config: TrainOptions, mesh: Mesh, *, reward: bool) -> Start:
                 f"--adapter {config.adapter}: is trained as it is, and {other} trains another; give it as --model, "
                 "which merges it first"
             )
-        files = open_policy(config.model, reward=reward)
-        start = Start(files, files.config) if config.lora_rank is None else _with_new(config, files, reward)
+        start = begun(config, open_policy(config.model, reward=reward), reward=reward)
     check_divides(mesh, start.config)
     if start.config.lora is not None:
         trained, total = parameters(start.config)
         console.print(f"  the adapter has {trained:,} parameters, {trained / total:.2%} of {total:,}; they are trained")
     return start
+
+
+def begun(config: TrainOptions, files: PolicyFiles, *, reward: bool) -> Start:
+    """The policy that begins as a model is, or with the new adapter beside it that the options ask for."""
+    return Start(files, files.config) if config.lora_rank is None else _with_new(config, files, reward)
 
 
 def _from_adapter(config: TrainOptions, directory: str) -> Start:
