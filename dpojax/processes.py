@@ -24,6 +24,8 @@ HEARTBEAT_SECONDS = 30
 """A process that has not been heard of for so long is taken to be gone, and the others stop."""
 LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination", "heartbeat", "Connection", "Socket closed")
 """What errors say that come of another process's end."""
+LEFT = "dpojax/left"
+"""Where, in the store of all processes, one that ends leaves its sentence."""
 GONE = "another process has ended or cannot be reached, and its own output says why"
 AGAIN = "the same command on all of them continues from the last checkpoint"
 
@@ -227,25 +229,31 @@ def leave(sentence: str, status: int) -> None:
         return
     import jax
 
-    mine, client = jax.process_index(), _client()
-    said = first() or not sentence
+    mine, client, seconds = jax.process_index(), _client(), 3.0
+    said_by_first = None
     with contextlib.suppress(Exception):  # the store is in the first process, which may be gone
-        client.key_value_set(f"dpojax/left/{mine}", sentence or " ", allow_overwrite=True)
-        others = range(count()) if first() else [0]
-        heard = {i: _heard(client, i, until=time.monotonic() + 3) for i in others if i != mine}
-        said = said or heard[0] == sentence
-    if sentence and (first() or not said):
-        which = "" if first() else f"process {mine}: "
-        print(f"dpojax: {which}{sentence}", file=sys.stderr)
+        client.key_value_set(f"{LEFT}/{mine}", sentence or " ", allow_overwrite=True)
+        if first():  # the store goes with this process, so the others come first
+            until = time.monotonic() + seconds
+            for i in range(1, count()):
+                _heard(client, f"{LEFT}/read/{i}", until)
+        else:
+            said_by_first = _heard(client, f"{LEFT}/0", time.monotonic() + seconds)
+            client.key_value_set(f"{LEFT}/read/{mine}", "yes", allow_overwrite=True)
+    if sentence and said_by_first != sentence:
+        print(f"dpojax: {sentence}" if first() else f"dpojax: process {mine}: {sentence}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if first():
+        time.sleep(0.5)  # for those who have read, to end
     os._exit(status)
 
 
-def _heard(client: Any, process: int, until: float) -> str | None:
+def _heard(client: Any, key: str, until: float) -> str | None:
+    """What another process has left under a key; None if it leaves nothing in time."""
     while True:
         with contextlib.suppress(Exception):  # no such key yet, or the store has gone
-            return str(client.key_value_try_get(f"dpojax/left/{process}"))
+            return str(client.key_value_try_get(key))
         if time.monotonic() >= until:
             return None
         time.sleep(0.1)
@@ -268,7 +276,7 @@ def lost() -> str:
 
     mine, why = jax.process_index(), GONE
     for i in [i for i in range(count()) if i != mine]:
-        if left := (_heard(_client(), i, until=time.monotonic()) or "").strip():
+        if left := (_heard(_client(), f"{LEFT}/{i}", until=time.monotonic()) or "").strip():
             why = f"process {i} has ended ({left})"
     return f"process {mine} of {count()}: {why}; {AGAIN}"
 

@@ -178,14 +178,14 @@ def test_an_error_of_one_process_is_the_others_end(tiny_dir, pairs_file, tmp_pat
     bad = [x if x != pairs_file else str(tmp_path / "none.jsonl") for x in good]
     script = "import os, sys; from dpojax.cli import main; i = int(os.environ['JAX_PROCESS_ID']); "
     script += f"sys.exit(main(({good!r}, {bad!r})[i][2:]))"
-    (first, said_first), (second, said_second) = finish(spawn(2, 1, ["-c", script]), 90)
+    (first, said_first), (second, said_second) = finish(spawn(2, 2, ["-c", script]), 90)
     assert second == 2 and "process 1: " in said_second and "none.jsonl" in said_second
     assert first == 1 and "none.jsonl" in said_first.splitlines()[-1] and "Traceback" not in said_first
 
 
 def test_an_error_of_all_is_said_once(tiny_dir, tmp_path):
     command = options(tiny_dir, str(tmp_path / "none.jsonl"), tmp_path / "run")
-    (first, said_first), (second, said_second) = finish(spawn(2, 1, command), 90)
+    (first, said_first), (second, said_second) = finish(spawn(2, 2, command), 90)
     assert (first, second) == (2, 2)
     assert said_first.count("none.jsonl") == 1 and "none.jsonl" not in said_second
 
