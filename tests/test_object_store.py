@@ -94,7 +94,7 @@ def test_metrics_wait_for_their_time(bucket, monkeypatch):
     assert bucket.uploads["slow/metrics.jsonl"] == 2 and text(bucket, "slow/metrics.jsonl").count("\n") == 2
 
 
-def test_a_bucket_is_read_as_a_disk_is(runs, bucket, pairs_file, tmp_path, capsys):
+def test_a_bucket_is_read_as_a_disk_is(runs, bucket, pairs_file, capsys):
     figures: list[dict] = []
     for name in runs:
         assert main(["sample", "--model", str(name), "--prompt", "the film", "--max-new-tokens", "4"]) == 0
