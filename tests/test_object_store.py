@@ -17,7 +17,7 @@ from dpojax.train import loop, writers
 from dpojax.train.by_name import load_policy, load_run
 from dpojax.train.loop import run_steps
 from tests.conftest import on_devices
-from tests.gcs import Store, store
+from tests.gcs import NO_BUCKET, Store, store
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 STEPS = ("--batch-size", "8", "--max-shapes", "1", "--warmup-steps", "0", "--learning-rate", "0.01", "--steps", "4")
@@ -207,6 +207,14 @@ def test_a_model_that_is_not_there(bucket, name, said, capsys):
     assert main(["sample", "--model", name, "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error and name in error
+
+
+def test_a_bucket_that_is_not_there(runs, tiny_dir, pairs_file, capsys):
+    place = f"gs://{NO_BUCKET}/place"
+    for code in (main(["export", "--run", runs[0], "--output", place]), dpo(tiny_dir, pairs_file, place)):
+        assert code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(place in line and "check the bucket's name" in line for line in said)
 
 
 def test_runs_lie_where_orbax_can_write(tiny_dir, pairs_file, capsys):
