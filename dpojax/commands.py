@@ -57,7 +57,7 @@ def run_logps(config: LogpsConfig) -> int:
         console.print(f"{len(sums)} rows are in the cache beside {config.data[0]}")
         return 0
     rows = map(scores.line, range(len(sums)), sums)
-    write_whole(Path(config.output), "".join(json.dumps(row) + "\n" for row in rows))
+    write_output(config.output, "".join(json.dumps(row) + "\n" for row in rows))
     console.print(f"{len(sums)} rows written to {config.output}")
     return 0
 
@@ -84,7 +84,7 @@ def run_eval(config: EvalConfig) -> int:
     console.print(f"{len(policy)} pairs of {len(set(prompts))} prompts; ± is the standard error over prompts")
     if config.output:
         plain = {name: {"mean": f.mean, "standard_error": f.error, "prompts": f.n} for name, f in figures.items()}
-        write_whole(Path(config.output), json.dumps(plain, indent=2) + "\n")
+        write_output(config.output, json.dumps(plain, indent=2) + "\n")
     return 0
 
 
@@ -106,7 +106,7 @@ def run_score(config: ScoreConfig) -> int:
     from dpojax.evaluate.rewards import model_rewards, scorer_rewards, write_scored
     from dpojax.progress import console
 
-    check_file(config.output)
+    check_file(config.output, on_disk=True)
     if any(Path(name).resolve() == Path(config.output).resolve() for name in config.data):
         raise UserError(f"--output {config.output}: is among --data; name another file")
     reading = Reading("candidates", config.format, tuple(map(parse_filter, config.filter)))
@@ -305,7 +305,7 @@ def run_losses(config: LossesConfig) -> int:
                 )
         print_catalogue(console)
         return 0
-    check_file(config.output)
+    check_file(config.output, on_disk=True)
     if not config.output.endswith(".png"):
         raise UserError(f"--output {config.output}: the plot is a PNG file; name it so, as in losses.png")
     check_matplotlib()
@@ -316,23 +316,21 @@ def run_losses(config: LossesConfig) -> int:
     return 0
 
 
-def check_file(name: str) -> None:
+def check_file(name: str, *, on_disk: bool = False) -> None:
     """Refuse an output file that could not be written, before the work is done."""
+    from dpojax import processes
     from dpojax.paths import in_store
 
-    if in_store(name):
-        raise UserError(f"--output {name}: is in an object store; name a file on a disk")
-    path = Path(name)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if (in_store(name) and not on_disk) or not processes.first():
+        return
+    if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
         raise UserError(f"--output {name}: is a directory or in none that exists; name a file")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_output(name: str, text: str) -> None:
     """Write a file that is either complete or not there; of several processes, the first does."""
     from dpojax import processes
+    from dpojax.paths import path_of, write_text
 
-    if not processes.first():
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    if processes.first():
+        write_text(path_of(name), text)

@@ -71,14 +71,15 @@ def absolute(path: AnyPath) -> AnyPath:
 
 
 @contextlib.contextmanager
-def reaching(path: AnyPath) -> Iterator[None]:
-    """A context in which an object store's errors become one sentence."""
+def reaching(path: AnyPath, *, writes: bool = False) -> Iterator[None]:
+    """A context in which an object store's errors become one sentence; to a reader, what is not there is no error of
+    the store's."""
     try:
         yield
-    except (UserError, FileNotFoundError):
+    except UserError:
         raise
     except Exception as error:  # each store's client raises its own kinds
-        if not in_store(path):
+        if not in_store(path) or (isinstance(error, FileNotFoundError) and not writes):
             raise
         raise UserError(
             f"{path}: cannot be read or written there ({first_line(error)}); check the bucket's name, and that this "
@@ -109,7 +110,7 @@ def make_directory(path: AnyPath) -> None:
 def write_bytes(path: AnyPath, data: bytes) -> None:
     """Write a file that is either complete or not there, or still the old one."""
     if in_store(path):
-        with reaching(path):
+        with reaching(path, writes=True):
             path.write_bytes(data)
         return
     partial = path.with_name(path.name + ".partial")

@@ -14,6 +14,8 @@ from typing import Any
 
 ENVIRONMENT = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT")
 
+NO_BUCKET = "no-such-bucket"
+
 
 class Store(ThreadingHTTPServer):
     """Objects by bucket and name; ``uploads`` counts the writes of each."""
@@ -168,6 +170,8 @@ class Handler(BaseHTTPRequestHandler):
     def upload(self, path: str, query: dict[str, str], data: bytes) -> None:
         (bucket,) = re.fullmatch("/upload/storage/v1/b/([^/]+)/o", path).groups()  # type: ignore[union-attr]
         name, kind = query.get("name", ""), query.get("uploadType")
+        if bucket == NO_BUCKET:
+            return self.answer(404, {"error": {"code": 404, "message": "The specified bucket does not exist."}})
         if "upload_id" in query:
             return self.resume(query["upload_id"], data)
         if kind == "multipart":

@@ -17,7 +17,7 @@ from dpojax.train import loop, writers
 from dpojax.train.by_name import load_policy, load_run
 from dpojax.train.loop import run_steps
 from tests.conftest import on_devices
-from tests.gcs import Store, store
+from tests.gcs import NO_BUCKET, Store, store
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 STEPS = ("--batch-size", "8", "--max-shapes", "1", "--warmup-steps", "0", "--learning-rate", "0.01", "--steps", "4")
@@ -94,14 +94,13 @@ def test_metrics_wait_for_their_time(bucket, monkeypatch):
     assert bucket.uploads["slow/metrics.jsonl"] == 2 and text(bucket, "slow/metrics.jsonl").count("\n") == 2
 
 
-def test_a_bucket_is_read_as_a_disk_is(runs, bucket, pairs_file, tmp_path, capsys):
+def test_a_bucket_is_read_as_a_disk_is(runs, bucket, pairs_file, capsys):
     figures: list[dict] = []
     for name in runs:
         assert main(["sample", "--model", str(name), "--prompt", "the film", "--max-new-tokens", "4"]) == 0
-        assert (
-            main(["eval", "--model", str(name), "--data", pairs_file, "--output", str(tmp_path / "figures.json")]) == 0
-        )
-        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+        flags = ("--data", pairs_file, "--output", "gs://bucket/figures.json")
+        assert main(["eval", "--model", str(name), *flags]) == 0
+        figures.append(json.loads(text(bucket, "figures.json")))
     assert figures[0] == figures[1]
     said = capsys.readouterr().out
     assert len({line for line in said.splitlines() if line.startswith("1. the film|")}) == 1
@@ -149,7 +148,7 @@ def test_what_was_cut_short_is_no_checkpoint(runs, bucket):
     assert load_run(runs[0])[1] == 4
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(runs, bucket, tiny_dir, pairs_file, capsys):
+def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(runs, bucket, tiny_dir, pairs_file, tmp_path, capsys):
     """A run that was copied from a disk goes on in a bucket, from the checkpoint before the damaged one."""
     run, whole = runs
     for path in whole.rglob("*"):
@@ -170,6 +169,11 @@ def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(runs, bucket, tiny_dir,
     assert steps == {"2", "4", "4.damaged"}
     assert fingerprint(load_run("gs://bucket/runs/b")[0].params) == fingerprint(load_run(run)[0].params)
     assert curve(text(bucket, "runs/b/metrics.jsonl")) == curve((whole / "metrics.jsonl").read_text())
+    for name in bucket.names("bucket/runs/b/"):  # and back
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bucket.objects["bucket", name.removeprefix("bucket/")][0])
+    assert fingerprint(load_run(tmp_path / "bucket/runs/b")[0].params) == fingerprint(load_run(run)[0].params)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +207,14 @@ def test_a_model_that_is_not_there(bucket, name, said, capsys):
     assert main(["sample", "--model", name, "--prompt", "x"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error and name in error
+
+
+def test_a_bucket_that_is_not_there(runs, tiny_dir, pairs_file, capsys):
+    place = f"gs://{NO_BUCKET}/place"
+    for code in (main(["export", "--run", runs[0], "--output", place]), dpo(tiny_dir, pairs_file, place)):
+        assert code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(place in line and "check the bucket's name" in line for line in said)
 
 
 def test_runs_lie_where_orbax_can_write(tiny_dir, pairs_file, capsys):

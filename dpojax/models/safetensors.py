@@ -256,20 +256,21 @@ def written_aside(
     writes ``last`` last.
     """
     if in_store(directory):
-        with reaching(directory):
+        with reaching(directory, writes=True):
             _remove_files(directory, patterns, last)
             yield directory
         return
     aside = directory.with_name(directory.name + ".partial")
-    remove(aside)
     try:
+        remove(aside)
         aside.mkdir(parents=True)
         yield aside
-    except OSError as error:
-        remove(aside)
-        raise UserError(f"{directory}: cannot be written ({error}); free some space or name another place") from None
-    except BaseException:
-        remove(aside)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            remove(aside)
+        if isinstance(error, OSError):
+            said = f"{directory}: cannot be written ({error}); free some space or name another place"
+            raise UserError(said) from None
         raise
     make_directory(directory)
     _remove_files(directory, patterns, last)
