@@ -36,7 +36,7 @@ class ForwardOptions(PassOptions):
     """How a forward pass computes."""
 
     logprob_chunk_tokens: int = 512
-    """Completion tokens whose logits exist at one time; less takes less memory."""
+    """Completion tokens whose logits exist at one time on a device; less takes less memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,7 @@ def make_program(
         apply_of(trained, remat=compute.remat, routings=routings),
         objective,
         chunk_tokens=chunk,
+        mesh=mesh,
         dropout=dropout,
         balance=None if trained.experts is None else lambda: balance_loss(trained, routings.pop()),
         router_aux_loss_coef=router_aux_loss_coef,
@@ -243,7 +244,8 @@ def make_ref_step(
     reads = traits.reference_statistics | ({"hidden"} if traits.compares_distributions else set())
 
     def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
-        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
+        read = frozenset(reads)
+        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=read, mesh=mesh)
 
     def output(stats: CompletionStats, batch: PairBatch) -> ReferenceOutput:
         return ReferenceOutput(logps_of(stats, batch, traits), stats.hidden)

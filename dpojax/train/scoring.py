@@ -59,7 +59,7 @@ def make_logps_step(
     """A jitted ``logps_step(params, batch) -> [B, N]``: sums over each completion's tokens, nats."""
 
     def logps(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
-        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
+        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens, mesh=mesh)
 
     return jit_forward(logps, mesh, config, micro_batches)
 
