@@ -43,8 +43,9 @@ class ForwardOptions(PassOptions):
 class ComputeOptions(ForwardOptions):
     """How a train step computes: a forward pass, and what its backward pass keeps."""
 
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but weight products, or whole layers."""
+    remat: Literal["none", "mlp", "dots", "qkv", "attention", "block"] = "none"
+    """What the backward pass recomputes, from nothing to whole layers: keeps all; weight products and attention's
+    results (mlp); weight products; attention's inputs and results (qkv); its results; one activation a layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -198,9 +198,10 @@ def token_values(
 ) -> dict[str, Float[Array, "R Z"]]:
     """Every token's log-probability (``logps``) and the statistics of it that are read, by name.
 
-    On a mesh every device computes those of its own tokens, ``chunk_tokens`` at a time. It gathers the unembedding once,
-    in the compute dtype, and where devices split the vocabulary too, its part of that. The unembedding's gradient is
-    added up over a device's chunks in float32, and over the devices once, in the compute dtype, as the layers' are.
+    On a mesh every device computes those of its own tokens, ``chunk_tokens`` at a time. It gathers the unembedding
+    once, in the compute dtype, and where devices split the vocabulary too, its part of that. The unembedding's
+    gradient is added up over a device's chunks in float32, and over the devices once, in the compute dtype, as the
+    layers' are.
     """
 
     rows = {name: statistic for name, statistic in TOKEN_STATISTICS.items() if name in reads}

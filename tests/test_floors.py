@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
-    *("errors", "configs", "options", "progress", "cachedir", "startup", "types", "sharding", "losses"),
+    *("errors", "configs", "options", "progress", "cachedir", "startup", "types", "compiler", "sharding", "losses"),
     *("theory", "packing", "logprobs", "models", "data", "show", "train", "generate", "evaluate", "cli", "__main__"),
 ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,7 +22,7 @@ Attend = Callable[[Array, Array, Array, Array, float | None], Array]
 Attention = Callable[[Array, Array, Array], Array]
 """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of packed sequences -> ``[R, T, H, h]``."""
 OnPadded = Callable[[Array, Array, Array, Array], Array]
-"""Queries ``[B, S, H, h]``, keys and values ``[B, S, K, h]`` of padded rows, prompt lengths ``[B]`` -> ``[B, S, H, h]``."""
+"""The same on padded rows, ``[B, S, H, h]`` and ``[B, S, K, h]``, with the lengths of prompts behind."""
 MakeAttention = Callable[[ModelInput, int | None, float | None], Attention]
 """A batch, how many of the latest tokens a token sees (None: all), the cap of scores (None: none) -> attention."""
 CUDNN_HEAD = 128
@@ -113,7 +114,7 @@ def _attend_forward(
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row that may see nothing stays a number
     p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     p = (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(B, K, n, -1).astype(v.dtype)
-    o = jnp.einsum("bkny,bkyh->bknh", p, v)
+    o = checkpoint_name(jnp.einsum("bkny,bkyh->bknh", p, v), "attention")
     return _tokens_first(o, groups), (q, k, v, p, o, slope)
 
 
@@ -198,6 +199,7 @@ def shared_prompt_attention(
 
     def on_padded(q: Array, k: Array, v: Array, prompt_len: Array) -> Array:
         B, N = q.shape[0], (q.shape[1] - P) // C if C else 0
+        q, k, v = checkpoint_name((q, k, v), "qkv")
         valid = jnp.arange(P)[None, :] >= P - prompt_len[:, None]
         prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P, window) & valid[:, None, :], softcap)
         if N == 0:

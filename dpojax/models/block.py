@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dpojax.models.config import DecoderConfig, Norm
@@ -231,7 +232,7 @@ activate_and_project.defvjp(_activate_and_project_forward, _activate_and_project
 
 def mlp(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
     """The feed-forward half of a layer (:class:`~dpojax.models.config.Mlp`)."""
-    inputs = project(weights, ("gate", "up") if config.mlp.gated else ("up",), x)
+    inputs = checkpoint_name(project(weights, ("gate", "up") if config.mlp.gated else ("up",), x), "mlp")
     down = {name: w for name, w in weights.items() if name.startswith("down")}
     return activate_and_project(config.mlp.act, tuple(inputs), down, weights.get("dropout"))
 
@@ -251,7 +252,7 @@ def attention(
     if config.attention.scale is not None:  # kernels multiply scores with head_dim ** -0.5
         q = q * jnp.asarray(config.attention.scale * config.attention.head_dim**0.5, q.dtype)
     out, cache = mix(q, k, v, cache)
-    return project_back(weights, "o", out, weights.get("dropout")), cache
+    return checkpoint_name(project_back(weights, "o", out, weights.get("dropout")), "o"), cache
 
 
 def block(

@@ -23,12 +23,27 @@ from dpojax.types import Head, PyTree, Unembedding
 
 MixOfKind = Callable[[LayerKind], Mix]
 
+named, policies = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies
 REMAT = {
-    "none": None,  # keep every activation: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products with weights only
-    "block": jax.checkpoint_policies.nothing_saveable,  # keep one activation a layer: slowest, least memory
+    "none": None,
+    "mlp": named("attention", "qkv", "o", "mlp"),
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "qkv": named("attention", "qkv"),
+    "attention": named("attention"),
+    "block": policies.nothing_saveable,
 }
-"""What the backward pass recomputes, by name."""
+"""What the backward pass keeps of every layer, by name; it computes all else again. From the most memory and the least
+recomputation on, and how many numbers a token has there, with D, F the widths of model and MLP, H and K heads of h:
+
+- ``none``: everything.
+- ``mlp``: products with weights, and attention's inputs and results, ``D + (2 H + 2 K) h + D + 2 F``.
+- ``dots``: products with weights, so that attention is computed again, ``D + (H + 2 K) h + D + 2 F``.
+- ``qkv``: attention's inputs and results, ``D + (2 H + 2 K) h``.
+- ``attention``: attention's results, ``D + H h``.
+- ``block``: the residual stream, ``D``.
+
+Attention's inputs and results are those of the padded layout, except for ``dots``.
+"""
 
 
 def embed(

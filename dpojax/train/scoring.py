@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from dpojax.compiler import compiler_options
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
 from dpojax.models import DecoderConfig, param_shardings
@@ -50,7 +51,8 @@ def jit_forward(
         return jax.tree.map(lambda x: join_micro(x, R), parts)
 
     by_batch = batch_sharding(mesh)
-    return jax.jit(whole, in_shardings=(param_shardings(mesh, config), by_batch), out_shardings=by_batch)
+    shardings, options = (param_shardings(mesh, config), by_batch), compiler_options(mesh)
+    return jax.jit(whole, in_shardings=shardings, out_shardings=by_batch, compiler_options=options)
 
 
 def make_logps_step(
