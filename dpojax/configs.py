@@ -13,8 +13,9 @@ import tyro
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices."""
 
-    data: int = -1
-    """Copies of the model that split the batch (-1: all devices that the other axes leave)."""
+    data: int | Literal["auto"] = "auto"
+    """Copies of the model that split the batch (-1: all devices that the other axes leave; auto: the same, or, where a
+    copy would not fit into a device's memory, fewer, and --mesh.fsdp takes their place)."""
     fsdp: int = 1
     """Devices that split the batch and share out parameters and optimizer state between them."""
     tensor: int = 1

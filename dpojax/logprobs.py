@@ -227,8 +227,9 @@ def token_values(
     )
     # Axes that split the vocabulary stay with the compiler, which splits the products and the sums over it.
     own = set(mesh.axis_names) - {axis for axis in RULES.mesh_axes("vocab") if mesh.shape[axis] > 1}
-    form = {"mesh": mesh, "in_specs": (by_row, by_row, by_row, *by_width), "out_specs": by_row, "axis_names": own}
-    return jax.shard_map(on_device, **form, check_vma=False)(h_RZD, targets, theirs, head, other)
+    specs = (by_row, by_row, by_row, *by_width)
+    split = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=by_row, axis_names=own, check_vma=False)
+    return split(h_RZD, targets, theirs, head, other)
 
 
 def completion_stats(

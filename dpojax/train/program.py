@@ -20,6 +20,7 @@ from dpojax.models import (
     check_divides,
     make_apply,
     make_attention,
+    partition,
     unembedding_of,
 )
 from dpojax.models.experts import Routing, balance_loss
@@ -168,6 +169,27 @@ def make_program(
         policy_logps=logps_step if trained == config else logps_of_model(trained),
         ref_step=make_ref_step(apply_of(config), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches),
     )
+
+
+def bytes_per_copy(config: TrainOptions, task: Task, model: DecoderConfig, lora: Lora | None = None) -> int:
+    """Bytes of all that a copy of a run's model holds between steps and in them: the parameters, the gradients and the
+    optimizer's state of what is trained, and a live reference's parameters where the policy's are trained.
+
+    Args:
+      config, task: the command's.
+      model: the reference's shape.
+      lora: the policy's adapter.
+    """
+    policy = model if lora is None else dataclasses.replace(model, lora=lora)
+    top = config.train_top_layers
+    trained = policy if top is None else top_config(policy, top)
+    trainable = of_adapter if trained.lora else every if top is None else of_top
+    params, frozen = partition(abstract_params(trained), trainable)
+    optimizer = make_optimizer(make_schedule(), optim=config.optim, optim_dtype=config.optim_dtype)
+    held = [params, params, frozen, jax.eval_shape(optimizer.init, params)]
+    if task.reference.form in ("live", "moving") and trained.lora is None:
+        held.append(abstract_params(model))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
 
 
 def default_beta(objective: Objective) -> float:
