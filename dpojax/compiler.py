@@ -15,8 +15,9 @@ ASYNC_GATHER = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
 }
-"""Gathers of weights go on beside the products of the layer before."""
+"""Gathers of weights go on beside products."""
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "TPU v5 lite": ASYNC_REDUCE,

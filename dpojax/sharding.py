@@ -25,6 +25,7 @@ class Rules:
 
     batch: MeshAxes = ("data", "fsdp")
     length: MeshAxes = None
+    residual: MeshAxes = "tensor"
     layers: MeshAxes = None
     embed: MeshAxes = "fsdp"
     norm: MeshAxes = None
@@ -56,8 +57,8 @@ RULES = Rules()
 
 
 MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
-"""Memory of a device, in GiB, by ``device_kind``, for those that are not there to be asked; of a TPU7x, that of one of a
-chip's two devices. Source: Google Cloud's pages of each TPU version."""
+"""Memory of a device, in GiB, by ``device_kind``, for those that are not there to be asked; of a TPU7x, that of one of
+a chip's two devices. Source: Google Cloud's pages of each TPU version."""
 SHARE = 0.25
 """Of a device's memory that the state of training may take; activations and gathered weights need the rest."""
 
@@ -180,10 +181,19 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def constrainer(mesh: Mesh) -> Constrain:
-    """A function that pins an activation to its place on the mesh; the identity on one device."""
+    """A function that pins an activation to its place on the mesh; the identity on one device.
+
+    A dimension that the devices do not divide is not split.
+    """
     if mesh.size == 1:
         return lambda x, axes: x
-    return lambda x, axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(axes)))
+
+    def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+        parts = (math.prod(mesh.shape[name] for name in RULES.mesh_axes(axis)) if axis else 1 for axis in axes)
+        kept = tuple(axis if n % part == 0 else None for axis, n, part in zip(axes, x.shape, parts, strict=True))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(kept)))
+
+    return constrain
 
 
 def put_global(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -19,8 +19,11 @@ from jaxtyping import Array, Float
 from dpojax.models.config import DecoderConfig, Norm
 from dpojax.models.fewbits import dequantized
 from dpojax.models.params import BACK
+from dpojax.sharding import Constrain
 
 Weights = Mapping[str, Any]
+WHOLE, RESIDUAL = ("batch", "length", None), ("batch", "residual", None)
+"""Where activations lie within a layer's halves, and where the residual stream lies between them."""
 Cache = tuple[Array, Array] | None
 Mix = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
 """Queries, keys, values and the KV cache -> attention's outputs and the new KV cache."""
@@ -262,6 +265,7 @@ def block(
     mix: Mix,
     cache: Cache = None,
     feed: Feed = mlp,
+    constrain: Constrain | None = None,
 ) -> tuple[Float[Array, "R T D"], Cache]:
     """One layer's output and its KV cache.
 
@@ -272,18 +276,29 @@ def block(
       mix: rotary positions and attention over tokens.
       cache: keys and values of earlier tokens; None in training.
       feed: the feed-forward half: an MLP, or a mixture of experts.
+      constrain: pins activations to their place on a mesh whose devices split a layer: between its halves the residual
+        stream is split by length, and within them heads and MLP are (sequence parallelism, Korthikanti et al. 2022,
+        arXiv 2205.05198). None: no device splits a layer.
     """
 
     def norm(name: str, x: Array) -> Array:
         return normalize(config.norm, weights, name, x)
 
+    # Each crossing names the places on both of its sides, which are those of its gradient too.
+    def enter(x: Array) -> Array:
+        return x if constrain is None else constrain(constrain(x, RESIDUAL), WHOLE)
+
+    def leave(x: Array) -> Array:
+        return x if constrain is None else constrain(constrain(x, WHOLE), RESIDUAL)
+
     before, after = config.residual != "post", config.residual in ("post", "pre_post")
-    normed = norm("attn_norm", x) if before else x
+    normed = enter(norm("attn_norm", x) if before else x)
     out, cache = attention(config, weights, normed, mix, cache)
+    out = leave(out)
     if config.residual == "parallel_shared":
-        return x + out + feed(config, weights, normed), cache
+        return x + out + leave(feed(config, weights, normed)), cache
     if config.residual == "parallel":
-        return x + out + feed(config, weights, norm("mlp_norm", x)), cache
+        return x + out + leave(feed(config, weights, enter(norm("mlp_norm", x)))), cache
     x = x + (norm("attn_post_norm", out) if after else out)
-    out = feed(config, weights, norm("mlp_norm", x) if before else x)
+    out = leave(feed(config, weights, enter(norm("mlp_norm", x) if before else x)))
     return x + (norm("mlp_post_norm", out) if after else out), cache
