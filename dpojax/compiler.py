@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 ASYNC_REDUCE = {
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_jf_crs_combiner_threshold_in_bytes": "1000000",
 }
-"""Reductions of gradients go on beside the products of the backward pass."""
+"""Reductions of gradients go on beside products; several that are combined into one could not."""
 ASYNC_GATHER = {
     "xla_enable_async_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -17,16 +18,20 @@ ASYNC_GATHER = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_tpu_prefer_async_allgather_to_allreduce": "true",
 }
-"""Gathers of weights go on beside products."""
+"""Gathers of weights go on beside products; without the last of these a v5p fills zeros in and reduces them instead."""
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
     "TPU v5 lite": ASYNC_REDUCE,
     "TPU v5": ASYNC_REDUCE | ASYNC_GATHER,
 }
-"""Options of XLA's compiler by ``device_kind``, each with the figure that earned its place:
+"""Options of XLA's compiler by ``device_kind``, each with what earned its place.
 
-- TPU v5 lite (v5e)
-- TPU v5 (v5p)
+The figures are the compiler's own estimate of a train step and a ring model of what collectives cost that nothing hides
+(libtpu 0.0.42; 8 billion parameters, 256 pairs of 2,048 tokens, bfloat16, AdamW).
+
+- TPU v5 lite (v5e), fsdp 256: the reductions of a step's gradients that nothing hides fall from 160 to 78 ms (MLP and
+  attention), 30 ms of them by the combiner's threshold. The options for gathers change nothing.
+- TPU v5 (v5p), fsdp 64: FIGURES.
 """
 
 
