@@ -1,8 +1,12 @@
-"""The options that programs are compiled with, by the kind of chip."""
+"""What XLA's compiler is told: options by the kind of chip, and barriers where they help."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
+import jax
 from jax.sharding import Mesh
+
+T = TypeVar("T")
 
 ASYNC_REDUCE = {
     "xla_enable_async_all_reduce": "true",
@@ -39,3 +43,13 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """The options of the mesh's kind of chip, for ``jax.jit``; None where it has none, as CPUs and GPUs."""
     found = OPTIONS.get(mesh.devices.flat[0].device_kind)
     return dict(found) if found else None
+
+
+def barrier(x: T) -> T:
+    """The arrays, computed in full before anything that reads them; as they are on a TPU.
+
+    XLA's CPU compiler would otherwise compute them inside of each reader, element by element. On a TPU that is faster:
+    0.87 ms of a layer's 20.4, and 1.7 ms of the unembedding's 35.7 (compiler's estimate; 8 billion parameters, 2,048
+    tokens a chip of v5e).
+    """
+    return jax.lax.platform_dependent(x, tpu=lambda x: x, default=jax.lax.optimization_barrier)

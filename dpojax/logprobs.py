@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dpojax.compiler import barrier
 from dpojax.packing import (
     ApplyFn,
     PairBatch,
@@ -102,13 +103,13 @@ def _token_logps_backward(
     ) -> tuple[Float[Array, "R z D"], Unembedding]:
         logits = logits_of(h, head) if logits is None else logits
         # Without the barrier, XLA's CPU compiler would gather these again for every logit.
-        g, target, normaliser = jax.lax.optimization_barrier((g, target, normaliser))
+        g, target, normaliser = barrier((g, target, normaliser))
         p = jnp.exp(logits - normaliser[..., None])
         dlogits = g[..., None] * ((vocab == target[..., None]) - p)
         if softcap is not None:
             dlogits = dlogits * (1 - jnp.square(logits / softcap))
         # Without the barrier, XLA would compute the softmax once for each of the two products.
-        dlogits = jax.lax.optimization_barrier(dlogits.astype(h.dtype))
+        dlogits = barrier(dlogits.astype(h.dtype))
         dh = jnp.einsum("rzv,vd->rzd", dlogits, matrix.astype(h.dtype))
         dmatrix = jnp.einsum("rzv,rzd->vd", dlogits, h, preferred_element_type=jnp.float32)
         dbias = None if bias is None else jnp.sum(dlogits, axis=(0, 1), dtype=jnp.float32)

@@ -16,6 +16,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dpojax.compiler import barrier
 from dpojax.models.config import DecoderConfig, Norm
 from dpojax.models.fewbits import dequantized
 from dpojax.models.params import BACK
@@ -153,7 +154,7 @@ def _rms_norm_backward(eps: float, kept: tuple, dy: Array) -> tuple[Array, Array
     x, r, scale = kept
     n, dy = x.astype(jnp.float32) * r, dy.astype(jnp.float32)
     # The sums are matrix products with vectors, which XLA's CPU compiler makes faster than reductions.
-    product = jax.lax.optimization_barrier(dy * n)
+    product = barrier(dy * n)
     scale32 = scale.astype(jnp.float32)
     dscale = jnp.einsum("rt,rtd->d", jnp.ones(x.shape[:2]), product)
     mean = jnp.einsum("rtd,d->rt", product, scale32 / x.shape[-1])[..., None]
@@ -221,7 +222,7 @@ def _activate_and_project_backward(act: str, kept: tuple, do: Array) -> tuple[tu
     # computing these inside of the products' transpositions, element by element.
     inputs, dh = jax.lax.optimization_barrier((inputs, dh))
     h, back = jax.vjp(lambda inputs: _activate(act, inputs), inputs)
-    h, dinputs = jax.lax.optimization_barrier((h, back(dh)[0]))
+    h, dinputs = barrier((h, back(dh)[0]))
     dweights = jax.vjp(lambda weights: project_back(weights, "down", h, dropout), weights)[1](do)[0]
     return dinputs, dweights, None
 
