@@ -220,7 +220,7 @@ def _activate_and_project_backward(act: str, kept: tuple, do: Array) -> tuple[tu
     (dh,) = jax.linear_transpose(lambda h: project_back(_without_bias(weights), "down", h, dropout), inputs[0])(do)
     # The first barrier keeps XLA from keeping the forward pass's activation; the second keeps its CPU compiler from
     # computing these inside of the products' transpositions, element by element.
-    inputs, dh = jax.lax.optimization_barrier((inputs, dh))
+    inputs, dh = barrier((inputs, dh))
     h, back = jax.vjp(lambda inputs: _activate(act, inputs), inputs)
     h, dinputs = barrier((h, back(dh)[0]))
     dweights = jax.vjp(lambda weights: project_back(weights, "down", h, dropout), weights)[1](do)[0]
