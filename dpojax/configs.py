@@ -13,8 +13,9 @@ import tyro
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices."""
 
-    data: int = -1
-    """Copies of the model that split the batch (-1: all devices that the other axes leave)."""
+    data: int | Literal["auto"] = "auto"
+    """Copies of the model that split the batch (-1: all devices that the other axes leave; auto: the same, or, where a
+    copy would not fit into a device's memory, fewer, and --mesh.fsdp takes their place)."""
     fsdp: int = 1
     """Devices that split the batch and share out parameters and optimizer state between them."""
     tensor: int = 1
@@ -36,15 +37,16 @@ class ForwardOptions(PassOptions):
     """How a forward pass computes."""
 
     logprob_chunk_tokens: int = 512
-    """Completion tokens whose logits exist at one time; less takes less memory."""
+    """Completion tokens whose logits exist at one time on a device; less takes less memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeOptions(ForwardOptions):
     """How a train step computes: a forward pass, and what its backward pass keeps."""
 
-    remat: Literal["none", "dots", "block"] = "none"
-    """What the backward pass recomputes: nothing, all but weight products, or whole layers."""
+    remat: Literal["none", "mlp", "dots", "qkv", "attention", "block"] = "none"
+    """What the backward pass recomputes, from nothing to whole layers: keeps all; weight products and attention's
+    results (mlp); weight products; attention's inputs and results (qkv); its results; one activation a layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dpojax.compiler import barrier
 from dpojax.packing import (
     ApplyFn,
     PairBatch,
@@ -21,6 +23,7 @@ from dpojax.packing import (
     predictor_index,
     target_len,
 )
+from dpojax.sharding import RULES
 from dpojax.types import (
     STATISTICS,
     CompletionStats,
@@ -100,13 +103,13 @@ def _token_logps_backward(
     ) -> tuple[Float[Array, "R z D"], Unembedding]:
         logits = logits_of(h, head) if logits is None else logits
         # Without the barrier, XLA's CPU compiler would gather these again for every logit.
-        g, target, normaliser = jax.lax.optimization_barrier((g, target, normaliser))
+        g, target, normaliser = barrier((g, target, normaliser))
         p = jnp.exp(logits - normaliser[..., None])
         dlogits = g[..., None] * ((vocab == target[..., None]) - p)
         if softcap is not None:
             dlogits = dlogits * (1 - jnp.square(logits / softcap))
         # Without the barrier, XLA would compute the softmax once for each of the two products.
-        dlogits = jax.lax.optimization_barrier(dlogits.astype(h.dtype))
+        dlogits = barrier(dlogits.astype(h.dtype))
         dh = jnp.einsum("rzv,vd->rzd", dlogits, matrix.astype(h.dtype))
         dmatrix = jnp.einsum("rzv,rzd->vd", dlogits, h, preferred_element_type=jnp.float32)
         dbias = None if bias is None else jnp.sum(dlogits, axis=(0, 1), dtype=jnp.float32)
@@ -185,6 +188,51 @@ TOKEN_STATISTICS: dict[str, Callable[..., Float[Array, "R Z"]]] = {"squares": _s
 A further one is a row here, and a field of this name of CompletionStats and of PairLogps."""
 
 
+def token_values(
+    h_RZD: Float[Array, "R Z D"],
+    head: Head,
+    targets: Int[Array, "R Z"],
+    chunk_tokens: int,
+    reads: frozenset[str] = frozenset(),
+    ref: ReferenceOutput | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Float[Array, "R Z"]]:
+    """Every token's log-probability (``logps``) and the statistics of it that are read, by name.
+
+    On a mesh every device computes those of its own tokens, ``chunk_tokens`` at a time. It gathers the unembedding
+    once, in the compute dtype, and where devices split the vocabulary too, its part of that. The unembedding's
+    gradient is added up over a device's chunks in float32, and over the devices once, in the compute dtype, as the
+    layers' are.
+    """
+
+    rows = {name: statistic for name, statistic in TOKEN_STATISTICS.items() if name in reads}
+
+    def of_own(h: Array, targets: Array, theirs: Array | None, head: Head, other: Head | None) -> dict[str, Array]:
+        known = None if ref is None else ReferenceOutput(None, theirs, other)  # type: ignore[arg-type]  # no sums are read
+        values = {name: statistic(h, head, known, chunk_tokens) for name, statistic in rows.items()}
+        return {"logps": token_logps(h, head, targets, chunk_tokens), **values}
+
+    theirs, other = (None, None) if ref is None else (ref.hidden, ref.head)
+    if mesh is None or mesh.size == 1:
+        return of_own(h_RZD, targets, theirs, head, other)
+
+    def gathered(x: Array) -> Array:
+        return jax.lax.all_gather(x.astype(h_RZD.dtype), RULES.mesh_axes("embed"), axis=1, tiled=True)
+
+    def on_device(h: Array, targets: Array, theirs: Array | None, *heads: Head | None) -> dict[str, Array]:
+        return of_own(h, targets, theirs, *jax.tree.map(lambda x: gathered(x) if x.ndim == 2 else x, heads))
+
+    by_row = PartitionSpec(RULES.batch)
+    by_width = jax.tree.map(
+        lambda x: PartitionSpec(None, RULES.embed) if x.ndim == 2 else PartitionSpec(), (head, other)
+    )
+    # Axes that split the vocabulary stay with the compiler, which splits the products and the sums over it.
+    own = set(mesh.axis_names) - {axis for axis in RULES.mesh_axes("vocab") if mesh.shape[axis] > 1}
+    specs = (by_row, by_row, by_row, *by_width)
+    split = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=by_row, axis_names=own, check_vma=False)
+    return split(h_RZD, targets, theirs, head, other)
+
+
 def completion_stats(
     apply_fn: ApplyFn,
     params: PyTree,
@@ -193,6 +241,7 @@ def completion_stats(
     chunk_tokens: int = 512,
     reads: frozenset[str] = frozenset(),
     ref: ReferenceOutput | None = None,
+    mesh: Mesh | None = None,
 ) -> CompletionStats:
     """Sums of log-probabilities of every completion, and from the same pass the statistics that are asked for.
 
@@ -200,9 +249,10 @@ def completion_stats(
       apply_fn: the model, as :class:`~dpojax.types.ApplyFn`.
       params: its parameters.
       batch: prompts with N completions each.
-      chunk_tokens: completion tokens whose logits exist at one time, counted over the batch.
+      chunk_tokens: completion tokens whose logits exist at one time on a device.
       reads: statistics (:data:`~dpojax.types.STATISTICS`), and ``hidden``.
       ref: the reference's distributions, for ``kl``.
+      mesh: the devices that the batch lies on (default: one).
     """
     B, N, C = batch.completions.shape
     inputs = model_input(batch)
@@ -218,12 +268,9 @@ def completion_stats(
         return gather(jnp.where(mask, values, 0.0), packed_index).reshape(B, N, C)
 
     targets = gather(batch.completions.reshape(R, -1), target_index)
-    tokens = padded(token_logps(h_RZD, head, targets, chunk_tokens))
-    stats: dict[str, Array] = {
-        name: jnp.sum(padded(statistic(h_RZD, head, ref, chunk_tokens)), axis=-1)
-        for name, statistic in TOKEN_STATISTICS.items()
-        if name in reads
-    }
+    values = {name: padded(x) for name, x in token_values(h_RZD, head, targets, chunk_tokens, reads, ref, mesh).items()}
+    tokens = values.pop("logps")
+    stats: dict[str, Array] = {name: jnp.sum(x, axis=-1) for name, x in values.items()}
     sums = jnp.sum(tokens, axis=-1)
     if batch.loss_mask is not None:  # objectives find a completion's tokens by its length, from the left
         tokens = jnp.take_along_axis(tokens, jnp.argsort(~completion_mask(batch), axis=-1, stable=True), axis=-1)
@@ -241,10 +288,10 @@ def completion_rewards(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> F
 
 
 def completion_logps(
-    apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 512
+    apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 512, mesh: Mesh | None = None
 ) -> Float[Array, "B N"]:
     r"""``log pi(y|x) = sum_t log pi(y_t | x, y_<t)`` of every completion, ``[B, N]``, float32, nats."""
-    return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens).sums
+    return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, mesh=mesh).sums
 
 
 def pair_up(stats: CompletionStats, batch: PairBatch) -> PairLogps:
@@ -291,6 +338,7 @@ def pair_logps(
     chunk_tokens: int = 512,
     reads: frozenset[str] = frozenset(),
     ref: ReferenceOutput | None = None,
+    mesh: Mesh | None = None,
 ) -> PairLogps:
     r"""Log-probabilities of both sides of every pair: sums over completion tokens, EOS included, prompt excluded.
 
@@ -302,12 +350,13 @@ def pair_logps(
       apply_fn: the model, as :class:`~dpojax.types.ApplyFn`.
       params: its parameters.
       batch: pairs, ``completions [B, 2, C]``, or more completions of each prompt (:func:`pair_up`).
-      chunk_tokens: completion tokens whose logits exist at one time, counted over the batch.
+      chunk_tokens: completion tokens whose logits exist at one time on a device.
       reads: what else an objective reads (:class:`~dpojax.losses.traits.Traits`).
       ref: the reference's distributions, where ``kl`` is read.
+      mesh: the devices that the batch lies on (default: one).
 
     Returns:
       :class:`~dpojax.types.PairLogps`, ``[B]`` a field, float32, nats.
     """
-    stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=ref)
+    stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=ref, mesh=mesh)
     return pair_up(stats, batch)

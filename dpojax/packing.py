@@ -86,7 +86,8 @@ class ModelInput:
     """Packed tokens, as a model reads them, and the indices that attention needs.
 
     ``padded_index`` maps packed positions to the padded layout and ``packed_index`` maps back; an index beyond the end
-    means no token. ``prompt`` and ``completion`` are P and C. ``hidden``, where given, replaces the embeddings.
+    means no token. ``prompt`` and ``completion`` are P and C. ``hidden``, where given, replaces the embeddings. Without
+    ``packed``, the sequences are the padded rows themselves, one each.
     """
 
     tokens: Int[Array, "R T"]
@@ -97,6 +98,7 @@ class ModelInput:
     prompt: int = struct.field(pytree_node=False)
     completion: int = struct.field(pytree_node=False)
     hidden: Float[Array, "R T D"] | None = None
+    packed: bool = struct.field(pytree_node=False, default=True)
 
 
 @runtime_checkable
@@ -202,6 +204,7 @@ def model_input(batch: PairBatch) -> ModelInput:
         prompt=P,
         completion=C,
         hidden=batch.hidden,
+        packed=batch.packing is not None,
     )
 
 

@@ -1,6 +1,7 @@
 """The mesh, and which mesh axis each logical axis of an array is split over."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class Rules:
 
     batch: MeshAxes = ("data", "fsdp")
     length: MeshAxes = None
+    residual: MeshAxes = "tensor"
     layers: MeshAxes = None
     embed: MeshAxes = "fsdp"
     norm: MeshAxes = None
@@ -55,18 +57,85 @@ class Rules:
 RULES = Rules()
 
 
+MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "TPU7x": 96}
+"""Memory of a device, in GiB, by ``device_kind``, for those that are not there to be asked; of a TPU7x, that of one of
+a chip's two devices. Source: Google Cloud's pages of each TPU version."""
+SHARE = 0.25
+"""Of a device's memory that the state of training may take; activations and gathered weights need the rest."""
+
+
+def memory_of(device: jax.Device) -> float:
+    """Bytes of a device's memory; infinite where nobody says, as of a CPU."""
+    try:
+        stats = device.memory_stats()
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # of a device that is compiled for, and not there
+        stats = None
+    known = (stats or {}).get("bytes_limit")
+    return float(known or MEMORY.get(device.device_kind, math.inf) * 2**30)
+
+
+def auto_mesh(config: MeshConfig, devices: Sequence[jax.Device], bytes_per_copy: float) -> MeshConfig:
+    """The mesh for a model, where ``--mesh.data auto`` leaves it open: copies of the model, or, where the state of
+    training would take more than a quarter of a device's memory, as few shares of each copy as make it fit.
+
+    Args:
+      config: what is asked for; sizes that are given stay.
+      devices: those to use.
+      bytes_per_copy: parameters, gradients, optimizer state and, where one is held, reference
+        (:func:`~dpojax.train.program.bytes_per_copy`).
+    """
+    if config.data != "auto" or -1 in (config.fsdp, config.tensor):
+        return config
+    rest, slices = len(devices) // max(config.tensor, 1), slices_of(devices)
+    if config.fsdp != 1 or rest < 1:
+        return dataclasses.replace(config, data=-1)
+    room = SHARE * min(memory_of(device) for device in devices) * max(config.tensor, 1)
+    within = max(rest // slices, 1)  # shares of a copy stay where links are fast
+    parts = [n for n in range(1, within + 1) if within % n == 0]
+    fsdp = next((n for n in parts if bytes_per_copy / n <= room), within)
+    return dataclasses.replace(config, data=-1, fsdp=fsdp)
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """How many slices of TPUs the devices are; those of one are joined by fast links, slices by the network."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def ordered(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of (data, fsdp, tensor), neighbours along fast links: of several slices, each is a part
+    of the axis ``data``, whose gradients are all that goes over the network.
+
+    Raises:
+      UserError: the slices do not divide the axis ``data``.
+    """
+    data, *others = sizes
+    slices = slices_of(devices)
+    # Devices in their order of numbers ignore a TPU's links; this orders them along the torus.
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    if data % slices:
+        raise UserError(f"--mesh.data: {data} copies do not divide over {slices} slices; use a multiple")
+    each, over = (data // slices, *others), (slices, *[1] * len(others))
+    return mesh_utils.create_hybrid_device_mesh(each, over, devices, allow_split_physical_axes=True)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices as a mesh of (data, fsdp, tensor), neighbours along fast links where devices have links.
 
     Args:
-      config: devices along each axis; one of them may be -1, for the rest.
+      config: devices along each axis; one of them may be -1, for the rest. Where no model is known (:func:`auto_mesh`),
+        ``auto`` is the rest too, if no other axis is.
       devices: those to use (default: all of JAX's default kind).
 
     Raises:
       UserError: the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dataclasses.asdict(config)
+    asked = dataclasses.asdict(config)
+    sizes: dict[str, int] = {
+        **asked,
+        "data": (1 if -1 in asked.values() else -1) if config.data == "auto" else config.data,
+    }
     known = int(np.prod([n for n in sizes.values() if n != -1]))
     free = [axis for axis, n in sizes.items() if n == -1]
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
@@ -74,11 +143,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if free:
         sizes[free[0]] = len(devices) // known
     if int(np.prod(list(sizes.values()))) != len(devices):
-        flags = " x ".join(f"{axis} {n}" for axis, n in dataclasses.asdict(config).items())
+        flags = " x ".join(f"{axis} {n}" for axis, n in asked.items())
         raise UserError(f"--mesh: {flags} does not fit {len(devices)} devices; make the product equal their number")
-    # Devices in their order of numbers ignore a TPU's links; this orders them along the torus.
-    ordered = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(ordered, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(ordered(tuple(sizes.values()), devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def single_device_mesh() -> Mesh:
@@ -115,10 +182,19 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def constrainer(mesh: Mesh) -> Constrain:
-    """A function that pins an activation to its place on the mesh; the identity on one device."""
+    """A function that pins an activation to its place on the mesh; the identity on one device.
+
+    A dimension that the devices do not divide is not split.
+    """
     if mesh.size == 1:
         return lambda x, axes: x
-    return lambda x, axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(axes)))
+
+    def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+        parts = (math.prod(mesh.shape[name] for name in RULES.mesh_axes(axis)) if axis else 1 for axis in axes)
+        kept = tuple(axis if n % part == 0 else None for axis, n, part in zip(axes, x.shape, parts, strict=True))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, RULES.spec(kept)))
+
+    return constrain
 
 
 def put_global(tree: PyTree, shardings: PyTree) -> PyTree:

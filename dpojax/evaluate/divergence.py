@@ -43,7 +43,7 @@ def exact_kl(
       examples: prompts with N completions each.
       dtype, attention: of the forward passes.
       batch_size: rows at least, over all devices.
-      chunk_tokens: completion tokens whose logits exist at one time.
+      chunk_tokens: completion tokens whose logits exist at one time on a device.
       label: names the stage on the console.
     """
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
@@ -52,11 +52,12 @@ def exact_kl(
     by_batch, shardings = batch_sharding(mesh), param_shardings(mesh, config)
 
     def kls(policy: PyTree, ref: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
-        hidden = completion_stats(apply_fn, policy, batch, reads=frozenset({"hidden"})).hidden
+        hidden = completion_stats(apply_fn, policy, batch, reads=frozenset({"hidden"}), mesh=mesh).hidden
         # The statistic is KL(reference || policy): here the two change places.
         theirs = ReferenceOutput(None, hidden, unembedding_of(config, policy))  # type: ignore[arg-type]  # no sums are read
         reads = frozenset({"kl"})
-        kl = completion_stats(apply_fn, ref, batch, chunk_tokens=chunk_tokens, reads=reads, ref=theirs).kl
+        form = {"chunk_tokens": chunk_tokens, "reads": reads, "ref": theirs, "mesh": mesh}
+        kl = completion_stats(apply_fn, ref, batch, **form).kl  # type: ignore[arg-type]
         assert kl is not None
         return kl
 

@@ -5,19 +5,24 @@ Optimization barriers are for XLA's CPU compiler; ``scripts/profile_step.py`` me
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dpojax.errors import UserError
 from dpojax.models.config import Rope
 from dpojax.packing import ModelInput, gather
+from dpojax.sharding import RULES
 
 Attend = Callable[[Array, Array, Array, Array, float | None], Array]
 Attention = Callable[[Array, Array, Array], Array]
 """Queries ``[R, T, H, h]``, keys and values ``[R, T, K, h]`` of packed sequences -> ``[R, T, H, h]``."""
+OnPadded = Callable[[Array, Array, Array, Array], Array]
+"""The same on padded rows, ``[B, S, H, h]`` and ``[B, S, K, h]``, with the lengths of prompts behind."""
 MakeAttention = Callable[[ModelInput, int | None, float | None], Attention]
 """A batch, how many of the latest tokens a token sees (None: all), the cap of scores (None: none) -> attention."""
 CUDNN_HEAD = 128
@@ -109,7 +114,7 @@ def _attend_forward(
     scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a row that may see nothing stays a number
     p = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     p = (p / jnp.sum(p, axis=-1, keepdims=True)).reshape(B, K, n, -1).astype(v.dtype)
-    o = jnp.einsum("bkny,bkyh->bknh", p, v)
+    o = checkpoint_name(jnp.einsum("bkny,bkyh->bknh", p, v), "attention")
     return _tokens_first(o, groups), (q, k, v, p, o, slope)
 
 
@@ -174,7 +179,11 @@ def causal(n: int, window: int | None = None) -> Bool[Array, "1 n n"]:
 
 
 def shared_prompt_attention(
-    inputs: ModelInput, window: int | None = None, softcap: float | None = None, attend: Attend = attend
+    inputs: ModelInput,
+    window: int | None = None,
+    softcap: float | None = None,
+    attend: Attend = attend,
+    mesh: Mesh | None = None,
 ) -> Attention:
     """Attention where completions see their prompt and themselves, in blocks: no score between two completions of a
     prompt, nor of a prompt with its completions, is ever computed.
@@ -184,12 +193,14 @@ def shared_prompt_attention(
       window: how many of the latest tokens a token sees, itself included (None: all).
       softcap: the cap of scores (None: none).
       attend: attention of one block, as :func:`attend` and :func:`cudnn_attend`.
+      mesh: the devices that split sequences and heads (default: one).
     """
-    B, P, C = inputs.prompt_len.shape[0], inputs.prompt, inputs.completion
-    valid = jnp.arange(P)[None, :] >= P - inputs.prompt_len[:, None]
+    P, C = inputs.prompt, inputs.completion
 
-    def on_padded(q: Array, k: Array, v: Array) -> Array:
-        N = (q.shape[1] - P) // C if C else 0
+    def on_padded(q: Array, k: Array, v: Array, prompt_len: Array) -> Array:
+        B, N = q.shape[0], (q.shape[1] - P) // C if C else 0
+        q, k, v = checkpoint_name((q, k, v), "qkv")
+        valid = jnp.arange(P)[None, :] >= P - prompt_len[:, None]
         prompts = attend(q[:, :P], k[:, :P], v[:, :P], causal(P, window) & valid[:, None, :], softcap)
         if N == 0:
             return prompts
@@ -202,7 +213,7 @@ def shared_prompt_attention(
         completions = attend(own(q), behind(k), behind(v), mask, softcap)
         return jnp.concatenate([prompts, completions.reshape(B, N * C, *q.shape[2:])], axis=1)
 
-    return from_padded(on_padded, inputs)
+    return from_padded(on_padded, inputs, mesh)
 
 
 def cudnn_attend(q: Array, k: Array, v: Array, mask: Array, softcap: float | None = None) -> Array:
@@ -217,14 +228,11 @@ def cudnn_attend(q: Array, k: Array, v: Array, mask: Array, softcap: float | Non
 def splash_shared_prompt_attention(
     inputs: ModelInput, window: int | None, softcap: float | None, mesh: Mesh | None
 ) -> Attention:
-    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU. It splits itself over the mesh."""
+    """:func:`shared_prompt_attention` by JAX's Splash kernel: a TPU."""
     from dpojax.models.splash import splash_attention  # a TPU's compiler, which others need not load
 
-    def on_padded(q: Array, k: Array, v: Array) -> Array:
-        form = {"prompt": inputs.prompt, "completion": inputs.completion, "window": window, "softcap": softcap}
-        return splash_attention(q, k, v, inputs.prompt_len, mesh=mesh, **form)  # type: ignore[arg-type]
-
-    return from_padded(on_padded, inputs)
+    form: dict[str, Any] = {"prompt": inputs.prompt, "completion": inputs.completion}
+    return from_padded(functools.partial(splash_attention, window=window, softcap=softcap, **form), inputs, mesh)
 
 
 def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") -> MakeAttention:
@@ -250,19 +258,32 @@ def make_attention(name: str, mesh: Mesh | None = None, dtype: str = "float32") 
     if name == "splash":
         return lambda inputs, window, softcap: splash_shared_prompt_attention(inputs, window, softcap, mesh)
     kernel = cudnn_attend if name == "cudnn" else attend
-    return lambda inputs, window, softcap: shared_prompt_attention(inputs, window, softcap, kernel)
+    return lambda inputs, window, softcap: shared_prompt_attention(inputs, window, softcap, kernel, mesh)
 
 
-def from_padded(on_padded: Attention, inputs: ModelInput) -> Attention:
-    """Attention on packed sequences, from attention on the padded layout ``[B, S]``."""
-    B, R = inputs.prompt_len.shape[0], inputs.tokens.shape[0]
+def from_padded(on_padded: OnPadded, inputs: ModelInput, mesh: Mesh | None = None) -> Attention:
+    """Attention on packed sequences, from attention on the padded layout ``[B, S]``.
 
-    def attention(q: Array, k: Array, v: Array) -> Array:
-        H, K = q.shape[2], k.shape[2]
+    Every device moves its own sequences to the padded layout, with its own heads, and back; left to the compiler, the
+    joint move of queries, keys and values would travel between devices that split the heads. Sequences that are padded
+    rows already are not moved.
+    """
+
+    def on_device(q: Array, k: Array, v: Array, packed: Array, padded: Array, prompt_len: Array) -> Array:
+        if not inputs.packed:
+            return on_padded(q, k, v, prompt_len)
+        (R, _, H, _), K, B = q.shape, k.shape[2], prompt_len.shape[0]
         joint = jnp.concatenate([q, k, v], axis=2)  # one gather instead of three
-        joint = move(joint, inputs.packed_index, inputs.padded_index)
+        joint = move(joint, packed, padded)
         joint = joint.reshape(B, -1, *joint.shape[2:])
-        out = on_padded(joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :])
-        return move(out.reshape(R, -1, *out.shape[2:]), inputs.padded_index, inputs.packed_index)
+        out = on_padded(joint[:, :, :H], joint[:, :, H : H + K], joint[:, :, H + K :], prompt_len)
+        return move(out.reshape(R, -1, *out.shape[2:]), padded, packed)
 
-    return attention
+    indices = inputs.packed_index, inputs.padded_index, inputs.prompt_len
+    if mesh is None or mesh.size == 1:
+        return lambda q, k, v: on_device(q, k, v, *indices)
+    by_row, by_head = PartitionSpec(RULES.batch), RULES.spec(("batch", None, "heads", None))
+    specs = (by_head, by_head, by_head, by_row, by_row, by_row)
+    # Pallas does not say over which axes its outputs vary, so there is nothing for check_vma to check.
+    split = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=by_head, check_vma=False)
+    return lambda q, k, v: split(q, k, v, *indices)

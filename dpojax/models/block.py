@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dpojax.compiler import barrier
 from dpojax.models.config import DecoderConfig, Norm
 from dpojax.models.fewbits import dequantized
 from dpojax.models.params import BACK
+from dpojax.sharding import Constrain
 
 Weights = Mapping[str, Any]
+WHOLE, RESIDUAL = ("batch", "length", None), ("batch", "residual", None)
+"""Where activations lie within a layer's halves, and where the residual stream lies between them."""
 Cache = tuple[Array, Array] | None
 Mix = Callable[[Array, Array, Array, Cache], tuple[Array, Cache]]
 """Queries, keys, values and the KV cache -> attention's outputs and the new KV cache."""
@@ -149,7 +154,7 @@ def _rms_norm_backward(eps: float, kept: tuple, dy: Array) -> tuple[Array, Array
     x, r, scale = kept
     n, dy = x.astype(jnp.float32) * r, dy.astype(jnp.float32)
     # The sums are matrix products with vectors, which XLA's CPU compiler makes faster than reductions.
-    product = jax.lax.optimization_barrier(dy * n)
+    product = barrier(dy * n)
     scale32 = scale.astype(jnp.float32)
     dscale = jnp.einsum("rt,rtd->d", jnp.ones(x.shape[:2]), product)
     mean = jnp.einsum("rtd,d->rt", product, scale32 / x.shape[-1])[..., None]
@@ -215,9 +220,9 @@ def _activate_and_project_backward(act: str, kept: tuple, do: Array) -> tuple[tu
     (dh,) = jax.linear_transpose(lambda h: project_back(_without_bias(weights), "down", h, dropout), inputs[0])(do)
     # The first barrier keeps XLA from keeping the forward pass's activation; the second keeps its CPU compiler from
     # computing these inside of the products' transpositions, element by element.
-    inputs, dh = jax.lax.optimization_barrier((inputs, dh))
+    inputs, dh = barrier((inputs, dh))
     h, back = jax.vjp(lambda inputs: _activate(act, inputs), inputs)
-    h, dinputs = jax.lax.optimization_barrier((h, back(dh)[0]))
+    h, dinputs = barrier((h, back(dh)[0]))
     dweights = jax.vjp(lambda weights: project_back(weights, "down", h, dropout), weights)[1](do)[0]
     return dinputs, dweights, None
 
@@ -231,7 +236,7 @@ activate_and_project.defvjp(_activate_and_project_forward, _activate_and_project
 
 def mlp(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
     """The feed-forward half of a layer (:class:`~dpojax.models.config.Mlp`)."""
-    inputs = project(weights, ("gate", "up") if config.mlp.gated else ("up",), x)
+    inputs = checkpoint_name(project(weights, ("gate", "up") if config.mlp.gated else ("up",), x), "mlp")
     down = {name: w for name, w in weights.items() if name.startswith("down")}
     return activate_and_project(config.mlp.act, tuple(inputs), down, weights.get("dropout"))
 
@@ -251,7 +256,7 @@ def attention(
     if config.attention.scale is not None:  # kernels multiply scores with head_dim ** -0.5
         q = q * jnp.asarray(config.attention.scale * config.attention.head_dim**0.5, q.dtype)
     out, cache = mix(q, k, v, cache)
-    return project_back(weights, "o", out, weights.get("dropout")), cache
+    return checkpoint_name(project_back(weights, "o", out, weights.get("dropout")), "o"), cache
 
 
 def block(
@@ -261,6 +266,7 @@ def block(
     mix: Mix,
     cache: Cache = None,
     feed: Feed = mlp,
+    constrain: Constrain | None = None,
 ) -> tuple[Float[Array, "R T D"], Cache]:
     """One layer's output and its KV cache.
 
@@ -271,18 +277,29 @@ def block(
       mix: rotary positions and attention over tokens.
       cache: keys and values of earlier tokens; None in training.
       feed: the feed-forward half: an MLP, or a mixture of experts.
+      constrain: pins activations to their place on a mesh whose devices split a layer: between its halves the residual
+        stream is split by length, and within them heads and MLP are (sequence parallelism, Korthikanti et al. 2022,
+        arXiv 2205.05198). None: no device splits a layer.
     """
 
     def norm(name: str, x: Array) -> Array:
         return normalize(config.norm, weights, name, x)
 
+    # Each crossing names the places on both of its sides, which are those of its gradient too.
+    def enter(x: Array) -> Array:
+        return x if constrain is None else constrain(constrain(x, RESIDUAL), WHOLE)
+
+    def leave(x: Array) -> Array:
+        return x if constrain is None else constrain(constrain(x, WHOLE), RESIDUAL)
+
     before, after = config.residual != "post", config.residual in ("post", "pre_post")
-    normed = norm("attn_norm", x) if before else x
+    normed = enter(norm("attn_norm", x) if before else x)
     out, cache = attention(config, weights, normed, mix, cache)
+    out = leave(out)
     if config.residual == "parallel_shared":
-        return x + out + feed(config, weights, normed), cache
+        return x + out + leave(feed(config, weights, normed)), cache
     if config.residual == "parallel":
-        return x + out + feed(config, weights, norm("mlp_norm", x)), cache
+        return x + out + leave(feed(config, weights, enter(norm("mlp_norm", x)))), cache
     x = x + (norm("attn_post_norm", out) if after else out)
-    out = feed(config, weights, norm("mlp_norm", x) if before else x)
+    out = leave(feed(config, weights, enter(norm("mlp_norm", x) if before else x)))
     return x + (norm("mlp_post_norm", out) if after else out), cache

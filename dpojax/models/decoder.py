@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dpojax.models.attention import MakeAttention, rope_table, rotate, shared_prompt_attention
-from dpojax.models.block import Cache, Feed, Mix, Weights, block, mlp, normalize
+from dpojax.models.block import RESIDUAL, WHOLE, Cache, Feed, Mix, Weights, block, mlp, normalize
 from dpojax.models.config import DecoderConfig, LayerKind, Learned, Rope
 from dpojax.models.experts import Routing, mixture, mixture_over_mesh, routing
 from dpojax.models.lora import switched_on
@@ -23,12 +23,27 @@ from dpojax.types import Head, PyTree, Unembedding
 
 MixOfKind = Callable[[LayerKind], Mix]
 
+named, policies = jax.checkpoint_policies.save_only_these_names, jax.checkpoint_policies
 REMAT = {
-    "none": None,  # keep every activation: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products with weights only
-    "block": jax.checkpoint_policies.nothing_saveable,  # keep one activation a layer: slowest, least memory
+    "none": None,
+    "mlp": named("attention", "qkv", "o", "mlp"),
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "qkv": named("attention", "qkv"),
+    "attention": named("attention"),
+    "block": policies.nothing_saveable,
 }
-"""What the backward pass recomputes, by name."""
+"""What the backward pass keeps of every layer, by name; it computes all else again. From the most memory and the least
+recomputation on, and how many numbers a token has there, with D, F the widths of model and MLP, H and K heads of h:
+
+- ``none``: everything.
+- ``mlp``: products with weights, and attention's inputs and results, ``D + (2 H + 2 K) h + D + 2 F``.
+- ``dots``: products with weights, so that attention is computed again, ``D + (H + 2 K) h + D + 2 F``.
+- ``qkv``: attention's inputs and results, ``D + (2 H + 2 K) h``.
+- ``attention``: attention's results, ``D + H h``.
+- ``block``: the residual stream, ``D``.
+
+Attention's inputs and results are those of the padded layout, except for ``dots``.
+"""
 
 
 def embed(
@@ -103,6 +118,7 @@ def scan_layers(
     *,
     remat: str = "none",
     constrain: Constrain = lambda x, axes: x,
+    within: Constrain | None = None,
     feed: Feed | None = None,
     kept: Callable[[], Any] = lambda: None,
 ) -> tuple[Float[Array, "R T D"], list[Any]]:
@@ -118,6 +134,7 @@ def scan_layers(
       mix_of: attention of a kind of layers.
       remat: key of :data:`REMAT`.
       constrain: pins activations to their place on a mesh.
+      within: the same within a layer (:func:`~dpojax.models.block.block`).
       feed: the feed-forward half of layers with a mixture of experts (default: :func:`~dpojax.models.experts.mixture`).
       kept: called after each layer, for what else its ``feed`` has left behind.
 
@@ -144,8 +161,8 @@ def scan_layers(
             branches = [functools.partial(lambda m, q, k, v: m(q, k, v, None)[0], m) for m in mixes]
             return jax.lax.switch(kind, branches, q, k, v), None
 
-        x, _ = block(config, weights, x, mix, feed=feed_of(weights, feed))
-        return constrain(x, ("batch", "length", None)), kept()
+        x, _ = block(config, weights, x, mix, feed=feed_of(weights, feed), constrain=within)
+        return constrain(x, WHOLE if within is None else RESIDUAL), kept()
 
     if REMAT[remat] is not None:
         layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
@@ -241,7 +258,7 @@ def make_apply(
             config, inputs.positions, lambda kind, q, k, v, cache: (attend[kind.window](q, k, v), cache)
         )
         x = embed(config, params, inputs.tokens, inputs.positions) if inputs.hidden is None else inputs.hidden
-        x = constrain(x.astype(jnp.dtype(dtype)), ("batch", "length", None))
+        x = constrain(x.astype(jnp.dtype(dtype)), WHOLE)
         real, left = inputs.padded_index < inputs.packed_index.shape[1], []
 
         def feed(config: DecoderConfig, weights: Weights, x: Array) -> Array:
@@ -256,6 +273,7 @@ def make_apply(
             mix_of,
             remat=remat,
             constrain=constrain,
+            within=constrain if mesh is not None and mesh.shape["tensor"] > 1 else None,
             feed=feed,
             kept=lambda: left.pop() if left else None,
         )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -69,7 +70,8 @@ def mixture(config: DecoderConfig, weights: Weights, x: Float[Array, "R T D"], f
     sizes = jnp.bincount(own, length=len(gate) + 1)[:-1].astype(jnp.int32)
     grouped = tokens[order // experts.per_token]
     product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-    h = ACTIVATIONS[config.mlp.act](product(grouped, gate)) * product(grouped, up)
+    inputs = checkpoint_name((product(grouped, gate), product(grouped, up)), "mlp")
+    h = ACTIVATIONS[config.mlp.act](inputs[0]) * inputs[1]
     y = product(h, jnp.swapaxes(down, 1, 2))[jnp.argsort(order)].reshape(R * T, experts.per_token, D)
     return jnp.einsum("nkd,nk->nd", y, share.astype(x.dtype)).reshape(R, T, D)
 

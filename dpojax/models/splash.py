@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
@@ -86,6 +87,7 @@ def splash_kernel(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 
@@ -108,7 +110,7 @@ def _rows(
     padding = ((0, 0), (0, 0), (0, -S % block_of(S)), (0, 0))
     to_kernel = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), padding)  # noqa: E731
     scaled = (q_BSHh.astype(jnp.float32) / math.sqrt(h)).astype(q_BSHh.dtype)
-    q_BHSh, k_BKSh, v_BKSh = to_kernel(scaled), to_kernel(k_BSKh), to_kernel(v_BSKh)
+    q_BHSh, k_BKSh, v_BKSh = checkpoint_name((to_kernel(scaled), to_kernel(k_BSKh), to_kernel(v_BSKh)), "qkv")
     # Left padding is a segment of its own: it sees itself, so no row of the softmax is empty.
     tokens = jnp.arange(q_BHSh.shape[2])
     segments_BS = (tokens[None, :] >= prompt - prompt_len_B[:, None]).astype(jnp.int32)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dpojax.logprobs import completion_rewards, completion_stats, labelled_logps, pair_up
@@ -177,6 +178,7 @@ def make_loss(
     objective: Objective,
     *,
     chunk_tokens: int,
+    mesh: Mesh | None = None,
     dropout: bool = False,
     balance: Callable[[], Array] | None = None,
     router_aux_loss_coef: float = 0.0,
@@ -187,7 +189,8 @@ def make_loss(
     Args:
       apply_fn: the model.
       objective: gives the losses.
-      chunk_tokens: completion tokens whose logits exist at one time.
+      chunk_tokens: completion tokens whose logits exist at one time on a device.
+      mesh: the devices that a batch lies on (default: one).
       dropout: whether training gives the adapter a key of the batch's own.
       balance: the load-balancing loss of the model's last call, where it has a mixture of experts.
       router_aux_loss_coef: how often it is added to each pair's loss.
@@ -204,7 +207,9 @@ def make_loss(
             stats = CompletionStats(completion_rewards(apply_fn, params, batch))
         else:
             reads = traits.statistics
-            stats = completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=ref)
+            stats = completion_stats(
+                apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=reads, ref=ref, mesh=mesh
+            )
         policy, running = logps_of(stats, batch, traits), context.running
         theirs = None if ref is None else ref.logps
         if isinstance(policy, PairLogps):

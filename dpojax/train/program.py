@@ -20,6 +20,7 @@ from dpojax.models import (
     check_divides,
     make_apply,
     make_attention,
+    partition,
     unembedding_of,
 )
 from dpojax.models.experts import Routing, balance_loss
@@ -139,6 +140,7 @@ def make_program(
         apply_of(trained, remat=compute.remat, routings=routings),
         objective,
         chunk_tokens=chunk,
+        mesh=mesh,
         dropout=dropout,
         balance=None if trained.experts is None else lambda: balance_loss(trained, routings.pop()),
         router_aux_loss_coef=router_aux_loss_coef,
@@ -167,6 +169,27 @@ def make_program(
         policy_logps=logps_step if trained == config else logps_of_model(trained),
         ref_step=make_ref_step(apply_of(config), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches),
     )
+
+
+def bytes_per_copy(config: TrainOptions, task: Task, model: DecoderConfig, lora: Lora | None = None) -> int:
+    """Bytes of all that a copy of a run's model holds between steps and in them: the parameters, the gradients and the
+    optimizer's state of what is trained, and a live reference's parameters where the policy's are trained.
+
+    Args:
+      config, task: the command's.
+      model: the reference's shape.
+      lora: the policy's adapter.
+    """
+    policy = model if lora is None else dataclasses.replace(model, lora=lora)
+    top = config.train_top_layers
+    trained = policy if top is None else top_config(policy, top)
+    trainable = of_adapter if trained.lora else every if top is None else of_top
+    params, frozen = partition(abstract_params(trained), trainable)
+    optimizer = make_optimizer(make_schedule(), optim=config.optim, optim_dtype=config.optim_dtype)
+    held = [params, params, frozen, jax.eval_shape(optimizer.init, params)]
+    if task.reference.form in ("live", "moving") and trained.lora is None:
+        held.append(abstract_params(model))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
 
 
 def default_beta(objective: Objective) -> float:
@@ -243,7 +266,8 @@ def make_ref_step(
     reads = traits.reference_statistics | ({"hidden"} if traits.compares_distributions else set())
 
     def stats(params: PyTree, batch: PairBatch) -> CompletionStats:
-        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=frozenset(reads))
+        read = frozenset(reads)
+        return completion_stats(apply_fn, params, batch, chunk_tokens=chunk_tokens, reads=read, mesh=mesh)
 
     def output(stats: CompletionStats, batch: PairBatch) -> ReferenceOutput:
         return ReferenceOutput(logps_of(stats, batch, traits), stats.hidden)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dpojax import processes
+from dpojax.compiler import compiler_options
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
 from dpojax.models import DecoderConfig, param_shardings
@@ -51,7 +52,8 @@ def jit_forward(
         return jax.tree.map(lambda x: join_micro(x, R), parts)
 
     by_batch = batch_sharding(mesh)
-    return jax.jit(whole, in_shardings=(param_shardings(mesh, config), by_batch), out_shardings=by_batch)
+    shardings, options = (param_shardings(mesh, config), by_batch), compiler_options(mesh)
+    return jax.jit(whole, in_shardings=shardings, out_shardings=by_batch, compiler_options=options)
 
 
 def make_logps_step(
@@ -60,7 +62,7 @@ def make_logps_step(
     """A jitted ``logps_step(params, batch) -> [B, N]``: sums over each completion's tokens, nats."""
 
     def logps(params: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
-        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens)
+        return completion_logps(apply_fn, params, batch, chunk_tokens=chunk_tokens, mesh=mesh)
 
     return jit_forward(logps, mesh, config, micro_batches)
 

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
+from dpojax.compiler import compiler_options
 from dpojax.packing import PairBatch, packing_of
 from dpojax.sharding import batch_sharding, replicated
 from dpojax.train.objectives import BatchContext, LossFn, Metrics, Running, mean_chosen_len
@@ -135,5 +136,6 @@ def jit_train_step(step: StepFn, mesh: Mesh, shardings: TrainState) -> StepFn:
     # The reference's log-probabilities lie as the batch does, its unembedding as it lies among its parameters.
     inputs = (moving, frozen, by_batch, None) if frozen else (moving, by_batch, None)
     function = beside if frozen else step
-    jitted = jax.jit(function, in_shardings=inputs, out_shardings=(moving, replicated(mesh)), donate_argnums=0)
+    outputs, options = (moving, replicated(mesh)), compiler_options(mesh)
+    jitted = jax.jit(function, in_shardings=inputs, out_shardings=outputs, donate_argnums=0, compiler_options=options)
     return StepBesideFrozen(jitted) if frozen else jitted

@@ -118,7 +118,7 @@ def test_a_models_values_and_gradients_are_those_of_xlas_kernel(name):
 
     def interpreted(inputs, window, softcap):
         form = {"prompt": inputs.prompt, "completion": inputs.completion, "window": window, "softcap": softcap}
-        return from_padded(lambda *qkv: splash_attention(*qkv, inputs.prompt_len, interpret=True, **form), inputs)
+        return from_padded(partial(splash_attention, interpret=True, **form), inputs)
 
     def run(attention):
         apply_fn = make_apply(model.config, attention=attention)

@@ -44,6 +44,8 @@ memory, text = program.memory_analysis(), program.as_text()
 print(json.dumps({
     "kernels": text.count('custom_call_target="tpu_custom_call"'),
     "bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+    "scattered": text.count("AllReduceScatterFusion") + text.count(" reduce-scatter("),
+    "stacked": sum(" all-gather" in line and "f32[16," in line for line in text.splitlines()),
 }))
 """
 
@@ -61,3 +63,5 @@ def test_train_step_compiles_for_a_pod(model, kernels):
     # Of each kind of layers: forward, the same again in the backward pass, dq and dkv.
     assert found["kernels"] == kernels
     assert found["bytes"] < 16e9
+    assert found["scattered"] > 0 or model != "llama"  # gradients, each to the devices that hold the parameter
+    assert found["stacked"] == 0  # no parameter of all layers is gathered
