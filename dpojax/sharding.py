@@ -74,22 +74,25 @@ def memory_of(device: jax.Device) -> float:
     return float(known or MEMORY.get(device.device_kind, math.inf) * 2**30)
 
 
-def auto_mesh(config: MeshConfig, devices: Sequence[jax.Device], bytes_per_copy: float) -> MeshConfig:
-    """The mesh for a model, where ``--mesh.data auto`` leaves it open: copies of the model, or, where the state of
-    training would take more than a quarter of a device's memory, as few shares of each copy as make it fit.
+def auto_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device], bytes_per_copy: float, share: float = SHARE
+) -> MeshConfig:
+    """The mesh for a model, where ``--mesh.data auto`` leaves it open: copies of the model, or, where what each copy
+    holds would take more than a share of a device's memory, as few parts of each copy as make it fit.
 
     Args:
       config: what is asked for; sizes that are given stay.
       devices: those to use.
       bytes_per_copy: parameters, gradients, optimizer state and, where one is held, reference
         (:func:`~dpojax.train.program.bytes_per_copy`).
+      share: of a device's memory.
     """
     if config.data != "auto" or -1 in (config.fsdp, config.tensor):
         return config
     rest, slices = len(devices) // max(config.tensor, 1), slices_of(devices)
     if config.fsdp != 1 or rest < 1:
         return dataclasses.replace(config, data=-1)
-    room = SHARE * min(memory_of(device) for device in devices) * max(config.tensor, 1)
+    room = share * min(memory_of(device) for device in devices) * max(config.tensor, 1)
     within = max(rest // slices, 1)  # shares of a copy stay where links are fast
     parts = [n for n in range(1, within + 1) if within % n == 0]
     fsdp = next((n for n in parts if bytes_per_copy / n <= room), within)
@@ -146,6 +149,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         flags = " x ".join(f"{axis} {n}" for axis, n in asked.items())
         raise UserError(f"--mesh: {flags} does not fit {len(devices)} devices; make the product equal their number")
     return Mesh(ordered(tuple(sizes.values()), devices), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def described(mesh: Mesh) -> str:
+    """A mesh in words, for the console."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def single_device_mesh() -> Mesh:

@@ -13,19 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from dpojax.configs import MeshConfig, ScoreConfig
+from dpojax.configs import ScoreConfig
 from dpojax.data import CANDIDATES, Dialogue, Encoder, Row
 from dpojax.data.prepare import Reading, format_and_blocks, kept
 from dpojax.data.read import BadRow, Place
 from dpojax.data.rows import as_chat, parse_row, with_scores
 from dpojax.data.sources import open_sources
 from dpojax.errors import UserError, first_line
-from dpojax.evaluate.scoring import make_rewarder
+from dpojax.evaluate.scoring import make_rewarder, scoring_mesh
 from dpojax.losses.spelling import from_file
 from dpojax.models import config_from_hf, open_model
 from dpojax.models.safetensors import read_json
 from dpojax.paths import path_of
-from dpojax.sharding import make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, encoding_of, read_examples
@@ -61,7 +60,7 @@ def model_rewards(config: ScoreConfig, name: str) -> Rewards:
     examples, _ = read_examples(config.data, encoder, CANDIDATES, config)
     files = open_policy(name, reward=True)
     check_fit(files.config, [examples], config.tokenizer or name)
-    model = files.load(make_mesh(MeshConfig()))
+    model = files.load(scoring_mesh(files.config))
     keep_memory()
     rewarder = make_rewarder(
         model.config,

@@ -14,9 +14,9 @@ from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, lengths_only
 from dpojax.data.batches import target_lengths
 from dpojax.logprobs import completion_rewards, pair_up
-from dpojax.models import DecoderConfig, check_divides, fingerprint, make_apply, make_attention
+from dpojax.models import DecoderConfig, abstract_params, check_divides, fingerprint, make_apply, make_attention
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import batch_shards, constrainer, held_sequences, make_mesh
+from dpojax.sharding import auto_mesh, batch_shards, constrainer, held_sequences, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, encoding_of, read_examples
@@ -27,11 +27,17 @@ from dpojax.types import CompletionStats, PyTree
 Scorer = Callable[..., np.ndarray]
 
 
+def scoring_mesh(config: DecoderConfig) -> Mesh:
+    """All devices, each with a copy of the model; with a part of one where a copy takes over half of its memory."""
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params(config)))
+    return make_mesh(auto_mesh(MeshConfig(), jax.devices(), held, share=0.5))
+
+
 def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_size: int) -> tuple[ApplyFn, Mesh, int]:
     """The model over all devices, their mesh, and the smallest batch size from ``batch_size`` on that they divide."""
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
-    mesh = make_mesh(MeshConfig())
+    mesh = scoring_mesh(config)
     check_divides(mesh, config)
     kernel = make_attention(attention, mesh, dtype)
     return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel, mesh=mesh), mesh, batch_size
@@ -121,7 +127,7 @@ class FileScores:
         into it."""
         config, files = self.config, open_policy(name, adapter=adapter)
         check_fit(files.config, [self.examples], config.tokenizer or name)
-        model = files.load(make_mesh(MeshConfig()))
+        model = files.load(scoring_mesh(files.config))
         keep_memory()
         scorer = make_scorer(
             model.config,

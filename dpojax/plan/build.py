@@ -23,9 +23,8 @@ from dpojax.packing import Annotations, Packing, PairBatch
 from dpojax.plan.chips import EXAMPLES, Topology
 from dpojax.plan.collectives import Layout
 from dpojax.plan.workload import Workload, full_rows, rows_of_lengths
-from dpojax.sharding import check_batch, make_mesh
 from dpojax.train.by_name import PolicyFiles
-from dpojax.train.program import Program, program_of
+from dpojax.train.program import Program, mesh_of, program_of
 from dpojax.train.start import Start, begun, check_adapter_options, open_start, reference_of
 from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import check_top_layers
@@ -141,11 +140,11 @@ def build(
     Raises:
       UserError: as the run itself would, of options, model and mesh.
     """
-    task, mesh = task_of(config), make_mesh(config.mesh, devices)
-    check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
-    start = open_shape(config, mesh, reward=task.traits.on == "scores")
+    task = task_of(config)
+    start = open_shape(config, reward=task.traits.on == "scores")
     check_top_layers(config.train_top_layers, start.config)
     reference, files = reference_of(start, task.reference.model, config.max_length)
+    mesh = mesh_of(config, task, reference, start.config.lora, devices)
     program = program_of(config, task, reference, mesh, STEPS, start.config.lora)
     each = completions_of(task)
     if lengths is not None:
@@ -166,7 +165,7 @@ def completions_of(task: Task) -> int:
     return 1 if task.kind == COMPLETIONS else 2
 
 
-def open_shape(config: TrainOptions, mesh: Mesh, *, reward: bool) -> Start:
+def open_shape(config: TrainOptions, *, reward: bool) -> Start:
     """The policy that a run's options begin with, of a preset, of a ``config.json``, or of a model with weights.
 
     Raises:
@@ -174,7 +173,7 @@ def open_shape(config: TrainOptions, mesh: Mesh, *, reward: bool) -> Start:
     """
     raw = raw_config(config.model)
     if raw is None or config.adapter is not None:
-        return open_start(config, mesh, reward=reward)
+        return open_start(config, reward=reward)
     check_adapter_options(config, new=config.lora_rank is not None, read=False)
     shape, facts = config_from_hf(raw, config.model), dict(raw)
     if reward:

@@ -19,7 +19,7 @@ from dpojax.models import Model, partition
 from dpojax.options import check_options
 from dpojax.paths import path_of, scratch
 from dpojax.progress import Stage, console
-from dpojax.sharding import check_batch, held_sequences, make_mesh, put_batch
+from dpojax.sharding import described, held_sequences, put_batch
 from dpojax.startup import keep_memory
 from dpojax.train.checkpoint import IN_FLIGHT, Checkpoints
 from dpojax.train.heldout import evaluate
@@ -27,7 +27,7 @@ from dpojax.train.inputs import Data, check_fit, load_data
 from dpojax.train.log import MetricsLog
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.objectives import Metrics
-from dpojax.train.program import Program, initial_state, program_of
+from dpojax.train.program import Program, initial_state, mesh_of, program_of
 from dpojax.train.reference import (
     CachedReference,
     MovingReference,
@@ -126,9 +126,7 @@ class Result:
 def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Program, dict[str, str]]:
     """Data, policy, reference, program and identities of a run, whose output directory is claimed once all of them
     fit together."""
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
-    start = open_start(config, mesh, reward=task.traits.on == "scores")
+    start = open_start(config, reward=task.traits.on == "scores")
     check_top_layers(config.train_top_layers, start.config)
     if config.train_top_layers is not None and processes.count() > 1:
         raise UserError(f"--train-top-layers {config.train_top_layers}: runs in one process; leave it out")
@@ -136,6 +134,9 @@ def open_run(config: TrainOptions, task: Task) -> tuple[Data, Model, Model, Prog
         coefficient = f"--router-aux-loss-coef {config.router_aux_loss_coef}"
         raise UserError(f"{coefficient}: the model has no mixture of experts; leave it out")
     ref_config, ref_files = reference_of(start, task.reference.model, config.max_length)
+    mesh = mesh_of(config, task, ref_config, start.config.lora)
+    if mesh.size > 1:
+        console.print(f"  {mesh.size} devices: {described(mesh)}")
     data = load_data(config, task, mesh)
     for shape in {start.config.merged, ref_config.merged}:
         check_fit(shape, data.examples, config.tokenizer or config.model)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from dpojax.models import (
 from dpojax.models.experts import Routing, balance_loss
 from dpojax.models.params import of_adapter
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import batch_sharding, batch_shards, constrainer, make_mesh, replicated
+from dpojax.sharding import auto_mesh, batch_sharding, batch_shards, check_batch, constrainer, make_mesh, replicated
 from dpojax.train.objectives import (
     BatchContext,
     LossFn,
@@ -190,6 +190,31 @@ def bytes_per_copy(config: TrainOptions, task: Task, model: DecoderConfig, lora:
     if task.reference.form in ("live", "moving") and trained.lora is None:
         held.append(abstract_params(model))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+
+
+def mesh_of(
+    config: TrainOptions,
+    task: Task,
+    model: DecoderConfig,
+    lora: Lora | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh of a command's options; sizes that they leave open suit what the run holds on it.
+
+    Args:
+      config, task: the command's.
+      model: the reference's shape.
+      lora: the policy's adapter.
+      devices: those to use (default: all of JAX's default kind).
+
+    Raises:
+      UserError: the sizes do not fit the devices, the model or the batch.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    mesh = make_mesh(auto_mesh(config.mesh, devices, bytes_per_copy(config, task, model, lora)), devices)
+    check_batch(mesh, config.batch_size // config.gradient_accumulation_steps)
+    check_divides(mesh, model)
+    return mesh
 
 
 def default_beta(objective: Objective) -> float:

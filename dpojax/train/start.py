@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from dpojax.configs import TrainOptions
 from dpojax.errors import UserError
-from dpojax.models import DecoderConfig, Lora, Model, check_divides, fingerprint
+from dpojax.models import DecoderConfig, Lora, Model, fingerprint
 from dpojax.models.families import family_of
 from dpojax.models.fewbits import check_qwix, quantized
 from dpojax.models.load import adapter_directory, resolve
@@ -93,12 +93,11 @@ class Start:
         return out
 
 
-def open_start(config: TrainOptions, mesh: Mesh, *, reward: bool) -> Start:
+def open_start(config: TrainOptions, *, reward: bool) -> Start:
     """The policy that a command's options begin with.
 
     Args:
       config: the options.
-      mesh: where it will lie.
       reward: a reward model is wanted.
 
     Raises:
@@ -120,7 +119,6 @@ def open_start(config: TrainOptions, mesh: Mesh, *, reward: bool) -> Start:
                 "which merges it first"
             )
         start = begun(config, open_policy(config.model, reward=reward), reward=reward)
-    check_divides(mesh, start.config)
     if start.config.lora is not None:
         trained, total = parameters(start.config)
         console.print(f"  the adapter has {trained:,} parameters, {trained / total:.2%} of {total:,}; they are trained")
