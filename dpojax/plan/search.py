@@ -10,6 +10,7 @@ from dpojax.plan.analysis import estimate
 from dpojax.plan.build import Built
 from dpojax.plan.chips import Topology
 from dpojax.plan.plan import Plan, make_plan
+from dpojax.plan.report import ms
 
 SLACK = 1.3
 """Analysis may be wrong by as much: what it takes for this many times too large is still tried, the last."""
@@ -124,7 +125,7 @@ def search(
     for candidate in ranked[:number]:
         found = make_plan(candidate.built)
         plans.append((candidate, found))
-        outcome = f"{found.seconds * 1e3:,.0f} ms" if not found.refused else "too large"
+        outcome = ms(found.seconds) if not found.refused else "too large"
         fits = "fits" if found.fits else "does not fit"
-        report(f"  {candidate.words}: {outcome}, {fits} (by analysis {candidate.seconds * 1e3:,.0f} ms)")
+        report(f"  {candidate.words}: {outcome}, {fits} (by analysis {ms(candidate.seconds)})")
     return Search(tried, tried - len(ranked), tuple(plans))
