@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dpojax.configs import ComputeOptions, MeshConfig
 from dpojax.losses import LOSSES, traits_of
+from dpojax.models.params import flatten
 from dpojax.packing import Annotations, packing_of
 from dpojax.sharding import batch_sharding, make_mesh, put_global
 from dpojax.train import initial_state, lower_step, make_optimizer, make_program, make_schedule
@@ -123,6 +124,23 @@ def test_parameters_and_moments_are_split_over_the_mesh(config, params):
     for tree in (state.params, state.opt_state[0].nu):
         gate = tree["blocks"]["gate"]
         assert gate.addressable_shards[0].data.size == gate.size // 8
+
+
+def test_a_devices_bytes_fall_as_the_mesh_grows(config, params):
+    """Parameters and moments of every device, for 1, 2, 4 and 8 of them along fsdp."""
+    held = []
+    for n in (1, 2, 4, 8):
+        mesh = make_mesh(MeshConfig(1, n, 1), jax.devices()[:n])
+        program = make_program(config, LOSSES["sigmoid"], mesh=mesh, optimizer=optax.adam(1e-3))
+        state = initial_state(program, jax.tree.map(np.asarray, params))
+        arrays = jax.tree.leaves((state.params, state.opt_state))
+        each = [sum(x.addressable_shards[i].data.nbytes for x in arrays) for i in range(n)]
+        assert max(each) == min(each)
+        held.append(each[0])
+    whole = [3 * x.nbytes for path, x in flatten(params).items() if path.endswith("norm")]  # norms are on every device
+    assert [n * (x - sum(whole)) for n, x in zip((1, 2, 4, 8), held, strict=True)] == pytest.approx(
+        [held[0] - sum(whole)] * 4, rel=1e-3
+    )
 
 
 def test_compiled_step_never_holds_all_logits(config):
