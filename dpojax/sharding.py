@@ -74,9 +74,9 @@ def memory_of(device: jax.Device) -> float:
 
 
 def auto_mesh(config: MeshConfig, devices: Sequence[jax.Device], bytes_per_copy: float) -> MeshConfig:
-    """The mesh for a model, where ``--mesh.data auto`` leaves it open: a copy of the model on every device, or, where the
-    state of training would take more than a quarter of a device's memory, one that all devices share, or those of a
-    slice, whose links are fast.
+    """The mesh for a model, where ``--mesh.data auto`` leaves it open: a copy of the model on every device, or, where
+    the state of training would take more than a quarter of a device's memory, one that all devices share, or those of
+    a slice, whose links are fast.
 
     Args:
       config: what is asked for; sizes that are given stay.
