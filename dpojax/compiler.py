@@ -33,9 +33,9 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
 The figures are the compiler's own estimate of a train step and a ring model of what collectives cost that nothing hides
 (libtpu 0.0.42; 8 billion parameters, 256 pairs of 2,048 tokens, bfloat16, AdamW).
 
-- TPU v5 lite (v5e), fsdp 256: the reductions of a step's gradients that nothing hides fall from 160 to 78 ms (MLP and
-  attention), 30 ms of them by the combiner's threshold. The options for gathers change nothing.
-- TPU v5 (v5p), fsdp 64: FIGURES.
+- TPU v5 lite (v5e), fsdp 256: collectives of the layers that nothing hides fall from 178 to 80 ms, 30 ms of them by the
+  combiner's threshold. The options for gathers change nothing.
+- TPU v5 (v5p), fsdp 64: they fall from 164 to 9 ms, and the zeros that were filled in are gone.
 """
 
 

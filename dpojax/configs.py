@@ -15,7 +15,7 @@ class MeshConfig:
 
     data: int | Literal["auto"] = "auto"
     """Copies of the model that split the batch (-1: all devices that the other axes leave; auto: the same, or, where a
-    copy would not fit into a device's memory, fewer, and --mesh.fsdp takes their place)."""
+    copy would not fit into a device's memory, one, which --mesh.fsdp shares out)."""
     fsdp: int = 1
     """Devices that split the batch and share out parameters and optimizer state between them."""
     tensor: int = 1

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpojax.compiler import barrier
@@ -217,20 +217,29 @@ def token_values(
         return of_own(h_RZD, targets, theirs, head, other)
 
     def gathered(x: Array) -> Array:
-        return jax.lax.all_gather(x.astype(h_RZD.dtype), RULES.mesh_axes("embed"), axis=1, tiled=True)
+        x = x.astype(h_RZD.dtype)
+        if x.ndim == 1 or not by_compiler:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(RULES.vocab)))
 
     def on_device(h: Array, targets: Array, theirs: Array | None, *heads: Head | None) -> dict[str, Array]:
-        return of_own(h, targets, theirs, *jax.tree.map(lambda x: gathered(x) if x.ndim == 2 else x, heads))
+        def whole(x: Array) -> Array:
+            if x.ndim == 1 or by_compiler:
+                return x
+            return jax.lax.all_gather(x, RULES.mesh_axes("embed"), axis=1, tiled=True)
 
-    by_row = PartitionSpec(RULES.batch)
-    by_width = jax.tree.map(
-        lambda x: PartitionSpec(None, RULES.embed) if x.ndim == 2 else PartitionSpec(), (head, other)
-    )
-    # Axes that split the vocabulary stay with the compiler, which splits the products and the sums over it.
-    own = set(mesh.axis_names) - {axis for axis in RULES.mesh_axes("vocab") if mesh.shape[axis] > 1}
-    specs = (by_row, by_row, by_row, *by_width)
+        return of_own(h, targets, theirs, *jax.tree.map(whole, heads))
+
+    # Axes that split the vocabulary stay with the compiler, which splits the products and the sums over it. It cannot
+    # split a gather that we write, and makes one of its own.
+    by_compiler = {axis for axis in RULES.mesh_axes("vocab") if mesh.shape[axis] > 1}
+    heads = jax.tree.map(gathered, (head, other))
+    by_row, everywhere = PartitionSpec(RULES.batch), PartitionSpec()
+    by_width = everywhere if by_compiler else PartitionSpec(None, RULES.embed)
+    specs = (by_row, by_row, by_row, *jax.tree.map(lambda x: by_width if x.ndim == 2 else everywhere, heads))
+    own = set(mesh.axis_names) - by_compiler
     split = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=by_row, axis_names=own, check_vma=False)
-    return split(h_RZD, targets, theirs, head, other)
+    return split(h_RZD, targets, theirs, *heads)
 
 
 def completion_stats(

@@ -77,8 +77,9 @@ def memory_of(device: jax.Device) -> float:
 def auto_mesh(
     config: MeshConfig, devices: Sequence[jax.Device], bytes_per_copy: float, share: float = SHARE
 ) -> MeshConfig:
-    """The mesh for a model, where ``--mesh.data auto`` leaves it open: copies of the model, or, where what each copy
-    holds would take more than a share of a device's memory, as few parts of each copy as make it fit.
+    """The mesh for a model, where ``--mesh.data auto`` leaves it open: a copy of the model on every device, or, where
+    what a copy holds would take more than a share of a device's memory, one that all devices share, or those of a
+    slice, whose links are fast.
 
     Args:
       config: what is asked for; sizes that are given stay.
@@ -93,10 +94,8 @@ def auto_mesh(
     if config.fsdp != 1 or rest < 1:
         return dataclasses.replace(config, data=-1)
     room = share * min(memory_of(device) for device in devices) * max(config.tensor, 1)
-    within = max(rest // slices, 1)  # shares of a copy stay where links are fast
-    parts = [n for n in range(1, within + 1) if within % n == 0]
-    fsdp = next((n for n in parts if bytes_per_copy / n <= room), within)
-    return dataclasses.replace(config, data=-1, fsdp=fsdp)
+    shared = bytes_per_copy > room
+    return dataclasses.replace(config, data=-1, fsdp=max(rest // slices, 1) if shared else 1)
 
 
 def slices_of(devices: Sequence[jax.Device]) -> int:

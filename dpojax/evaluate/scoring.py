@@ -28,7 +28,7 @@ Scorer = Callable[..., np.ndarray]
 
 
 def scoring_mesh(config: DecoderConfig) -> Mesh:
-    """All devices, each with a copy of the model; with a part of one where a copy takes over half of its memory."""
+    """All devices, each with a copy of the model; they share one where it takes over half of a device's memory."""
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_params(config)))
     return make_mesh(auto_mesh(MeshConfig(), jax.devices(), held, share=0.5))
 

@@ -9,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from dpojax.configs import ComputeOptions, MeshConfig
+from dpojax.configs import ComputeOptions, DPOConfig, MeshConfig
 from dpojax.losses import LOSSES
-from dpojax.models import init_params
+from dpojax.models import abstract_params, init_params
 from dpojax.models.config import Attention, Mlp
 from dpojax.sharding import batch_sharding, make_mesh, put_global, single_device_mesh
 from dpojax.train import initial_state, lower_step, make_program
+from dpojax.train.program import bytes_per_copy
 from dpojax.train.scoring import place_params
+from dpojax.train.task import task_of
 from tests.conftest import random_batch
 
 STEPS = 4
@@ -119,3 +121,19 @@ def test_the_head_is_gathered_and_its_gradient_reduced_once_a_pass(wide, batch):
     whole = {name: [kind for kind, shape in made if of_head(shape)] for name, made in found.items()}
     assert all(not kinds for name, kinds in whole.items() if name != "ENTRY"), whole
     assert 1 <= whole["ENTRY"].count("all-gather") <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [
+        ({}, 3),  # parameters, gradients, RMSprop's one moment
+        ({"optim": "adamw"}, 4),
+        ({"optim": "adamw", "optim_dtype": "bfloat16"}, 3),
+        ({"reference": "live"}, 4),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_copy(config, options, copies):
+    asked = DPOConfig(model="m", data=("d",), output="o", **options)
+    parameters = sum(4 * x.size for x in jax.tree.leaves(abstract_params(config)))
+    assert bytes_per_copy(asked, task_of(asked), config) == pytest.approx(copies * parameters, rel=1e-3)

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (jax[tpu])"
+)
 COMPILE = """
 import json, sys
 import jax, numpy as np, optax
@@ -50,18 +53,71 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="compiling for a TPU needs libtpu (jax[tpu])")
-@pytest.mark.parametrize(("model", "kernels"), [("llama", 4), ("gemma2", 8)])
-def test_train_step_compiles_for_a_pod(model, kernels):
-    """In bfloat16 over data 2 x fsdp 4 x tensor 2, or fsdp 2 x tensor 2: Splash is chosen, and it fits into 16 GB."""
+SLICES = """
+import json, math, re
+import jax, numpy as np, optax
+from jax.experimental import topologies
+from dpojax.configs import ComputeOptions, MeshConfig
+from dpojax.losses import LOSSES
+from dpojax.models import abstract_params
+from dpojax.models.config import Attention, DecoderConfig, Mlp, Norm, Rope
+from dpojax.packing import PairBatch
+from dpojax.sharding import make_mesh
+from dpojax.train import lower_step, make_program
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+mesh = make_mesh(MeshConfig(fsdp=4), devices)
+config = DecoderConfig(
+    vocab_size=1024, width=512, layers=2, mlp=Mlp(width=1024), norm=Norm(eps=1e-5), positions=Rope(theta=1e4),
+    attention=Attention(heads=4, kv_heads=4, head_dim=128), max_positions=2048, tied=False,
+)
+B, P, C = 8, 128, 64
+zeros = lambda *shape: np.zeros(shape, np.int32)
+batch = PairBatch(zeros(B, P), zeros(B) + P, zeros(B, 2, C), zeros(B, 2) + C, np.ones(B, np.float32))
+compute = ComputeOptions(dtype="bfloat16")
+program = make_program(config, LOSSES["sigmoid"], mesh=mesh, optimizer=optax.adamw(1.0), compute=compute)
+text = lower_step(program, batch).compile().as_text()
+sends = [line for line in text.splitlines() if " send(" in line]
+sent = [re.search(r"= \\((bf16|f32)\\[([\\d,]+)\\]", line).groups() for line in sends]
+groups = re.findall(r" (?:all-gather|reduce-scatter|all-to-all)(?:-start)?\\(.*replica_groups=(\\S+),", text)
+print(json.dumps({
+    "slices": [[device.slice_index for device in copy.flat] for copy in mesh.devices],
+    "groups": sorted(set(groups)),
+    "sent": sum({"bf16": 2, "f32": 4}[kind] * math.prod(map(int, n.split(","))) for kind, n in sent),
+    "parameters": sum(x.size for x in jax.tree.leaves(abstract_params(config))),
+}))
+"""
+
+
+def compiled(script: str, *arguments: str) -> dict:
+    """What a script says that compiles for a TPU."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
     env |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     env |= {"TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-    run = subprocess.run([sys.executable, "-c", COMPILE, model], env=env, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(("model", "kernels"), [("llama", 4), ("gemma2", 8)])
+def test_train_step_compiles_for_a_pod(model, kernels):
+    """In bfloat16 over data 2 x fsdp 4 x tensor 2, or fsdp 2 x tensor 2: Splash is chosen, and it fits into 16 GB."""
+    found = compiled(COMPILE, model)
     # Of each kind of layers: forward, the same again in the backward pass, dq and dkv.
     assert found["kernels"] == kernels
     assert found["bytes"] < 16e9
     assert found["scattered"] > 0 or model != "llama"  # gradients, each to the devices that hold the parameter
     assert found["stacked"] == 0  # no parameter of all layers is gathered
+
+
+@NEEDS_LIBTPU
+def test_over_the_network_of_two_slices_go_gradients_alone():
+    """Each slice holds a copy, gathers within itself, and sends its shares of the gradients."""
+    found = compiled(SLICES)
+    assert found["slices"] == [[0] * 4, [1] * 4]
+    assert found["groups"] == ["{{0,1,2,3}}"]  # numbered within a slice
+    share = found["parameters"] / 4
+    assert 2 * share < found["sent"] < 2.3 * share  # bytes of bfloat16, but for the embedding's in float32
