@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpojax.plan.collectives import Layout, collectives_of, group_of
+from dpojax.plan.account import exposed_of
+from dpojax.plan.collectives import Collective, Layout, collectives_of, group_of
 from dpojax.plan.flops import Visits, flops_of, kernel_flops, product_flops
 from dpojax.plan.hlo import executed, parse, runs_of
 from dpojax.plan.traffic import memory_bytes
@@ -266,3 +267,18 @@ def test_a_collective_over_several_fusions_is_one_and_two_of_one_channel_are_two
         ("all-gather", "tensor", True),
     ]
     assert found[2].total_bytes == 8 * 4 / 2 and found[0].total_bytes == 2 * 4 * 4 * 3 / 4
+
+
+def test_what_is_behind_a_loop_is_hidden_by_it_once():
+    def collective(computation, seconds, asynchronous=True):
+        return Collective("all-gather", 1e9, (0, 1), "fsdp", 1.0, seconds, asynchronous, computation)
+
+    busy, inner = {"main": 1.0, "body": 4.0}, {"main": ["body"]}
+    assert exposed_of([collective("main", 3.0)], busy, "main", inner) == ({}, 3.0)
+    both = [collective("main", 3.0), collective("body", 3.0)]
+    assert exposed_of(both, busy, "main", inner) == ({("asynchronous, not hidden", "all"): 1.0}, 5.0)
+    late = [collective("body", 5.0), collective("main", 1.0, asynchronous=False)]
+    assert exposed_of(late, busy, "main", inner) == (
+        {("asynchronous, not hidden", "all"): 1.0, ("all-gather", "fsdp"): 1.0},
+        4.0,
+    )
