@@ -123,11 +123,12 @@ class Module:
         return self.computations.get(name) if name and instruction.op in ("fusion", "call", "async-start") else None
 
     def line(self, instruction: Instruction) -> str:
-        """The innermost line of this package that an instruction comes from, or else the innermost of all."""
+        """The innermost line of this package that an instruction comes from, or else the innermost of all; of what the
+        compiler made by itself, its name without the number."""
         lines = self.source(instruction)
-        return next(
-            (line.removeprefix(PACKAGE) for line in lines if line.startswith(PACKAGE)), (lines or ["no source line"])[0]
-        )
+        own = next((line.removeprefix(PACKAGE) for line in lines if line.startswith(PACKAGE)), None)
+        name = re.sub(r"[.\d]+$", "", instruction.name)
+        return own or (lines or [f"no source line: {name}"])[0]
 
     def source(self, instruction: Instruction) -> list[str]:
         """Source lines of an instruction, the innermost first, as ``dpojax/models/block.py:78 project``."""
