@@ -4,7 +4,8 @@ The compiler writes into each fusion, copy and most elementwise instructions how
 (``estimated_cycles``). Kernels, gathers, scatters and collectives carry none. Here a kernel takes its FLOPs at half of
 the peak, a gather its result twice, and a scatter operands and result, over 82 % of the memory's published bandwidth
 (the share that the compiler's estimates of elementwise instructions come to), and collectives a ring model
-(:mod:`dpojax.plan.collectives`). An asynchronous collective costs what the instructions of its computation do not hide.
+(:mod:`dpojax.plan.collectives`). An asynchronous collective costs what the instructions of its computation, and of the
+loops inside, do not hide.
 """
 
 import dataclasses
@@ -143,7 +144,7 @@ def account_of(
         elif not known and kind not in ("collective", "copies beside others"):
             uncounted[i.op] += times
     collectives = collectives_of(module, runs, layout)
-    exposed, hidden = exposed_of(collectives, busy)
+    exposed, hidden = exposed_of(collectives, busy, module.entry, runs.inner)
     ordered = [Line(*key[:2], seconds, key[2]) for key, seconds in sorted(lines.items(), key=lambda kv: -kv[1])]
     return Account(
         estimated=dict(estimated),
@@ -161,13 +162,16 @@ def account_of(
 
 
 def exposed_of(
-    collectives: Sequence[Collective], busy: Mapping[str, float]
+    collectives: Sequence[Collective], busy: Mapping[str, float], entry: str, inner: Mapping[str, Sequence[str]]
 ) -> tuple[dict[tuple[str, str], float], float]:
     """Seconds of collectives that nothing hides, by kind and mesh axes, and the seconds that are hidden.
 
     Args:
       collectives: of a program.
       busy: seconds of the other instructions of each computation, over all of its runs.
+      entry: the outermost computation.
+      inner: the computations that each runs, whose instructions hide its collectives too, where they hide none of
+        their own.
     """
     exposed: dict[tuple[str, str], float] = defaultdict(float)
     behind: dict[str, float] = defaultdict(float)
@@ -177,9 +181,16 @@ def exposed_of(
         else:
             exposed[c.kind, c.axes] += c.total_seconds
     hidden = 0.0
-    for computation, seconds in behind.items():
-        covered = min(seconds, busy.get(computation, 0.0))
+
+    def free(computation: str) -> float:
+        """Seconds of a computation that hide nothing yet."""
+        nonlocal hidden
+        seconds = busy.get(computation, 0.0) + sum(free(name) for name in inner.get(computation, ()))
+        covered = min(behind[computation], seconds)
         hidden += covered
-        if seconds > covered:
-            exposed["asynchronous, not hidden", "all"] += seconds - covered
+        if behind[computation] > covered:
+            exposed["asynchronous, not hidden", "all"] += behind[computation] - covered
+        return seconds - covered
+
+    free(entry)
     return dict(exposed), hidden

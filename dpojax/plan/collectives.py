@@ -10,12 +10,12 @@ ring and the group has all of it, else one. An all-to-all is bound by the middle
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from dpojax.plan.chips import Topology
-from dpojax.plan.hlo import Computation, Instruction, Module, Runs, deep, executed
+from dpojax.plan.hlo import Instruction, Module, Runs, deep, executed
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 Place = tuple[int, ...]
@@ -108,34 +108,25 @@ class Collective:
 def collectives_of(module: Module, runs: Runs, layout: Layout) -> list[Collective]:
     """Every collective that runs, those inside of fusions too.
 
-    A TPU's compiler spreads one over several fusions, all of which name its channel; it is counted once.
+    A TPU's compiler spreads one over several fusions: it is started in one, goes on beside the products of others, and
+    is done in the last. It is counted where it is started. (Channels do not tell collectives apart: all of
+    ``shard_map``'s have the same.)
     """
-    found: dict[tuple[str, str], list[tuple[Instruction, Instruction, Computation, float]]] = {}
-    for computation, i, times in executed(module, runs):
-        for where, part in _inside(module, computation, i):
-            channel = part.text(r"channel_id=(\d+)") or part.name
-            found.setdefault((computation.name, channel), []).append((i, part, where, times))
     out = []
-    for (name, _), members in found.items():
-        outer, part, where, times = members[0]
-        starts = any(_starts(module, i) for i, _, _, _ in members)
-        out.append(_collective(module, layout, outer, part, where, times, name, starts))
+    for computation, i, times in executed(module, runs):
+        inner = module.inside(i)
+        for where, part in [(computation, i)] if inner is None else deep(module, inner):
+            if not part.op.startswith(KINDS) or part.op.endswith("-done"):
+                continue
+            marks = {user.target for user in where.users.get(part.name, ())}
+            starts = part.op.endswith("-start") or START in marks
+            if starts or not (DONE in marks or where.name.startswith(GOES_ON)):
+                out.append(_collective(module, layout, i, part, times, computation.name, starts))
     return [c for c in out if len(c.group) > 1]
 
 
-def _inside(module: Module, computation: Computation, i: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    inner = module.inside(i)
-    for where, part in [(computation, i)] if inner is None else deep(module, inner):
-        if part.op.startswith(KINDS) and not part.op.endswith("-done"):
-            yield where, part
-
-
-def _starts(module: Module, i: Instruction) -> bool:
-    """Whether an instruction leaves a collective running."""
-    if i.op.endswith("-start"):
-        return True
-    inner = module.inside(i)
-    return inner is not None and any(p.target == "AsyncCollectiveStart" for _, p in deep(module, inner))
+START, DONE, GOES_ON = "AsyncCollectiveStart", "AsyncCollectiveDone", "async_collective_fusion"
+"""Custom calls that start and end an asynchronous collective, and the fusions beside whose products it goes on."""
 
 
 def _collective(
@@ -143,7 +134,6 @@ def _collective(
     layout: Layout,
     outer: Instruction,
     part: Instruction,
-    where: Computation,
     times: float,
     computation: str,
     starts: bool,

@@ -123,11 +123,12 @@ class Module:
         return self.computations.get(name) if name and instruction.op in ("fusion", "call", "async-start") else None
 
     def line(self, instruction: Instruction) -> str:
-        """The innermost line of this package that an instruction comes from, or else the innermost of all."""
+        """The innermost line of this package that an instruction comes from, or else the innermost of all; of what the
+        compiler made by itself, its name without the number."""
         lines = self.source(instruction)
-        return next(
-            (line.removeprefix(PACKAGE) for line in lines if line.startswith(PACKAGE)), (lines or ["no source line"])[0]
-        )
+        own = next((line.removeprefix(PACKAGE) for line in lines if line.startswith(PACKAGE)), None)
+        name = re.sub(r"[.\d]+$", "", instruction.name)
+        return own or (lines or [f"no source line: {name}"])[0]
 
     def source(self, instruction: Instruction) -> list[str]:
         """Source lines of an instruction, the innermost first, as ``dpojax/models/block.py:78 project``."""
@@ -297,10 +298,12 @@ def _constant(instruction: Instruction) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """How often each computation that is not part of a fusion runs, and the trip counts of the loops by name; a loop
-    whose count is not known counts once and is in ``unknown``."""
+    """How often each computation that is not part of a fusion runs, which others it runs (``inner``: bodies of loops,
+    branches, calls), and the trip counts of the loops by name; a loop whose count is not known counts once and is in
+    ``unknown``."""
 
     times: Mapping[str, float]
+    inner: Mapping[str, Sequence[str]]
     trips: Mapping[str, int]
     unknown: tuple[str, ...]
 
@@ -313,12 +316,15 @@ def runs_of(module: Module, shares: Sequence[float] = ()) -> Runs:
       shares: of a conditional with as many branches, how often each is taken (default: all alike).
     """
     times: dict[str, float] = {}
+    inner: dict[str, list[str]] = {}
     trips: dict[str, int] = {}
     unknown: list[str] = []
 
-    def visit(name: str | None, n: float) -> None:
+    def visit(name: str | None, n: float, outer: str = "") -> None:
         if name is None or name not in module.computations:
             return
+        if outer and name not in inner.setdefault(outer, []):
+            inner[outer].append(name)
         times[name] = times.get(name, 0.0) + n
         for i in module.computations[name].instructions:
             if i.op == "while":
@@ -327,17 +333,17 @@ def runs_of(module: Module, shares: Sequence[float] = ()) -> Runs:
                     unknown.append(i.name)
                 else:
                     trips[i.name] = count
-                visit(i.called("body"), n * (1 if count is None else count))
+                visit(i.called("body"), n * (1 if count is None else count), name)
             elif i.op == "conditional":
                 branches = _branches(i)
                 each = shares if len(shares) == len(branches) else [1 / len(branches)] * len(branches)
                 for branch, share in zip(branches, each, strict=True):
-                    visit(branch, n * share)
+                    visit(branch, n * share, name)
             elif i.op in ("call", "async-start"):
-                visit(i.called("to_apply") or i.called("calls"), n)
+                visit(i.called("to_apply") or i.called("calls"), n, name)
 
     visit(module.entry, 1.0)
-    return Runs(times, trips, tuple(unknown))
+    return Runs(times, inner, trips, tuple(unknown))
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -133,12 +133,13 @@ def flops_section(plan: Plan) -> Section:
     model, origin = plan.model.total / plan.built.program.mesh.size, "counted" if plan.step else "analysis"
     share = lambda x: f"{x / model:.3f} of the model's"  # noqa: E731
     beyond = plan.flops / (model + plan.recomputed)
+    waste = () if plan.step is None else (Row("waste", tflop(plan.waste), share(plan.waste), origin),)
     return Section(
         "Floating-point operations",
         (
             Row("the model's", tflop(model), "", "formula"),
             Row("computed again", tflop(plan.recomputed), share(plan.recomputed), origin),
-            Row("waste", tflop(plan.waste), share(plan.waste), origin),
+            *waste,
             Row("in all", tflop(plan.flops), f"{beyond:.3f} of model + recomputed", origin),
         ),
     )

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dpojax.plan.collectives import group_of
+from dpojax.plan.account import exposed_of
+from dpojax.plan.collectives import Collective, Layout, collectives_of, group_of
 from dpojax.plan.flops import Visits, flops_of, kernel_flops, product_flops
 from dpojax.plan.hlo import executed, parse, runs_of
 from dpojax.plan.traffic import memory_bytes
@@ -225,3 +226,59 @@ def test_a_ragged_products_rows_go_through_one_expert_each():
     kernel = parse(text).computations["main"].instructions[0]
     assert kernel_flops(kernel) == 2 * 3072 * 256 * 96
     assert kernel_flops(kernel, Visits(experts=16)) == 2 * 3072 * 256 * 96 / 4
+
+
+CHAIN = """
+%begins (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %gather.1 = f32[8]{0} all-gather(%a), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %started = f32[4]{0} custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (b: f32[4]) -> f32[4] {
+  %b = f32[4]{0} parameter(0)
+  %gather.2 = f32[8]{0} all-gather(%b), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %product = f32[4]{0} negate(%b)
+}
+
+%ends (c: f32[4]) -> f32[8] {
+  %c = f32[4]{0} parameter(0)
+  %gather.3 = f32[8]{0} all-gather(%c), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %done = f32[8]{0} custom-call(%gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[4]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  %sum.1 = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %sum.2 = f32[4]{0} all-reduce(%sum.1), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  %one = f32[4]{0} fusion(%sum.2), kind=kCustom, calls=%begins
+  %two = f32[4]{0} fusion(%one), kind=kOutput, calls=%async_collective_fusion.2
+  ROOT %three = f32[8]{0} fusion(%two), kind=kCustom, calls=%ends
+}
+"""
+
+
+def test_a_collective_over_several_fusions_is_one_and_two_of_one_channel_are_two():
+    module = parse(CHAIN)
+    found = collectives_of(module, runs_of(module), Layout(("fsdp", "tensor"), (4, 2)))
+    assert [(c.kind, c.axes, c.asynchronous) for c in found] == [
+        ("all-reduce", "fsdp", False),
+        ("all-reduce", "fsdp", False),
+        ("all-gather", "tensor", True),
+    ]
+    assert found[2].total_bytes == 8 * 4 / 2 and found[0].total_bytes == 2 * 4 * 4 * 3 / 4
+
+
+def test_what_is_behind_a_loop_is_hidden_by_it_once():
+    def collective(computation, seconds, asynchronous=True):
+        return Collective("all-gather", 1e9, (0, 1), "fsdp", 1.0, seconds, asynchronous, computation)
+
+    busy, inner = {"main": 1.0, "body": 4.0}, {"main": ["body"]}
+    assert exposed_of([collective("main", 3.0)], busy, "main", inner) == ({}, 3.0)
+    both = [collective("main", 3.0), collective("body", 3.0)]
+    assert exposed_of(both, busy, "main", inner) == ({("asynchronous, not hidden", "all"): 1.0}, 5.0)
+    late = [collective("body", 5.0), collective("main", 1.0, asynchronous=False)]
+    assert exposed_of(late, busy, "main", inner) == (
+        {("asynchronous, not hidden", "all"): 1.0, ("all-gather", "fsdp"): 1.0},
+        4.0,
+    )
