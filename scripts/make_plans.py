@@ -21,25 +21,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plans.md"
 
-FULL = "--dtype bfloat16 --remat block --optim adamw"
+FULL = "--dtype bfloat16 --remat mlp --optim adamw"
 # The original DPO repository's run on Anthropic's HH: 160,800 pairs, 64 a step, 512 tokens, RMSprop.
 PAPER = "--model pythia-2.8b --topology v5e:4x4 --mesh.data 1 --mesh.fsdp 16 --batch-size 64 --max-length 512"
 PAPER += " --optim rmsprop --remat block --rows 160800"
 PLANS = {
     "Llama 3 8B on v5e:16x16": f"--model llama3-8b --topology v5e:16x16 --mesh.data 1 --mesh.fsdp 256 {FULL} "
-    "--batch-size 256 --max-length 1536 --prompt-length 1024 --logprob-chunk-tokens 131072 --rows 61135",
+    "--batch-size 256 --max-length 1280 --prompt-length 512 --logprob-chunk-tokens 2048 --rows 61135",
     "Llama 3 8B on v5p:4x4x4": f"--model llama3-8b --topology v5p:4x4x4 --mesh.data 1 --mesh.fsdp 64 {FULL} "
-    "--batch-size 256 --max-length 1536 --prompt-length 1024 --logprob-chunk-tokens 131072 --rows 61135",
+    "--batch-size 256 --max-length 1280 --prompt-length 512 --logprob-chunk-tokens 8192 --rows 61135",
     "Llama 3.1 70B on v5p:8x8x8": f"--model llama3.1-70b --topology v5p:8x8x8 --mesh.data 1 --mesh.fsdp 512 {FULL} "
-    "--batch-size 512 --max-length 1024 --logprob-chunk-tokens 262144 --rows 61135",
+    "--batch-size 512 --max-length 1024 --logprob-chunk-tokens 1024 --rows 61135",
     "Qwen3 30B-A3B on v5p:4x4x4": f"--model qwen3-30b-a3b --topology v5p:4x4x4 --mesh.data 1 --mesh.fsdp 16 "
-    f"--mesh.tensor 4 {FULL} --batch-size 256 --max-length 1024 --logprob-chunk-tokens 32768 --rows 61135",
-    "Pythia 2.8B on v5e:4x4, float32, cached reference": f"{PAPER} --reference cached --logprob-chunk-tokens 8192",
-    "Pythia 2.8B on v5e:4x4, float32, live reference": f"{PAPER} --reference live --logprob-chunk-tokens 8192",
+    f"--mesh.tensor 4 {FULL} --batch-size 256 --max-length 1024 --logprob-chunk-tokens 2048 --rows 61135",
+    "Pythia 2.8B on v5e:4x4, float32, cached reference": f"{PAPER} --reference cached --logprob-chunk-tokens 2048",
+    "Pythia 2.8B on v5e:4x4, float32, live reference": f"{PAPER} --reference live --logprob-chunk-tokens 2048",
     "Pythia 2.8B on v5e:4x4, bfloat16, cached reference": f"{PAPER} --dtype bfloat16 --reference cached "
-    "--logprob-chunk-tokens 8192",
+    "--logprob-chunk-tokens 2048",
     "Pythia 2.8B on v5e:4x4, bfloat16, live reference": f"{PAPER} --dtype bfloat16 --reference live "
-    "--logprob-chunk-tokens 8192",
+    "--logprob-chunk-tokens 2048",
 }
 
 HEAD = """# Plans

@@ -20,6 +20,8 @@ PLANNED = 4096  # batches that shapes are planned for; looking at millions would
 FIELD_OF = {"ranks": "rank", "scores": "score", "margin": "score", "weight": "weight", "label": "label"}
 """The batch's annotation that a row's becomes."""
 
+PADDED = 1.05  # computed positions of padded rows, in units of packed ones, up to which rows stay padded
+
 # The cost of a target's projection, and of one attention score, in units of a token; only to weigh shapes by.
 TARGET_COST, ATTENTION_COST = 0.25, 1 / 4000
 
@@ -36,6 +38,18 @@ class Shape:
     def cover(self, other: "Shape") -> "Shape":
         """The smallest shape that holds both."""
         return Shape(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+def stays_padded(shape: Shape, rows: int, completions: int) -> bool:
+    """Whether rows stay as they are padded: each is a sequence by itself, and is hardly longer than when it is packed.
+    Attention reads padded rows, so they need not be moved to it and back.
+
+    Args:
+      shape: of the batch.
+      rows: of a packed sequence.
+      completions: N, of a row.
+    """
+    return rows == 1 and shape.prompt + completions * shape.completion <= PADDED * shape.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +128,10 @@ def collate(
     completions_each: int | None = None,
     fields: Iterable[str] | None = None,
     masked: bool | None = None,
+    *,
+    packed: bool = True,
 ) -> PairBatch:
-    """A batch of these examples, padded to ``shape``; None becomes a padding row.
+    """A batch of these examples, padded to ``shape``, and packed unless ``packed`` is off; None becomes a padding row.
 
     ``completions_each`` is N, where it is more than these examples have. ``fields`` are those of the annotations, and
     ``masked`` says whether there is a loss mask (default: those, and if, these examples have).
@@ -143,7 +159,7 @@ def collate(
             if loss_mask is not None and example.masks:
                 loss_mask[i, n, : len(completion)] = example.masks[n]
     lengths = arrays["prompt_len"], arrays["completion_len"]
-    packing = pack(*lengths, P, C, sequences, shape.tokens, shape.targets, loss_mask)
+    packing = pack(*lengths, P, C, sequences, shape.tokens, shape.targets, loss_mask) if packed else None
     fields = annotation_fields(Examples.of(there)) if fields is None else fields
     annotations = annotations_of(examples, N, fields)
     return PairBatch(**arrays, packing=packing, annotations=annotations, loss_mask=loss_mask)  # type: ignore[arg-type]
@@ -337,7 +353,9 @@ class Batches:
         held = placed.reshape(self.sequences, -1)[self.held].reshape(-1)
         examples = [self.examples[i] if i >= 0 else None for i in held]
         shape, N = self._fit(self._need(placed)), self.completions.shape[1]
-        batch = collate(examples, shape, len(self.held), N, self.fields, self.examples.masked)
+        rows = self.batch_size // self.sequences
+        packed = self.hidden is not None or not stays_padded(shape, rows, N)
+        batch = collate(examples, shape, len(self.held), N, self.fields, self.examples.masked, packed=packed)
         if self.hidden is not None:
             first = self.hidden(int(index[0]))
             hidden = np.zeros((self.sequences, shape.tokens, first.shape[1]), first.dtype)
@@ -345,7 +363,8 @@ class Batches:
                 hidden[sequence, span] = self.hidden(i)
             batch = dataclasses.replace(batch, hidden=hidden)  # type: ignore[arg-type]
         tokens = int(self.tokens[placed[placed >= 0]].sum())
-        return IndexedBatch(placed, batch, held, tokens, self.sequences * shape.tokens)
+        width = shape.tokens if packed else shape.prompt + N * shape.completion
+        return IndexedBatch(placed, batch, held, tokens, self.sequences * width)
 
     def packed_spans(self, index: np.ndarray) -> Iterator[tuple[int, int, slice]]:
         """Every example of a batch, its packed sequence, and its positions there; :func:`pack` leaves no gap.

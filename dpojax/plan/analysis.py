@@ -3,12 +3,12 @@
 Nothing here is measured or compiled. What lies on a device between steps is exact; the rest are these counts, at the
 published peaks:
 
-- kept activations, of every token and layer: the residual stream (remat block), the outputs of products too (dots), or
-  about twice as much (none), and scores where attention is XLA's own;
+- kept activations, of every token and layer: what ``--remat`` names (:data:`~dpojax.models.decoder.REMAT`), or about
+  twice the outputs of products (none), and scores where attention is XLA's own;
 - one layer's weights gathered and its gradients, its scores three times where they are whole, and one chunk of logits
   three times;
-- products: the model's, the forward pass again for remat block, and the unembedding's again where its logits come in
-  chunks;
+- products: the model's, those again whose results ``--remat`` does not keep, and the unembedding's again where its
+  logits come in chunks;
 - over the links: each layer's weights gathered over fsdp in the forward and in the backward pass and their gradients
   reduced, for every micro-batch; gradients reduced over data once; over tensor four reductions of the residual stream a
   layer, and two more where a layer is computed again. Collectives over tensor are waited for, the others go on beside
@@ -71,12 +71,12 @@ def estimate(built: Built) -> Estimate:
     shape = built.program.layout.config.merged
     micro, narrow = config.gradient_accumulation_steps, jnp.dtype(config.dtype).itemsize
     tensor = mesh.shape.get("tensor", 1)
-    tokens, L = work.tokens, shape.layers  # of a device and a micro-batch
-    passes = 3 if config.remat == "block" else 2  # in which layers' weights are read
+    tokens, L = work.width, shape.layers  # of a device and a micro-batch
+    passes = 3 if config.remat in ("block", "attention", "qkv") else 2  # in which layers' weights are read
     model = flops_of_model(built)
     layers, scores, head = forward_flops(built.start.config.merged, work)
     chunked = work.targets > config.logprob_chunk_tokens
-    recomputed = (layers + scores if config.remat == "block" else 0.0) + (head if chunked else 0.0)
+    recomputed = computed_again(shape, config.remat, layers, scores) + (head if chunked else 0.0)
     layer = narrow * layer_parameters(shape) / tensor
     state = dict(state_bytes(built))
     logits = 4.0 * min(config.logprob_chunk_tokens, work.targets) * shape.vocab_size / tensor
@@ -116,14 +116,30 @@ def inner(config: DecoderConfig) -> float:
 
 def kept(built: Built, config: DecoderConfig, narrow: int, tensor: int) -> float:
     """Bytes that the backward pass keeps of a token and a layer."""
-    residual = narrow * config.width
-    remat = built.config.remat
-    if remat == "block":
-        return residual
-    products = residual * 3 + narrow * inner(config) / tensor
-    if remat != "none":
-        return products
-    return 2 * products + score_bytes(built, config, narrow, tensor)
+    a, residual = config.attention, narrow * config.width / tensor  # split by length, where tensor splits a layer
+    heads, kv = a.head_dim * a.heads, a.head_dim * a.kv_heads
+    within = {
+        "block": 0.0,
+        "attention": heads,
+        "qkv": 2 * heads + 2 * kv,
+        "dots": inner(config) - heads + config.width,
+        "mlp": inner(config) + config.width,
+        "none": 2 * inner(config) + 6 * config.width,
+    }[built.config.remat]
+    scores = score_bytes(built, config, narrow, tensor) if built.config.remat == "none" else 0.0
+    return residual + narrow * within / tensor + scores
+
+
+def computed_again(config: DecoderConfig, remat: str, layers: float, scores: float) -> float:
+    """FLOPs of what the backward pass computes again, of those of the layers' weights and of attention's scores."""
+    a = config.attention
+    projections = a.head_dim * (a.heads + 2 * a.kv_heads) / (inner(config) + config.width)
+    return {
+        "block": layers + scores,
+        "attention": layers,
+        "qkv": layers * (1 - projections),
+        "dots": scores,
+    }.get(remat, 0.0)
 
 
 def score_bytes(built: Built, config: DecoderConfig, narrow: int, tensor: int) -> float:

@@ -230,13 +230,15 @@ def abstract_batch(built: Built) -> PairBatch:
     if built.config.train_top_layers is not None:
         width = built.start.config.width
         hidden = jax.ShapeDtypeStruct((R, work.tokens, width), jnp.dtype(built.config.dtype))
+    packing: Any = Packing(ints(R, work.tokens), ints(R, work.targets))  # type: ignore[arg-type]
+    packing = None if work.padded and hidden is None else packing
     arrays: dict[str, Any] = {
         "prompt": ints(B, P),
         "prompt_len": ints(B),
         "completions": ints(B, N, C),
         "completion_len": ints(B, N),
         "valid": floats(B),
-        "packing": Packing(ints(R, work.tokens), ints(R, work.targets)),  # type: ignore[arg-type]
+        "packing": packing,
         "annotations": Annotations(**fields),
         "hidden": hidden,
     }

@@ -78,7 +78,7 @@ def heading(plan: Plan) -> list[str]:
     how = "an analysis, nothing was compiled" if plan.step is None else "the real step, compiled by libtpu"
     how = "the real step, which libtpu refuses to compile" if plan.refused else how
     rows = {1: "rows of one completion", 2: "pairs"}.get(work.each, f"rows of {work.each} completions")
-    padding = f"{work.real_share:.1%} of {work.sequences} x {work.tokens:,} computed tokens are real"
+    padding = f"{work.real_share:.1%} of {work.sequences} x {work.width:,} computed tokens are real"
     unit = "GPUs" if topology.chip.gpu else "chips"
     return [
         f"{config.model} ({total / 1e9:,.2f} billion parameters) on {topology.name} ({topology.chips} {unit}): {how}",

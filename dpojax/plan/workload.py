@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dpojax.data import Batches
+from dpojax.data.batches import Shape, stays_padded
 from dpojax.data.examples import Example
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig
@@ -39,6 +40,17 @@ class Workload:
     source: str
 
     @property
+    def padded(self) -> bool:
+        """Whether the rows are not packed (:func:`~dpojax.data.batches.stays_padded`)."""
+        shape = Shape(self.tokens, self.targets, self.prompt, self.completion)
+        return stays_padded(shape, self.rows // self.sequences, self.each)
+
+    @property
+    def width(self) -> int:
+        """Positions that are computed of a sequence."""
+        return self.prompt + self.each * self.completion if self.padded else self.tokens
+
+    @property
     def real_tokens(self) -> float:
         """Tokens of a batch without padding, in the mean."""
         return float(self.lengths.sum(axis=1).mean()) * self.rows
@@ -51,7 +63,7 @@ class Workload:
     @property
     def real_share(self) -> float:
         """Of the tokens that are computed."""
-        return self.real_tokens / (self.sequences * self.tokens)
+        return self.real_tokens / (self.sequences * self.width)
 
     def scores(self, window: int | None) -> float:
         """Pairs of a query and a key that it sees, of a batch in the mean."""
