@@ -42,8 +42,13 @@ class Device:
     id: int
     process_index: int
     device_kind: str
+    memory: float
     platform: str = "gpu"
     slice_index: int = 0
+
+    def memory_stats(self) -> dict[str, float]:
+        """What a GPU says of its memory, bytes."""
+        return {"bytes_limit": self.memory}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ def devices_of(topology: Topology) -> list[Any]:
     """
     if topology.chip.gpu:
         per_node, kind = topology.shape[1], topology.name.split(":")[0]
-        return [Device(i, i // per_node, kind) for i in range(topology.devices)]
+        return [Device(i, i // per_node, kind, topology.chip.memory) for i in range(topology.devices)]
     try:
         import libtpu  # noqa: F401
     except ImportError:

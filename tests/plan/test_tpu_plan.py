@@ -76,5 +76,6 @@ def test_a_plan_from_the_tpus_compiler(tmp_path):
     assert program["flops"]["unembedding"] == 4 * 2 * 1024 * 256 * 512
     axes = {c["axes"] for c in program["collectives"]}
     assert axes == {"fsdp"}
-    assert found["seconds"] >= found["roofline"]["compute"] and found["roofline"]["binds"] in ("memory", "interconnect")
+    bounds = {name: found["roofline"][name] for name in ("compute", "memory", "interconnect")}
+    assert found["seconds"] >= bounds["compute"] and found["roofline"]["binds"] == max(bounds, key=bounds.__getitem__)
     assert any("models/block.py" in line["source"] for line in program["lines"][:5])
