@@ -256,7 +256,7 @@ def test_a_plan_of_gpus_is_an_analysis(capsys, tmp_path):
 
 
 def test_what_does_not_fit_has_status_1(capsys):
-    status, out, _ = planned(capsys, **BIG, topology="h100:8x8")
+    status, out, _ = planned(capsys, **BIG, topology="h100:8x8", mesh=MeshConfig(data=64))
     assert status == 1 and "does not fit: it needs" in out
 
 
