@@ -166,13 +166,13 @@ that of queries, or those of keys and of values."""
 
 
 def kernel_flops(i: Instruction, visits: Visits | None = None) -> float:
-    """FLOPs of a kernel that is known, by its operands' shapes: Splash attention's, and XLA's of a mixture's ragged
-    products; 0 for others."""
+    """FLOPs of a kernel that is known, by its operands' shapes: Splash attention's, and those of a mixture's ragged
+    products, XLA's or Megablox'; 0 for others."""
     listed = i.text(r"operand_layout_constraints=\{(.*?)\}(?:, \w+=|$)")
     if listed is None:
         return 0.0
     arrays = [Array(d, tuple(map(int, s.split(",")))) for d, s in re.findall(r"\b(\w+)\[([\d,]+)\]", listed)]
-    if i.name.startswith("ragged-dot"):
+    if i.name.startswith(("ragged-dot", "gmm", "tgmm")):
         return _ragged_flops(i, arrays, visits)
     products = next((n for kind, n in PRODUCTS.items() if re.search(rf"splash_m[hq]a_{kind}", i.name)), 0)
     return _splash_flops(i, arrays, products, visits) if products else 0.0

@@ -1,6 +1,7 @@
 """Mixtures of experts: every token reaches its experts, on one device and on many; the load-balancing loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,16 @@ from dpojax.logprobs import completion_logps
 from dpojax.losses import LOSSES
 from dpojax.models import check_divides, make_apply, param_shardings
 from dpojax.models.config import Experts
-from dpojax.models.experts import Routing, balance_loss, mixture, route
+from dpojax.models.experts import (
+    NAMES,
+    Routing,
+    balance_loss,
+    kernel_product,
+    mixture,
+    mixture_over_mesh,
+    ragged_product,
+    route,
+)
 from dpojax.models.load import save_model
 from dpojax.models.lora import check_linear
 from dpojax.sharding import constrainer, make_mesh
@@ -136,3 +146,20 @@ def test_experts_that_the_mesh_does_not_divide_are_refused():
     config = dataclasses.replace(random_model(TINY["mixtral"]).config, experts=Experts(number=3, per_token=1, width=8))
     with pytest.raises(UserError, match=r"--mesh.tensor: 2 does not divide the model's experts, 3; use a divisor"):
         check_divides(make_mesh(MeshConfig(data=4, tensor=2)), config)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)], ids=str)
+def test_the_tpus_kernel_computes_the_same(sizes):
+    """Values and gradients of one layer, the kernel interpreted."""
+    config, weights, _ = layer_of("mixtral")
+    weights = {name: weights[name] for name in NAMES}
+    x = jax.random.normal(jax.random.key(1), (4, 6, config.width))
+    mesh = None if sizes is None else make_mesh(MeshConfig(*sizes))
+
+    def loss(weights, x, mesh, product):
+        return jnp.sum(jnp.sin(mixture_over_mesh(config, weights, x, mesh, product)))
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    expected = gradients(weights, x, None, ragged_product)
+    got = gradients(weights, x, mesh, functools.partial(kernel_product, interpret=True))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
