@@ -4,7 +4,8 @@
     python -m venv /tmp/tunix && /tmp/tunix/bin/pip install google-tunix==0.1.7 'jax[tpu]'
     python scripts/bench_plan.py --tunix-python /tmp/tunix/bin/python --output bench_plan.json
 
-Both are Llama 3 8B with bfloat16 products, AdamW and every layer computed again, fsdp over all chips. Tunix unrolls its
+Both are Llama 3 8B with bfloat16 products and AdamW, fsdp over all chips; ours keeps products (--remat mlp), Tunix
+recomputes every layer, as its trainer does. Tunix unrolls its
 layers, which compile for minutes each, so its step is compiled with one and with two layers, and the difference is
 taken for each of the 32. Its own loss function, model and update run, with a reference's log-probabilities given; its
 reference's forward pass, which it runs in every step, is compiled too. It keeps parameters and moments in bfloat16, as
@@ -24,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = (
-    "--model llama3-8b --dtype bfloat16 --optim adamw --remat block --mesh.data 1 --mesh.fsdp {chips} "
+    "--model llama3-8b --dtype bfloat16 --optim adamw --remat mlp --mesh.data 1 --mesh.fsdp {chips} "
     "--topology {topology} --batch-size {pairs} --max-length {length} --prompt-length {prompt} "
     "--logprob-chunk-tokens {chunk}"
 )
@@ -38,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--completion", type=int, default=512)
-    parser.add_argument("--chunk", type=int, default=131072, help="--logprob-chunk-tokens of ours")
+    parser.add_argument("--chunk", type=int, default=2048, help="--logprob-chunk-tokens of ours")
     parser.add_argument("--options", default="", help="further options of dpojax plan, in one pair of quotes")
     parser.add_argument("--live", action="store_true", help="our reference runs in every step, as Tunix's does")
     parser.add_argument("--output", help="JSON file")

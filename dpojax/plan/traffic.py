@@ -13,12 +13,14 @@ NO_TRAFFIC = {
     "rng-bit-generator",
 }
 NO_TRAFFIC |= {"collective-permute-done", "send", "recv", "send-done", "recv-done", "infeed", "outfeed"}
+COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 
 
 def memory_bytes(module: Module, runs: Runs) -> float:
     """Bytes over the memory of one device in a run of the program: operands and results of every instruction.
 
-    What lies in a core's own memory is not counted. Of an operand that a fusion only slices, as it slices one layer's
+    What lies in a core's own memory is not counted, nor what a fusion hands on: its operands as they are, and buffers of
+    a collective that goes on beside its products. Of an operand that a fusion only slices, as it slices one layer's
     weights of all, the slices are counted; of a result that it updates in place, the update.
     """
     return sum(times * instruction_bytes(module, where, i) for where, i, times in executed(module, runs))
@@ -31,7 +33,7 @@ def instruction_bytes(module: Module, computation: Computation, i: Instruction) 
     operands = computation.operands(i)
     inner = module.inside(i)
     if inner is not None and i.op == "fusion":
-        return _fusion_bytes(inner, i, operands)
+        return _fusion_bytes(module, inner, i, operands)
     if i.op in READS_A_PART:
         return 2 * _stored(i)
     if i.op == "dynamic-update-slice":
@@ -46,41 +48,56 @@ def _stored(i: Instruction) -> float:
     return sum(a.bytes for a in i.arrays if not a.on_core)
 
 
-def _fusion_bytes(inner: Computation, i: Instruction, operands: list[Instruction]) -> float:
-    parameters = [p for p in inner.instructions if p.op == "parameter"]
-    by_number = {int(p.rest.strip("()").split(")")[0]): p for p in parameters}
-    total = 0.0
-    updated = _updates(inner)
+def _fusion_bytes(module: Module, inner: Computation, i: Instruction, operands: list[Instruction]) -> float:
+    total, updated = 0.0, _updates(inner)
     for number, operand in enumerate(operands):
         arrays = operand.arrays
         if not arrays or arrays[0].on_core:
             continue
-        parameter = by_number.get(number)
-        total += _stored(operand) if parameter is None else _read(inner, parameter, updated)
-    results = i.arrays
-    for result, array in enumerate(results):
-        if not array.on_core:
+        parameter = _parameter(inner, number)
+        total += _stored(operand) if parameter is None else _read(module, inner, parameter)
+    passed = _passed_on(inner)
+    for result, array in enumerate(i.arrays):
+        if not array.on_core and result not in passed:
             total += updated.get(result, array).bytes
     return total
 
 
-def _read(inner: Computation, parameter: Instruction, updated: dict[int, Array]) -> float:
+def _parameter(inner: Computation, number: int) -> Instruction | None:
+    """The parameter of this number."""
+    parameters = (p for p in inner.instructions if p.op == "parameter")
+    return next((p for p in parameters if int(p.rest.strip("()").split(")")[0]) == number), None)
+
+
+def _read(module: Module, inner: Computation, parameter: Instruction) -> float:
     """Bytes of a fusion's operand that it reads."""
-    readers = inner.users.get(parameter.name, ())
     whole = parameter.arrays[0].bytes if parameter.arrays else 0.0
-    if not readers:
-        return 0.0
     total = 0.0
-    for reader in readers:
+    for reader in inner.users.get(parameter.name, ()):
+        nested = module.inside(reader) if reader.op == "fusion" else None
         if reader.op in READS_A_PART and reader.operands[0] == parameter.name:
             total += sum(a.bytes for a in reader.arrays)
         elif reader.op == "dynamic-update-slice" and reader.operands[0] == parameter.name:
             total += 0.0  # the rest of it stays where it is
         elif reader.op in ("bitcast", "reshape"):
-            total += _read(inner, reader, updated)
+            total += _read(module, inner, reader)
+        elif reader.op == "tuple" or reader.op in COLLECTIVES:
+            total += 0.0  # handed on
+        elif nested is not None:
+            places = [k for k, name in enumerate(reader.operands) if name == parameter.name]
+            inside = [p for p in (_parameter(nested, k) for k in places) if p is not None]
+            total += sum(_read(module, nested, p) for p in inside) if inside else whole
         else:
             return whole
     return min(total, whole)
+
+
+def _passed_on(inner: Computation) -> set[int]:
+    """The results of a fusion that nothing is written of here, by number: operands as they are, and the buffers of a
+    collective that goes on beside its products."""
+    root = inner.root
+    roots = inner.operands(root) if root.op == "tuple" else [root]
+    return {number for number, result in enumerate(roots) if result.op == "parameter" or result.op in COLLECTIVES}
 
 
 def _updates(inner: Computation) -> dict[int, Array]:
