@@ -19,7 +19,7 @@ COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 def memory_bytes(module: Module, runs: Runs) -> float:
     """Bytes over the memory of one device in a run of the program: operands and results of every instruction.
 
-    What lies in a core's own memory is not counted, nor what a fusion hands on: its operands as they are, and buffers of
+    What lies in a core's own memory is not counted, nor what a fusion hands on: operands as they are, and buffers of
     a collective that goes on beside its products. Of an operand that a fusion only slices, as it slices one layer's
     weights of all, the slices are counted; of a result that it updates in place, the update.
     """
