@@ -149,6 +149,38 @@ def test_a_slice_is_read_and_not_what_it_is_of(module):
     assert memory_bytes(module, runs_of(module)) == 3 * (2 * layer + 4 + layer) + product
 
 
+HANDED_ON = """HloModule jit_g, is_scheduled=true
+
+%nested (n.0: bf16[3,8,4], n.1: s32[]) -> bf16[1,8,4] {
+  %n.0 = bf16[3,8,4]{2,1,0} parameter(0)
+  %n.1 = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %part = bf16[1,8,4]{2,1,0} dynamic-slice(%n.0, %n.1, %z, %z), dynamic_slice_sizes={1,8,4}
+}
+
+%outer (o.0: bf16[3,8,4], o.1: s32[], o.2: bf16[64,4]) -> (bf16[1,8,4], bf16[64,4]) {
+  %o.0 = bf16[3,8,4]{2,1,0} parameter(0)
+  %o.1 = s32[] parameter(1)
+  %o.2 = bf16[64,4]{1,0} parameter(2)
+  %in = bf16[1,8,4]{2,1,0} fusion(%o.0, %o.1), kind=kLoop, calls=%nested
+  ROOT %both = (bf16[1,8,4]{2,1,0}, bf16[64,4]{1,0}) tuple(%in, %o.2)
+}
+
+ENTRY %main (p.0: bf16[3,8,4], p.1: s32[], p.2: bf16[64,4]) -> (bf16[1,8,4], bf16[64,4]) {
+  %p.0 = bf16[3,8,4]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %p.2 = bf16[64,4]{1,0} parameter(2)
+  ROOT %f = (bf16[1,8,4]{2,1,0}, bf16[64,4]{1,0}) fusion(%p.0, %p.1, %p.2), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_hands_on_is_not_moved():
+    module = parse(HANDED_ON)
+    layer = 8 * 4 * 2
+    assert memory_bytes(module, runs_of(module)) == 2 * layer + 4  # the slice twice, and its index
+
+
 def compiled(function, *shapes):
     return jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
 
