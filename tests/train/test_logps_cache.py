@@ -80,16 +80,16 @@ def test_a_run_finds_what_logps_has_computed(tiny_dir, data, tmp_path, computed,
 
 
 def test_interrupted_computation_continues(tiny_dir, data, tmp_path, computed, monkeypatch):
-    real, calls = scoring.put_global, []
+    real, calls = scoring.put_batch, []
 
-    def broken(tree, shardings):
+    def broken(tree, mesh):
         calls.append(1)
         if len(calls) == 2:  # a batch, and then
             raise KeyboardInterrupt
-        return real(tree, shardings)
+        return real(tree, mesh)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "put_global", broken)
+        patch.setattr(scoring, "put_batch", broken)
         assert cli.main(["logps", "--model", tiny_dir, "--data", str(data)]) == 130
     done = len(computed)
     assert 0 < done < 24

@@ -159,7 +159,7 @@ def test_what_steps_leave_behind_survives_a_stop(tiny_dir, pairs_file, tmp_path,
     whole = train(tiny_dir, pairs_file, tmp_path / "whole", loss, *more, steps=6)
     import dpojax.train.loop as loop
 
-    real = loop.put_global
+    real = loop.put_batch
     calls = []
 
     def stops(*args):
@@ -170,9 +170,9 @@ def test_what_steps_leave_behind_survives_a_stop(tiny_dir, pairs_file, tmp_path,
 
     command = ["dpo", "--model", tiny_dir, "--data", pairs_file, "--eval-data", pairs_file, "--loss", loss]
     command += ["--output", str(tmp_path / "cut"), "--steps", "6", *OPTIONS, *more]
-    monkeypatch.setattr(loop, "put_global", stops)
+    monkeypatch.setattr(loop, "put_batch", stops)
     assert main(command) == 130
-    monkeypatch.setattr(loop, "put_global", real)
+    monkeypatch.setattr(loop, "put_batch", real)
     assert main(command) == 0
     rates = {"pairs_per_second", "tokens_per_second"}
     keep = lambda lines: [{k: v for k, v in line.items() if k not in rates} for line in lines]  # noqa: E731
