@@ -55,10 +55,8 @@ def curve(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in rates} for line in lines]
 
 
-@pytest.fixture(scope="module")
-def tried(tiny_dir, tmp_path_factory) -> Path:
-    """A directory with a run of every kind at every place, and what the processes said."""
-    root = tmp_path_factory.mktemp("several")
+def run_everywhere(root: Path, tiny_dir: str) -> None:
+    """A run of every kind at every place, and what the processes said."""
     raw = HF_CONFIG | {"num_key_value_heads": 4}  # as many as the widest tensor axis
     shape = decoder_config(raw)
     drawn = init_params(shape, seed=0)
@@ -85,12 +83,25 @@ def tried(tiny_dir, tmp_path_factory) -> Path:
         for i, (status, said) in enumerate(ended):
             (root / place / f"said-{i}").write_text(said)
             assert status == 0, said
-    return root
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "one device"])
-def test_the_same_run_everywhere(tried, place, name):
+def test_the_same_run_everywhere(tiny_dir, tmp_path):
+    """One test, so that one of the suite's workers runs it all."""
+    run_everywhere(tmp_path, tiny_dir)
+    for place in PLACES:
+        if place != "one device":
+            check_figures(tmp_path, place)
+            for name in RUNS:
+                check_run(tmp_path, place, name)
+        # The first process alone speaks.
+        first, *others = [path.read_text() for path in sorted((tmp_path / place).glob("said-*"))]
+        assert "Training" in first
+        for text in others:
+            assert not re.findall(r"^(?!.*Gloo|.*peer ranks).*\S.*$", text, re.MULTILINE)
+
+
+def check_run(tried: Path, place: str, name: str) -> None:
+    """Its curve and its parameters are those of one device."""
     ours, alone = curve(tried / place / name), curve(tried / "one device" / name)
     assert [line["step"] for line in ours] == [line["step"] for line in alone]
     assert len({line["loss"] for line in ours if "loss" in line}) > 3  # it does learn
@@ -103,8 +114,8 @@ def test_the_same_run_everywhere(tried, place, name):
         np.testing.assert_allclose(mine[path], x, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "one device"])
-def test_log_probabilities_and_figures_are_of_all_rows(tried, place):
+def check_figures(tried: Path, place: str) -> None:
+    """Log-probabilities and held-out figures are of all rows."""
     ours, alone = ((tried / p / "logps.jsonl").read_text().splitlines() for p in (place, "one device"))
     assert len(ours) == len(alone) == 48
     for mine, theirs in zip(map(json.loads, ours), map(json.loads, alone), strict=True):
@@ -116,14 +127,6 @@ def test_log_probabilities_and_figures_are_of_all_rows(tried, place):
     assert len(figures[0]) > 3 and dict(figures[0]).keys() == dict(figures[1]).keys()
     for name, figure in figures[0]:
         assert float(figure) == pytest.approx(float(dict(figures[1])[name]), abs=2e-3), name
-
-
-def test_the_first_process_alone_speaks(tried):
-    for place, (number, _, _) in PLACES.items():
-        said = [(tried / place / f"said-{i}").read_text() for i in range(number)]
-        assert "Training" in said[0]
-        for text in said[1:]:
-            assert not re.findall(r"^(?!.*Gloo|.*peer ranks).*\S.*$", text, re.MULTILINE)
 
 
 def options(tiny_dir: str, data: str, output: Path, **changed: object) -> list[str]:
@@ -142,18 +145,15 @@ def when_at(run: Path, step: int, processes: list) -> None:
     raise AssertionError(finish(processes, 1))
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny_dir, pairs_file, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("unbroken") / "run"
-    for status, said in finish(spawn(2, 2, options(tiny_dir, pairs_file, run, steps=60))):
+def test_a_stopped_run_stops_as_a_whole_and_continues(tiny_dir, pairs_file, tmp_path):
+    unbroken = tmp_path / "unbroken"
+    for status, said in finish(spawn(2, 2, options(tiny_dir, pairs_file, unbroken, steps=60))):
         assert status == 0, said
-    return run
+    stop_and_continue(tiny_dir, pairs_file, tmp_path / "terminated", unbroken, signal.SIGTERM, which=1)
+    stop_and_continue(tiny_dir, pairs_file, tmp_path / "killed", unbroken, signal.SIGKILL, which=0)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_stops_as_a_whole_and_continues(tiny_dir, pairs_file, tmp_path, unbroken, number, which):
-    run = tmp_path / "run"
+def stop_and_continue(tiny_dir, pairs_file, run: Path, unbroken: Path, number: signal.Signals, which: int) -> None:
     command = options(tiny_dir, pairs_file, run, steps=60)
     processes = spawn(2, 2, command)
     when_at(run, 15, processes)
