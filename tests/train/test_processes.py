@@ -97,7 +97,7 @@ def test_the_same_run_everywhere(tiny_dir, tmp_path):
         first, *others = [path.read_text() for path in sorted((tmp_path / place).glob("said-*"))]
         assert "Training" in first
         for text in others:
-            assert not re.findall(r"^(?!.*Gloo|.*peer ranks).*\S.*$", text, re.MULTILINE)
+            assert not re.search("Tokenizing|Loading|Training|Evaluating|rows|loss", text)  # but Gloo's own lines
 
 
 def check_run(tried: Path, place: str, name: str) -> None:
