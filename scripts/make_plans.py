@@ -73,7 +73,7 @@ def run(name: str, options: str) -> str:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     start, usage = time.monotonic(), os.times()
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    if done.returncode not in (0, 1):
+    if done.returncode not in (0, 1) or not done.stdout:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     spent, after = time.monotonic() - start, os.times()
     cpu = after.children_user + after.children_system - usage.children_user - usage.children_system

@@ -211,7 +211,7 @@ def make_plan(built: Built) -> Plan:
     if built.live and step.refused is None:
         params = abstract_params(built.reference, built.program.mesh)
         whole = dataclasses.replace(inputs[1], hidden=None)
-        reference = compile_program(built, jax.jit(built.program.ref_step).lower(params, whole))
+        reference = compile_program(built, built.program.ref_step.lower(params, whole))
     return Plan(built, model, memory_of(built, step, reference, guess), chip.memory, guess, step, reference)
 
 

@@ -45,8 +45,22 @@ from dpojax.train.task import Task
 from dpojax.train.top_layers import of_top, top_config
 from dpojax.types import CompletionStats, PyTree, ReferenceOutput
 
-RefStep = Callable[[PyTree, PairBatch], ReferenceOutput]
 EvalStep = Callable[..., Metrics]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStep:
+    """A live reference's compiled forward pass, and what makes of its statistics what the objective reads."""
+
+    forward: Any
+    finish: Callable[[PyTree, PairBatch, CompletionStats], ReferenceOutput]
+
+    def __call__(self, params: PyTree, batch: PairBatch) -> ReferenceOutput:
+        return self.finish(params, batch, self.forward(params, batch))
+
+    def lower(self, params: PyTree, batch: PairBatch) -> Any:
+        """The forward pass lowered for inputs of these shapes."""
+        return self.forward.lower(params, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +91,7 @@ class Program:
     eval_step: EvalStep
     logps_step: LogpsStep
     policy_logps: LogpsStep
-    ref_step: RefStep
+    ref_step: ReferenceStep
 
 
 def make_program(
@@ -286,7 +300,7 @@ def make_ref_step(
     *,
     chunk_tokens: int,
     micro_batches: int = 1,
-) -> RefStep:
+) -> ReferenceStep:
     """``ref_step(params, batch)``, compiled: what an objective of these traits reads of a live reference."""
     reads = traits.reference_statistics | ({"hidden"} if traits.compares_distributions else set())
 
@@ -300,11 +314,11 @@ def make_ref_step(
     forward = jit_forward(stats, mesh, config, micro_batches)
     shape = jax.jit(output, out_shardings=batch_sharding(mesh))
 
-    def ref_step(params: PyTree, batch: PairBatch) -> ReferenceOutput:
-        ref = shape(forward(params, batch), batch)
+    def finish(params: PyTree, batch: PairBatch, stats: CompletionStats) -> ReferenceOutput:
+        ref = shape(stats, batch)
         return dataclasses.replace(ref, head=unembedding_of(config, params)) if traits.compares_distributions else ref
 
-    return ref_step
+    return ReferenceStep(forward, finish)
 
 
 def initial_state(program: Program, params: PyTree, seed: int = 0, *, donate: bool = False) -> TrainState:

@@ -80,3 +80,15 @@ def test_a_plan_from_the_tpus_compiler(tmp_path):
     assert found["seconds"] >= bounds["compute"]
     assert found["roofline"]["binds"] == max(bounds, key=bounds.__getitem__).replace("links", "interconnect")
     assert any("models/block.py" in line["source"] for line in program["lines"][:5])
+
+
+def test_a_live_references_pass_is_compiled_too(tmp_path):
+    model, file = tmp_path / "config.json", tmp_path / "plan.json"
+    model.write_text(json.dumps({**TPU, "rms_norm_eps": 1e-5}))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
+    flags = "--topology v5e:2x2 --mesh.fsdp 4 --dtype bfloat16 --max-length 512 --batch-size 4 --reference live"
+    command = [sys.executable, "-m", "dpojax", "plan", "--model", str(model), *flags.split(), "--json", str(file)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    step, reference = json.loads(file.read_text())["programs"]
+    assert 0 < reference["estimated"]["products"] < step["estimated"]["products"]
