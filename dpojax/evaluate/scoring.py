@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from dpojax import processes
 from dpojax.configs import MeshConfig, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, lengths_only
 from dpojax.data.batches import target_lengths
@@ -138,5 +137,5 @@ class FileScores:
             chunk_tokens=config.logprob_chunk_tokens,
         )
         key = model_key(model.config, fingerprint(model.params), config.dtype)
-        cache = LogpsCache(self.beside if processes.first() else None, key, self.lengths.shape[1])
+        cache = LogpsCache(self.beside, key, self.lengths.shape[1])
         return scorer(model.params, self.examples, f"Log-probabilities, {Path(name).name}", cache)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpojax import processes
 from dpojax.cachedir import cache_dir, mention_earlier, write_arrays
 
 VERSION = 3  # of the cache's directories; raise it, and with it the names below, when their layout changes
@@ -32,8 +33,9 @@ def directory_of(beside: str, model: Mapping[str, str | int], completions: int) 
 class LogpsCache:
     """Sums ``log pi(y|x)`` of rows, kept beside the data: ``.dpojax/logps3-<hash>/``.
 
-    Every process adds files of its own there, each whole or absent, so that an interrupted computation goes on and
-    two runs at a time do no harm. A row whose tokens, or whose model, have changed is another row.
+    Every run adds files of its own there, each whole or absent, so that an interrupted computation goes on and two runs
+    at a time do no harm; of a run's processes, the first reads and writes them.
+    A row whose tokens, or whose model, have changed is another row.
 
     Args:
       beside: the data file; None for rows in memory, whose sums are then kept in memory alone.
@@ -42,7 +44,8 @@ class LogpsCache:
     """
 
     def __init__(self, beside: str | None, model: Mapping[str, str | int], completions: int):
-        self.directory = None if beside is None else directory_of(beside, model, completions)
+        kept = beside is not None and processes.first()
+        self.directory = directory_of(str(beside), model, completions) if kept else None
         self.completions = completions
         self.keys, self.sums = self._rows([], [])
         self.fresh: list[tuple[np.ndarray, np.ndarray]] = []

@@ -194,7 +194,7 @@ def references(
     key = model_key(model.config, content, config.dtype)
 
     def cached(batches: Batches, file: str | None, label: str, limit: int | None = None) -> Reference:
-        cache = LogpsCache(file if processes.first() else None, key, batches.completions.shape[1])
+        cache = LogpsCache(file, key, batches.completions.shape[1])
         return cached_reference(program, model.params, batches, label=label, limit=limit, cache=cache)
 
     if choice.form == "none":

@@ -108,9 +108,9 @@ def collect_logps(
             # A batch may run over the epoch's end, or over rows of the cache.
             new = (item.index >= 0) & np.isnan(sums[item.index, 0])
             sums[item.index[new]] = got[new]
-            if cache is not None and processes.first():
+            if cache is not None:
                 cache.add(keys[item.index[new]], got[new])
     finally:
-        if cache is not None and processes.first():
+        if cache is not None:
             cache.write()
     return sums
