@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Our plan's step time beside Tunix's, compiled ahead of time for the same chips and counted by the same account.
 
-    python -m venv /tmp/tunix && /tmp/tunix/bin/pip install google-tunix==0.1.7 'jax[tpu]'
-    python scripts/bench_plan.py --tunix-python /tmp/tunix/bin/python --output bench_plan.json
+    python -m venv tunix && tunix/bin/pip install google-tunix==0.1.7 'jax[tpu]'
+    python scripts/bench_plan.py --tunix-python tunix/bin/python --output bench_plan.json
 
 Both are Llama 3 8B with bfloat16 products and AdamW, fsdp over all chips; ours keeps products (--remat mlp), Tunix
-recomputes every layer, as its trainer does. Tunix unrolls its
-layers, which compile for minutes each, so its step is compiled with one and with two layers, and the difference is
-taken for each of the 32. Its own loss function, model and update run, with a reference's log-probabilities given; its
-reference's forward pass, which it runs in every step, is compiled too. It keeps parameters and moments in bfloat16, as
-its examples do; ours are float32. What its step waits for and what it hides is judged as ours is.
+recomputes every layer, as its trainer does. It unrolls its layers, which compile for minutes each, so its step is
+compiled with one and with two layers, and the difference is taken for each of the 32. Its own loss function, model and
+update run, with a reference's log-probabilities given; its reference's forward pass, which it runs in every step, is
+compiled too. It keeps parameters and moments in bfloat16, as its examples do; ours are float32. What its step waits for
+and what it hides is judged as ours is.
 """
 
 import argparse

@@ -24,33 +24,18 @@ from pathlib import Path
 from dpojax.local import environment, free_port
 
 MINUTE = 60
-SHAPE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "vocab_size": 384,
-    "tie_word_embeddings": True,
-    "eos_token_id": 1,
-}
 
 
 def make_inputs(root: Path) -> None:
     """A tiny model, a byte tokenizer and some pairs."""
     from transformers import ByT5Tokenizer
 
-    from dpojax.models import Model, config_from_hf, init_params, save_model
+    from dpojax import models
 
-    config = config_from_hf(SHAPE, "tiny")
-    save_model(Model(config, init_params(config, seed=0), SHAPE), root / "model")
+    shape = {"attention": models.Attention(heads=4, kv_heads=2, head_dim=8), "mlp": models.Mlp(width=64)}
+    shape |= {"norm": models.Norm(eps=1e-5), "positions": models.Rope(theta=10_000.0), "max_positions": 512}
+    config = models.DecoderConfig(vocab_size=384, width=32, layers=2, **shape)
+    models.save_model(models.new_model(config), root / "model")
     ByT5Tokenizer().save_pretrained(root / "model")
     words = ["the", "slow", "film", "was", "a", "lovely", "story", "of", "friends", "going", "home"]
     draw = random.Random(0)

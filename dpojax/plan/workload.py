@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from dpojax.data import Batches
-from dpojax.data.batches import Shape, stays_padded
+from dpojax.data.batches import MULTIPLE, Shape, stays_padded
 from dpojax.data.examples import Example
 from dpojax.errors import UserError
 from dpojax.models import DecoderConfig
-
-MULTIPLE = 8  # of packed sequences' lengths, as batches have it
 
 
 @dataclasses.dataclass(frozen=True)
