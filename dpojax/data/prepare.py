@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import multiprocessing
 import os
@@ -27,14 +26,14 @@ from dpojax.data.formats import Format, detect, format_named
 from dpojax.data.opened import identity_of
 from dpojax.data.read import BadRow, Block, Row, Source
 from dpojax.data.rows import parse_row
+from dpojax.data.spread import of_first, with_others
 from dpojax.data.store import (
     FileTokens,
     joined_files,
-    packed,
-    part_of,
     part_tokens,
     read_part,
     read_whole,
+    without_tokens,
     write_part,
     write_whole,
 )
@@ -352,7 +351,7 @@ def tokenize_source(
             if part is None:
                 yield i, block
             else:
-                parts[i], where[i] = _without_tokens(part), file
+                parts[i], where[i] = without_tokens(part), file
 
     if aside is not None:
         with contextlib.suppress(OSError):
@@ -360,7 +359,7 @@ def tokenize_source(
     for i, part in tokenized(todo(), reading, format, encoder, workers):
         file = aside and aside / f"{i:06d}.npz"
         on_disk = file is not None and write_part(file, part)
-        parts[i], where[i] = (_without_tokens(part), file) if on_disk else (part, part.tokens)
+        parts[i], where[i] = (without_tokens(part), file) if on_disk else (part, part.tokens)
         progress(sum(part.rows for part in parts.values()) * processes.count())
     shared = False
     if processes.count() > 1:
@@ -374,49 +373,6 @@ def tokenize_source(
     if shared:
         processes.barrier("tokens are kept")
     return whole
-
-
-def with_others(
-    file: str, parts: dict[int, FileTokens], where: dict[int, Any], total: int, aside: Path | None, *, leave: bool
-) -> None:
-    """Add the blocks that other processes have made, of ``total``; or leave them to the first one.
-
-    Raises:
-      UserError: the file is another one for some process.
-    """
-    if len(set(processes.exchange(str(total).encode()))) > 1:
-        raise UserError(f"{file}: has more rows for one process than for another; give all of them the same files")
-    for start in range(0, total, processes.count()):
-        mine = next((i for i in range(start, start + processes.count()) if i in parts), None)
-        part = None if mine is None else parts[mine]
-        if part is not None and not isinstance(where[mine], Tokens):  # type: ignore[index]
-            part = dataclasses.replace(part, tokens=part_tokens(where[mine]))  # type: ignore[index]
-        for i, got in enumerate(processes.exchange(b"" if part is None else packed(part)), start):
-            if got and i not in parts and not leave:
-                theirs = part_of(io.BytesIO(got), file)
-                path = aside and aside / f"{i:06d}.npz"
-                on_disk = path is not None and write_part(path, theirs)
-                parts[i], where[i] = (_without_tokens(theirs), path) if on_disk else (theirs, theirs.tokens)
-
-
-def of_first(file: str, path: Path | None) -> FileTokens:
-    """A file's tokens, which the first process has brought together and kept.
-
-    Raises:
-      UserError: it could not keep them.
-    """
-    processes.barrier("tokens are kept")
-    whole = None if path is None else read_whole(path, file)
-    if whole is None:
-        raise UserError(f"{path}: the tokens of {file} could not be kept there; free some space")
-    return whole
-
-
-def _without_tokens(part: FileTokens) -> FileTokens:
-    """A part whose tokens lie on disk."""
-    few = np.zeros(0, np.int32)
-    masks = None if part.tokens.masks is None else few.astype(bool)
-    return dataclasses.replace(part, tokens=dataclasses.replace(part.tokens, flat=few, masks=masks))
 
 
 def _whole(

@@ -82,6 +82,13 @@ def joined_files(parts: Sequence[FileTokens], tokens: Tokens) -> FileTokens:
     )
 
 
+def without_tokens(part: FileTokens) -> FileTokens:
+    """A part whose tokens lie on disk."""
+    few = np.zeros(0, np.int32)
+    masks = None if part.tokens.masks is None else few.astype(bool)
+    return dataclasses.replace(part, tokens=dataclasses.replace(part.tokens, flat=few, masks=masks))
+
+
 def part_arrays(part: FileTokens) -> dict[str, Any]:
     """A part of a file as named arrays, its facts as JSON among them."""
     arrays = {name: getattr(part.tokens, name) for name in [*PER_ROW, "flat"]}
