@@ -344,17 +344,18 @@ class Batches:
     def _fit(self, need: Shape) -> Shape:
         return min((s for s in self.shapes if s.cover(need) == s), key=self._cost)
 
-    def collate(self, index: np.ndarray) -> IndexedBatch:
+    def collate(self, index: np.ndarray, always_packed: bool = False) -> IndexedBatch:
         """The batch of these examples, in the smallest planned shape that holds them.
 
-        Lengths alone say where each example goes, so every process reads the tokens of its own rows only.
+        Lengths alone say where each example goes, so every process reads the tokens of its own rows only. A batch
+        without hidden states stays padded where packing saves nothing, unless it is ``always_packed``.
         """
         placed = self._placed(index)
         held = placed.reshape(self.sequences, -1)[self.held].reshape(-1)
         examples = [self.examples[i] if i >= 0 else None for i in held]
         shape, N = self._fit(self._need(placed)), self.completions.shape[1]
         rows = self.batch_size // self.sequences
-        packed = self.hidden is not None or not stays_padded(shape, rows, N)
+        packed = always_packed or self.hidden is not None or not stays_padded(shape, rows, N)
         batch = collate(examples, shape, len(self.held), N, self.fields, self.examples.masked, packed=packed)
         if self.hidden is not None:
             first = self.hidden(int(index[0]))

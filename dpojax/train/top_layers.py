@@ -160,7 +160,7 @@ class Trunk:
     def _compute(self, batches: Batches, label: str, limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
         seen: set[int] = set()
         for index in track(range(batches.first_pass(limit)), label):
-            item = batches.collate(batches.indices[index])
+            item = batches.collate(batches.indices[index], always_packed=True)
             states = np.asarray(self.step(self.params, put_batch(item.batch, self.mesh)))
             for i, sequence, span in batches.packed_spans(item.index):
                 if i not in seen:  # a batch may run over the epoch's end
