@@ -51,7 +51,8 @@ def test_losses_see_only_log_probabilities():
 
 def test_the_command_line_starts_light():
     """--help must answer at once, so cli.py may import nothing heavy at its top."""
-    for name in ("cli.py", "commands.py", "configs.py", "errors.py", "__init__.py"):
+    configs = ("configs/__init__.py", "configs/training.py", "configs/tools.py")
+    for name in ("cli.py", "commands.py", "errors.py", "__init__.py", *configs):
         tree = ast.parse((PACKAGE / name).read_text())
         top = {
             (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
