@@ -1,9 +1,10 @@
-"""What is measured of a policy on fresh samples: reward, KL, length, entropy, repetition; each with a standard error."""
+"""What is measured of a policy on fresh samples: reward, KL, length, entropy, repetition, with standard errors."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from dpojax.evaluate import estimate, make_kl_step
@@ -13,6 +14,8 @@ from experiments.world import World, grid
 
 Figures = dict[str, dict[str, float]]
 """By name, a mean with its standard error over prompts, and how many prompts."""
+TEXTS = 4
+"""Samples that are kept as text."""
 
 
 def repeated(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -24,14 +27,20 @@ def repeated(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return (earlier & inside).sum(axis=-1) / np.maximum(lengths, 1)
 
 
-def make_measure(world: World, kind: str = "held_out") -> Callable[[Any, int], Figures]:
-    """``measure(params, seed) -> figures`` of fresh samples of a policy, for the prompts of a kind.
+class Measured(NamedTuple):
+    """Figures of a policy's samples, and some of the samples as (prompt, completion)."""
+
+    figures: Figures
+    texts: list[tuple[str, str]]
+
+
+def make_measure(world: World, kind: str = "held_out") -> Callable[[Any, int], Measured]:
+    """``measure(params, seed)`` of fresh samples of a policy, for the prompts of a kind.
 
     The KL is the exact one of the next-token distributions, summed along the samples; ``log_ratio`` is the mean
-    log-ratio of the same samples, another estimate of it with a larger error. ``entropy`` is that of a completion, nats.
+    log-ratio of the same samples, another estimate of it with a larger error. ``entropy`` is that of a completion, in
+    nats, ``repeated`` the share of tokens that stand in their completion before.
     """
-    import jax
-
     prompts, n = world.prompts(kind), world.setting.eval_samples
     reference, mesh = world.reference, world.mesh
     kl_step = make_kl_step(world.apply_fn, mesh, reference.config)
@@ -39,7 +48,7 @@ def make_measure(world: World, kind: str = "held_out") -> Callable[[Any, int], F
     shards = batch_shards(mesh)
     rows = -(-max(1, min(len(prompts), world.setting.side_by_side // n)) // shards) * shards
 
-    def measure(params: Any, seed: int) -> Figures:
+    def measure(params: Any, seed: int) -> Measured:
         drawn = world.draw(params, prompts, n, seed)
         kls, refs = [], []
         for start in range(0, len(prompts), rows):
@@ -58,6 +67,9 @@ def make_measure(world: World, kind: str = "held_out") -> Callable[[Any, int], F
             "entropy": -logps,
             "repeated": repeated(np.asarray(drawn.samples.tokens), lengths),
         }
-        return {name: dataclasses.asdict(estimate(np.mean(x, axis=1))) for name, x in values.items()}
+        figures = {name: dataclasses.asdict(estimate(np.mean(x, axis=1))) for name, x in values.items()}
+        shown = range(0, len(prompts), max(1, len(prompts) // TEXTS))[:TEXTS]
+        texts = jax.tree.map(lambda x: x[list(shown), :1], drawn.samples).texts(world.tokenizer)
+        return Measured(figures, [(getattr(world.texts, kind)[i], row[0]) for i, row in zip(shown, texts, strict=True)])
 
     return measure

@@ -11,19 +11,32 @@ import itertools
 import random
 from collections.abc import Sequence
 
-KINDS = "film comedy thriller drama sequel western documentary romance musical remake".split()
-PARTS = "acting plot music script ending pacing dialogue camera story cast opening finale".split()
-MAKERS = "director writer narrator villain hero crew".split()
-THINGS = "jokes songs fights colours costumes characters effects sounds dances scenes".split()
-FRIENDS = "sister brother wife husband friend mother father neighbour".split()
+KINDS = ["film", "comedy", "thriller", "drama", "sequel", "western", "documentary", "romance", "musical", "remake"]
+PARTS = [
+    "acting",
+    "plot",
+    "music",
+    "script",
+    "ending",
+    "pacing",
+    "dialogue",
+    "camera",
+    "story",
+    "cast",
+    "opening",
+    "finale",
+]
+MAKERS = ["director", "writer", "narrator", "villain", "hero", "crew"]
+THINGS = ["jokes", "songs", "fights", "colours", "costumes", "characters", "effects", "sounds", "dances", "scenes"]
+FRIENDS = ["sister", "brother", "wife", "husband", "friend", "mother", "father", "neighbour"]
 TIMES = ("after ten minutes", "in the middle", "near the end", "from start to end", "after an hour", "at times")
-ADVERBS = "very quite rather really so truly almost".split()
+ADVERBS = ["very", "quite", "rather", "really", "so", "truly", "almost"]
 
 ADJECTIVES = {
     "good": "good great wonderful superb excellent brilliant beautiful charming lovely fine delightful enjoyable "
     "amazing funny perfect fresh interesting entertaining strong smart warm outstanding fantastic pleasant clever",
-    "bad": "bad terrible awful horrible dull boring weak poor annoying disappointing dreadful stupid ugly pathetic lame "
-    "unpleasant ridiculous confusing empty sad painful lazy useless worthless silly",
+    "bad": "bad terrible awful horrible dull boring weak poor annoying disappointing dreadful stupid ugly pathetic "
+    "lame unpleasant ridiculous confusing empty sad painful lazy useless worthless silly",
     "plain": "long short slow quiet loud simple dark old usual familiar different plain busy modern quick",
 }
 VERBS = {
@@ -46,7 +59,10 @@ ADVICE = {
     "bad": ("avoid it", "skip it", "blame the director"),
     "plain": ("wait a year", "read the book", "see another"),
 }
-MOODS, SHARES = (0.08, 0.5, 0.92), (0.4, 0.2, 0.4)  # how likely a word of feeling is a good one; how many reviews have it
+MOODS, SHARES = (
+    (0.08, 0.5, 0.92),
+    (0.4, 0.2, 0.4),
+)  # how likely a word of feeling is a good one; how many reviews have it
 PLAIN = 0.25  # share of words that have no feeling
 SKEW = 1.5  # words that come first in a list are likelier
 
@@ -146,7 +162,9 @@ def vocabulary() -> list[str]:
     """Every word of the language, in order of the alphabet."""
     tables = (ADJECTIVES, VERBS, NOUNS, FEELINGS, ADVICE)
     texts = [text for text, _ in openings()] + [*ADVERBS, *TIMES, "but and , . a the are is i was would my it we"]
-    texts += [text for table in tables for words in table.values() for text in ([words] if isinstance(words, str) else words)]
+    texts += [
+        text for table in tables for words in table.values() for text in ([words] if isinstance(words, str) else words)
+    ]
     return sorted({word for text in texts for word in text.split()})
 
 

@@ -82,7 +82,7 @@ class Setting:
     """Evaluations of each run: at its end, at the half, at a quarter and so on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009  # frozen
     """How the devices of a process are arranged."""
 
 

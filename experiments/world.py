@@ -1,10 +1,10 @@
 """What all points of a sweep share, computed once: the reference, prompts, its samples, their rewards.
 
-    DIRECTORY/setting.json
-    DIRECTORY/base/         a new model, and its tokenizer
-    DIRECTORY/sft/          the run of supervised fine-tuning (`dpojax sft`), whose last checkpoint is the reference
-    DIRECTORY/samples.npz   completions of the prompts, their log-probabilities and rewards
-    DIRECTORY/frontier.npz  rewards of many completions of the held-out prompts
+DIRECTORY/setting.json
+DIRECTORY/base/         a new model, and its tokenizer
+DIRECTORY/sft/          the run of supervised fine-tuning (`dpojax sft`), whose last checkpoint is the reference
+DIRECTORY/samples.npz   completions of the prompts, their log-probabilities and rewards
+DIRECTORY/frontier.npz  rewards of many completions of the held-out prompts
 """
 
 import dataclasses
@@ -288,7 +288,9 @@ class World:
         prompts = self.prompts(kind)
 
         def build(path: Path) -> None:
-            drawn = self.draw(self.reference.params, prompts, samples, seed, f"Samples of the reference, {kind} prompts")
+            drawn = self.draw(
+                self.reference.params, prompts, samples, seed, f"Samples of the reference, {kind} prompts"
+            )
             np.savez(path / "samples.npz", **drawn.samples._asdict(), rewards=drawn.rewards)
 
         with np.load(made_once(self.directory / name, build) / "samples.npz") as arrays:
