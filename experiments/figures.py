@@ -181,3 +181,61 @@ def cell(value: Any) -> str:
 def read_results(directory: Path) -> list[Result]:
     """Every point of a sweep."""
     return [json.loads(path.read_text()) for path in sorted((directory / "points").glob("*.json"))]
+
+
+def averaged(results: Sequence[Result], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By point, figures of its last evaluation: means over seeds, and their standard errors."""
+    out: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(r["name"].rpartition("-seed")[0] for r in results):
+        own = [r for r in results if r["name"].rpartition("-seed")[0] == name]
+        out[name] = {"method": own[0]["method"]}
+        for figure in names:
+            values = np.array([last(r, figure) for r in own])
+            out[name][figure] = numbers(np.array([values.mean(), spread(values)]))
+    return out
+
+
+def by_step(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A figure along the way, of the seeds of one point: steps, means over seeds, and their standard errors."""
+    steps = np.array([e["step"] for e in results[0]["curve"]])
+    values = np.array([[e[name]["mean"] for e in r["curve"]] for r in results])
+    return steps, values.mean(axis=0), np.array([spread(column) for column in values.T])
+
+
+Series = dict[str, tuple[Any, Any, Any]]
+"""By label: x, y, and y's errors."""
+
+
+def plot_panels(path: Path, panels: dict[str, Series], xlabel: str, title: str, logx: bool = False) -> None:
+    """Lines with error bars, a panel for each figure; all panels have the same labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels) + 0.8, 3.4), layout="constrained")
+    for axis, (name, series) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        for i, (label, (x, y, error)) in enumerate(series.items()):
+            error = np.nan_to_num(np.asarray(error, float))
+            axis.errorbar(x, y, yerr=error, color=f"C{i % 10}", marker="osDPXv*<>"[i % 9], markersize=4, label=label)
+        axis.set(title=name, xlabel=xlabel, xscale="log" if logx else "linear")
+        axis.grid(alpha=0.3)
+    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def show_points(table: dict[str, dict[str, Any]], names: Sequence[str], output: Path, title: str) -> None:
+    """Print points' figures as a table, and write it as points.md."""
+    rows = [[point, *(row[name] for name in names)] for point, row in table.items()]
+    show_table(f"{title}; ± is the standard error over seeds", ["point", *names], rows, output / "points.md")
+
+
+def show_matched(table: dict[str, dict[str, list]], frontier: Frontier, output: Path) -> None:
+    """Print rewards at matched KL, beside Best-of-N's and the optimum's, and write them as matched.md."""
+    rows: list[list[Any]] = [[method, *zip(row["mean"], row["error"], strict=True)] for method, row in table.items()]
+    for name, curve in (("Best-of-N", frontier.best_of_n), ("optimum", frontier.optimum)):
+        rows.append([name, *numbers(reward_at(np.array(KLS), curve.kl, curve.reward))])
+    header = ["method", *(f"KL {kl:g}" for kl in KLS)]
+    show_table("Mean reward at matched KL; ± is the standard error over seeds", header, rows, output / "matched.md")

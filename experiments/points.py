@@ -59,6 +59,8 @@ class Point:
     """How many of the pairs there are."""
     reference: Literal["sft", "preferred_ft", "base", "moving"] = "sft"
     """Which policy is the reference, and where training starts; a moving one starts as SFT and follows the policy."""
+    width: int | None = None
+    """Of the model, where it is another than the setting's; its reference and samples are its own."""
     rounds: int = 1
     """Rounds of sampling from the policy, labelling, and training on from it."""
     new_reference: bool = True
@@ -99,13 +101,16 @@ def evaluation_steps(steps: int, evaluations: int) -> list[int]:
     return sorted({max(1, round(steps / 2**k)) for k in range(evaluations)})
 
 
-def train_point(world: World, point: Point, measure: Measure) -> Trained:
-    """Train a point and measure it on the way."""
+def train_point(world: World, point: Point, measure: Measure | None) -> Trained:
+    """Train a point and measure it on the way (None: do not)."""
     if point.loss in ("rloo", "ppo"):
         return train_rl(world, point, measure)
     if point.rounds > 1:
         return train_rounds(world, point, measure)
-    params = start_of(world, point)
+    if point.loss == "reward_model":
+        params = as_reward_model(world.reference, world.mesh).params
+    else:
+        params = start_of(world, point)
     return train_pairs(world, point, measure, *pairs_for(world, point), params=params, ref=params)
 
 
@@ -141,7 +146,7 @@ def start_of(world: World, point: Point) -> Any:
     if point.reference == "preferred_ft":
         steps = world.setting.sft_like_steps
         preferred = dataclasses.replace(point, name="", loss="preferred_ft", reference="sft", steps=steps)
-        return train_point(world, preferred, None).params  # type: ignore[arg-type]
+        return train_point(world, preferred, None).params
     if point.reference == "base":
         return load_base(world)
     return world.reference.params
@@ -176,6 +181,8 @@ def steps_of(world: World, point: Point) -> int:
         return point.steps
     if point.loss in ("rloo", "ppo"):
         return setting.rl_steps
+    if point.loss == "reward_model":
+        return setting.reward_steps
     return setting.sft_like_steps if point.loss.startswith(("preferred_ft", "unlikelihood")) else setting.steps
 
 
@@ -203,7 +210,8 @@ def train_pairs(
     setting, steps = world.setting, steps_of(world, point)
     warmup = min(setting.warmup_steps, steps // 5)
     program = program_for(world, point.loss, steps, setting.optim, warmup)
-    rate = setting.learning_rate if point.learning_rate is None else point.learning_rate
+    usual = setting.reward_learning_rate if point.loss == "reward_model" else setting.learning_rate
+    rate = usual if point.learning_rate is None else point.learning_rate
     state = with_hyper(initial_state(program, params, point.seed), beta=point.beta, learning_rate=rate)
     batches = Batches(
         examples,
@@ -231,7 +239,7 @@ def reference_for(world: World, point: Point, program: Program, ref_sums: np.nda
     return CachedReference(ref_sums, program.traits, program.mesh)
 
 
-def train_rounds(world: World, point: Point, measure: Measure) -> Trained:
+def train_rounds(world: World, point: Point, measure: Measure | None) -> Trained:
     """Rounds of on-policy DPO: samples of the policy, labels, training from there on; steps and pairs of all rounds
     together are those of one offline run."""
     setting, drawn, curve = world.setting, world.drawn, []
@@ -259,19 +267,11 @@ def reward_model_for(world: World, point: Point) -> Model:
     name = f"reward_model-{pairs}-noise{point.label_noise:g}-seed{point.seed}-steps{setting.reward_steps}"
 
     def build(directory: Path) -> None:
-        start = as_reward_model(world.reference, world.mesh)
         one = Point(
-            name=name,
-            method="reward model",
-            loss="reward_model",
-            seed=point.seed,
-            pairs=point.pairs,
-            label_noise=point.label_noise,
-            steps=setting.reward_steps,
-            learning_rate=setting.reward_learning_rate,
+            name=name, method="reward model", loss="reward_model", seed=point.seed, label_noise=point.label_noise
         )
-        examples, sums = pairs_for(world, one)
-        done = train_pairs(world, one, None, examples, sums, params=start.params, ref=start.params)
+        done = train_point(world, dataclasses.replace(one, pairs=point.pairs), None)
+        start = as_reward_model(world.reference, world.mesh)
         save_model(dataclasses.replace(start, params=done.params), directory / "model")
 
     return load_model(str(made_once(world.directory / "reward_models" / name, build) / "model"), mesh=world.mesh)
@@ -296,11 +296,12 @@ def rl_program_for(world: World, loss: str, steps: int) -> Any:
     )
 
 
-def train_rl(world: World, point: Point, measure: Measure) -> Trained:
+def train_rl(world: World, point: Point, measure: Measure | None) -> Trained:
     """Train by RLOO or PPO, on the true reward or on a learned one, both in the unit of the labels."""
     setting, steps, reference = world.setting, steps_of(world, point), world.reference
     program = rl_program_for(world, point.loss, steps)
-    rate = setting.rl_learning_rate if point.learning_rate is None else point.learning_rate
+    usual = setting.ppo_learning_rate if point.loss == "ppo" else setting.rl_learning_rate
+    rate = usual if point.learning_rate is None else point.learning_rate
     state = with_hyper(rl_state(program, reference.params, point.seed), beta=point.beta, learning_rate=rate)
     if point.reward == "learned":
         model = reward_model_for(world, point)

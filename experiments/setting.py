@@ -40,7 +40,7 @@ class Setting:
     """Prompts for which sizes and rates were chosen; they are in no result."""
     held_out: int = 64
     """Prompts that every figure is of."""
-    samples: int = 32
+    samples: int = 64
     """Completions of each prompt that preferences are made of."""
     group: int = 4
     """Of so many completions all pairs are made."""
@@ -58,7 +58,7 @@ class Setting:
     """Its peak learning rate."""
     batch_size: int = 64
     """Pairs, reviews or completions of a step."""
-    steps: int = 300
+    steps: int = 600
     """Steps of each preference objective."""
     learning_rate: float = 5e-4
     """Its peak rate; it falls to 0 at the last step."""
@@ -68,13 +68,15 @@ class Setting:
     """RMSprop is the paper's; without bias correction, its first steps are ten times too large for short runs."""
     sft_like_steps: int = 100
     """Steps of Preferred-FT and Unlikelihood, which need fewer."""
-    rl_steps: int = 200
+    rl_steps: int = 300
     """Steps of RLOO and PPO."""
     rl_samples: int = 4
     """Completions of a prompt in a step of RL."""
     rl_learning_rate: float = 1e-3
-    """Its peak rate; it falls to 0 at the last step."""
-    reward_steps: int = 200
+    """Peak rate of RLOO; it falls to 0 at the last step."""
+    ppo_learning_rate: float = 3e-4
+    """Peak rate of PPO, which uses its samples four times."""
+    reward_steps: int = 600
     """Steps of the reward model."""
     reward_learning_rate: float = 1e-3
     """Its peak learning rate."""
@@ -107,6 +109,7 @@ PRESETS: dict[Preset, Setting] = {
         sft_like_steps=40,
         rl_steps=60,
         rl_learning_rate=1e-5,
+        ppo_learning_rate=5e-6,
         reward_steps=60,
         reward_learning_rate=2e-5,
         evaluations=2,
@@ -137,6 +140,7 @@ PRESETS: dict[Preset, Setting] = {
         sft_like_steps=2_000,
         rl_steps=2_000,
         rl_learning_rate=1e-6,
+        ppo_learning_rate=1e-6,
         reward_steps=1_000,
         reward_learning_rate=1e-6,
         evaluations=6,

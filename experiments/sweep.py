@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tyro
 
@@ -49,20 +49,25 @@ class SweepConfig:
     """What points start from, and how much they compute; the preset's, but for what is given here."""
 
 
-class Experiment(Protocol):
-    """What a sweep consists of, and what is made of it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What a sweep consists of, and what is made of it.
+
+    Attributes:
+      name: of the module, experiments.NAME.
+      doc: the module's text, for --help.
+      points: of the options, all seeds.
+      show: ``(config, world, results, output) -> what results.json says``; it writes figures and tables beside that.
+      changes: fields of a preset's setting that are others here.
+      measure: ``(world) -> measure`` in place of :func:`~experiments.measure.make_measure`.
+    """
 
     name: str
-    """Of the module, experiments.NAME."""
-
-    def points(self, config: SweepConfig) -> Sequence[Any]:
-        """The points, all seeds."""
-
-    def changes(self, preset: Preset) -> dict[str, Any]:
-        """Fields of the preset's setting that are others here."""
-
-    def show(self, config: SweepConfig, world: Any, results: list[dict[str, Any]], output: Path) -> dict[str, Any]:
-        """What is written as results.json; figures are written beside it."""
+    doc: str
+    points: Callable[[SweepConfig], list[Any]]
+    show: Callable[[SweepConfig, Any, list[dict[str, Any]], Path], dict[str, Any]]
+    changes: dict[Preset, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    measure: Callable[[Any], Callable] | None = None
 
 
 def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> SweepConfig:
@@ -80,11 +85,15 @@ def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> Swee
         preset = given["preset"] or "tiny"
         if preset not in PRESETS:
             raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        setting = dataclasses.replace(PRESETS[preset], **experiment.changes(preset))  # type: ignore[index, arg-type]
+        changes = experiment.changes.get(preset, {})  # type: ignore[call-overload]
+        setting = dataclasses.replace(PRESETS[preset], **changes)  # type: ignore[index]
         start = SweepConfig(output=output, preset=preset, setting=setting)  # type: ignore[arg-type]
-    doc = sys.modules[type(experiment).__module__].__doc__ or ""
     config = tyro.cli(
-        SweepConfig, default=start, args=args, prog=f"python -m experiments.{experiment.name}", description=doc
+        SweepConfig,
+        default=start,
+        args=args,
+        prog=f"python -m experiments.{experiment.name}",
+        description=experiment.doc,
     )
     if config.processes < 1 or not config.seeds:
         name = "processes" if config.processes < 1 else "seeds"
@@ -157,12 +166,13 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def work(config: SweepConfig, world: Any, points: Sequence[Any], measure: Callable | None = None) -> None:
+def work(config: SweepConfig, experiment: Experiment, world: Any) -> None:
     """Train every point that nobody else has trained or is training."""
     from dpojax.progress import console
     from experiments.measure import make_measure
-    from experiments.points import train_point
 
+    points = asked_points(config, experiment)
+    measures: dict[int | None, Callable] = {}
     for i, point in enumerate(points):
         file = Path(config.output) / "points" / f"{point.name}.json"
         if file.exists():
@@ -170,22 +180,31 @@ def work(config: SweepConfig, world: Any, points: Sequence[Any], measure: Callab
         with claimed(file) as mine:
             if not mine or file.exists():
                 continue
-            measure = measure or make_measure(world)
-            start = time.time()
-            done = train_point(world, point, measure)
-            record = {
-                "name": point.name,
-                "method": point.method,
-                "seed": point.seed,
-                "config": dataclasses.asdict(point),
-                "curve": done.curve,
-                "texts": done.texts,
-                "seconds": round(time.time() - start, 1),
-            }
+            own = world.of_width(point.width)
+            if point.width not in measures:
+                measures[point.width] = (experiment.measure or make_measure)(own)
+            record = trained(own, point, measures[point.width])
             write_json(file, record)
-            last = done.curve[-1]
-            shown = ", ".join(f"{k} {last[k]['mean']:.3f} ± {last[k]['error']:.3f}" for k in ("reward", "kl"))
+            last = record["curve"][-1]
+            shown = ", ".join(f"{k} {x['mean']:.3f} ± {x['error']:.3f}" for k, x in list(last.items())[1:3])
             console.print(f"{i + 1}/{len(points)} {point.name}: {shown} ({record['seconds']:.0f} s)")
+
+
+def trained(world: Any, point: Any, measure: Callable) -> dict[str, Any]:
+    """A point's file, after training it."""
+    from experiments.points import train_point
+
+    start = time.time()
+    done = train_point(world, point, measure)
+    return {
+        "name": point.name,
+        "method": point.method,
+        "seed": point.seed,
+        "config": dataclasses.asdict(point),
+        "curve": done.curve,
+        "texts": done.texts,
+        "seconds": round(time.time() - start, 1),
+    }
 
 
 def side_by_side(config: SweepConfig, experiment: Experiment) -> int:
@@ -247,7 +266,7 @@ def train_all(config: SweepConfig, experiment: Experiment) -> int:
     from dpojax.startup import prepare
 
     prepare()
-    work(config, world_of(config), asked_points(config, experiment))
+    work(config, experiment, world_of(config))
     return 0
 
 

@@ -172,6 +172,13 @@ class World:
         check_same(setting, directory)
         self.score_texts = scorer_of(setting.scorer)
 
+    @functools.cache  # noqa: B019  # a world lives as long as its process
+    def of_width(self, width: int | None) -> "World":
+        """The same with a model of another width (None: this one)."""
+        if width is None or width == self.setting.width:
+            return self
+        return World(dataclasses.replace(self.setting, width=width), self.directory / f"width{width}")
+
     # ---- models ---------------------------------------------------------------------------------------------------
 
     @functools.cached_property
