@@ -54,8 +54,9 @@ def last(result: Result, name: str) -> float:
 def matched(results: Sequence[Result], start: float, kls: Sequence[float] = KLS) -> dict[str, dict[str, list]]:
     """By method, its reward at each KL: means over seeds and their standard errors, and every seed's own.
 
-    A seed's points, by their KL, and the reference (KL 0, reward ``start``) are joined by straight lines. Where a
-    seed's points do not reach a KL, the method has no figure there.
+    A seed's points, and the reference (KL 0, reward ``start``), are joined by straight lines in the square root of the
+    KL, in which a frontier is nearly straight at first. Where a seed's points do not reach a KL, the method has no
+    figure there.
     """
     out: dict[str, dict[str, list]] = {}
     for method in dict.fromkeys(r["method"] for r in results):
@@ -66,7 +67,7 @@ def matched(results: Sequence[Result], start: float, kls: Sequence[float] = KLS)
         rows = []
         for own in seeds.values():
             kl, reward = ([x, *(last(r, name) for r in own)] for x, name in ((0.0, "kl"), (start, "reward")))
-            rows.append(reward_at(np.array(kls), np.array(kl), np.array(reward)))
+            rows.append(reward_at(np.sqrt(kls), np.sqrt(np.maximum(kl, 0.0)), np.array(reward)))
         table = np.array(rows)
         mean = table.mean(axis=0)
         error = table.std(axis=0, ddof=1) / np.sqrt(len(table)) if len(table) > 1 else np.full(len(kls), np.nan)

@@ -30,7 +30,7 @@ from experiments.setting import Preset
 from experiments.sweep import Experiment, SweepConfig, main
 
 DPO_BETAS: dict[Preset, tuple[float, ...]] = {
-    "tiny": (5.0, 1.0, 0.3, 0.1, 0.05),
+    "tiny": (5.0, 2.0, 1.0, 0.5, 0.1, 0.05),
     "small": (1.0, 0.3, 0.1),
     "paper": (5.0, 1.0, 0.1, 0.05),
 }

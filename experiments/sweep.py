@@ -256,7 +256,7 @@ def asked_points(config: SweepConfig, experiment: Experiment) -> list[Any]:
       UserError: there are none.
     """
     points = [p for p in experiment.points(config) if not config.only or any(part in p.name for part in config.only)]
-    if not points:
+    if not points and config.only:
         raise UserError(f"--only {' '.join(config.only)}: is in no point's name; see {config.output}/points")
     return points
 
