@@ -1,72 +1,34 @@
 """Judges: files of completions, a stand-in for an OpenAI-compatible server, win rates, intervals and agreement."""
 
-import collections
 import dataclasses
-import http.server
 import json
 import re
-import threading
+import shlex
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from dpojax.cli import main
-from dpojax.evaluate.judges import Endpoint, agreement, endpoint_judge, judge_completions, reward_judge, win_rate_of
+from dpojax.configs import JudgeConfig
+from dpojax.errors import UserError
+from dpojax.evaluate.judges import Endpoint, endpoint_judge, judge_completions, reward_judge
 from dpojax.evaluate.judges import endpoint as endpoints
 from dpojax.evaluate.judges.endpoint import seconds_of
 from dpojax.evaluate.judges.prompts import TASKS, filled, template_of, verdict_of_answer
 from dpojax.evaluate.judges.verdicts import wilson
+from dpojax.options import check_options
 from tests.conftest import write_rows
+from tests.openai_server import KEY, StandIn
 from tests.test_bad_input import say
 
 N = 24
 PROMPTS = [f"question {n}" for n in range(N)]
 A = [{"prompt": p, "completion": f"the answer of A to {p}"} for p in PROMPTS]
 B = [{"prompt": p, "completion": f"an answer of B to {p}"} for p in PROMPTS]
-KEY = "sk-this-must-not-be-seen"
 PLAIN = "P: {prompt} 1: {first} 2: {second} ends with Answer: 1, 2 or tie"
-
-
-class StandIn:
-    """A server whose answers ``reply(text, tries)`` makes: a text, or a status and headers. It keeps what came."""
-
-    def __init__(self, reply):
-        self.reply, self.seen, self.tries, self.lock = reply, [], collections.Counter(), threading.Lock()
-        stand_in = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                text = body["messages"][0]["content"]
-                with stand_in.lock:
-                    stand_in.seen.append((self.path, dict(self.headers), body))
-                    stand_in.tries[text] += 1
-                    said = stand_in.reply(text, stand_in.tries[text])
-                status, headers = (200, {}) if isinstance(said, str) else said
-                message = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-                message["usage"] = {"prompt_tokens": 100, "completion_tokens": 10}
-                error = {"error": {"message": f"wrong key {KEY}?\nmore"}}
-                raw = json.dumps(message if status == 200 else error).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(raw)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(raw)
-
-        class Server(http.server.ThreadingHTTPServer):
-            request_queue_size = 64  # a connection that finds no place waits for a second
-
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -152,7 +114,7 @@ def test_a_judge_that_sees_them_wins_all(serve, files, capsys):
         figures = files.judge("--endpoint", server.url, "--judge-model", "m", "--both-orders")
         assert figures["win_rate"] == rate and figures["orders_disagree"] == 0
     printed = capsys.readouterr().out
-    assert "48 requests about 24 comparisons to m" in printed and "1.000 ± 0.000 (95 %: 0.862 to 1.000, W" in printed
+    assert "48 requests for 24 comparisons to m" in printed and "1.000 ± 0.000 (95 %: 0.862 to 1.000, W" in printed
 
 
 def test_ties_and_what_cannot_be_parsed_are_counted(serve, files, capsys):
@@ -183,10 +145,36 @@ def test_the_key_is_sent_and_not_written(serve, files, capsys):
     assert KEY not in repr(Endpoint(url=server.url, model="m", key=KEY))
 
 
-def test_429_then_success(serve, files):
+def test_a_redirection_is_not_followed(serve):
+    other = serve(prefers("A"))
+    first = serve(lambda text, tries: (302, {"Location": other.url + "/chat/completions"}))
+    with pytest.raises(UserError, match="answers 302"):
+        Endpoint(url=first.url, model="m", key=KEY).ask("x")
+    assert not other.seen
+
+
+def test_429_then_success(serve, files, monkeypatch):
+    monkeypatch.setattr(endpoints, "FIRST_WAIT", 60.0)  # Retry-After goes first
     server = serve(lambda text, tries: (429, {"Retry-After": "0"}) if tries < 3 else prefers("A")(text, tries))
     assert files.judge("--endpoint", server.url, "--judge-model", "m")["wins"] == N
     assert set(server.tries.values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("reply", "retries", "tried", "said"),
+    [
+        ((503, {}), 2, 3, "answers 503 .*given up after 3 tries"),
+        ((429, {"Retry-After": "3600"}), 5, 1, "answers 429 .*asks to wait 3600 s; given up at once"),
+        ((400, {}), 5, 1, "answers 400 .*check --endpoint"),
+        ((200, {}), 1, 2, "what is no chat completion"),
+        (None, 1, 2, "gives no answer in 0.2 s"),
+    ],
+)
+def test_when_a_request_is_given_up(serve, reply, retries, tried, said):
+    server = serve(lambda text, tries: reply or time.sleep(0.5) or "late")
+    with pytest.raises(UserError, match=said):
+        Endpoint(url=server.url, model="m", retries=retries, timeout=0.2 if reply is None else 10).ask("x")
+    assert len(server.seen) == tried
 
 
 def test_what_was_answered_is_kept_and_not_asked_again(serve, files, capsys):
@@ -226,9 +214,8 @@ def test_a_dry_run_shows_the_cost_and_sends_nothing(serve, files, capsys):
     tokens = sum(-(-len(text) // 4) for text in texts)
     cost = (2.5 * tokens + 10 * N * 50) / 1e6
     printed = capsys.readouterr().out
-    assert (
-        f"{N} requests about {N} comparisons to m: about and at most {tokens:,} tokens in, 1,200 out, {cost:.4f}"
-        in (printed)
+    assert f"{N} requests for {N} comparisons to m: about and at most {tokens:,} tokens in, 1,200 out, {cost:.4f}" in (
+        printed
     )
     assert "P: question 0 1: " in printed and KEY not in printed
     assert not server.seen and not files.output.exists()
@@ -242,6 +229,10 @@ def test_equal_completions_and_equal_comparisons_are_not_asked(serve, files):
     figures = files.judge("--endpoint", server.url, "--judge-model", "m")
     assert len(server.seen) == 1 and (figures["wins"], figures["ties"], figures["prompts"]) == (2, 1, 2)
     assert figures["win_rate"] == 0.75  # every prompt weighs the same
+    write_rows(Path(files.a), B[:2])
+    write_rows(Path(files.b), B[:2])
+    files.output.unlink()
+    assert files.judge("--endpoint", server.url, "--judge-model", "m")["ties"] == 2 and len(server.seen) == 1
 
 
 def test_chats_and_empty_completions_are_asked_as_text(serve, files):
@@ -291,6 +282,14 @@ def test_every_task_has_its_places_once():
     for task in TASKS:
         text = filled(template_of(task, None), "{second}", "<1>", "<2>")
         assert text.count("<1>") == text.count("<2>") == text.count("{second}") == 1  # no text is filled in again
+
+
+def test_the_pages_commands_are_understood():
+    page = (Path(__file__).parent.parent / "docs" / "judges.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^dpojax judge (.*)$", page, re.MULTILINE)
+    for command in commands:
+        check_options(tyro.cli(JudgeConfig, args=shlex.split(command, comments=True)))
+    assert len(commands) == 4
 
 
 def test_retry_after_is_seconds_or_a_date():
@@ -343,38 +342,6 @@ def test_a_reward_judge_in_python():
     assert (wins.wins, wins.ties, wins.rate.mean, wins.rate.error) == (1, 1, 0.75, 0.25)
     with pytest.raises(ValueError, match="a finite number for each of 1"):
         judge_completions(reward_judge(lambda p, c: [float("nan")]), ["p"], ["a"], ["b"])
-
-
-# --- figures
-
-
-def test_intervals():
-    """Wilson's of statsmodels 0.15 (proportion_confint); clustered, at most as narrow as of independent comparisons."""
-    wins = win_rate_of(["A"] * 130 + ["B"] * 90)
-    assert (wins.low, wins.high) == pytest.approx((0.5249208352479956, 0.6537770708983434))
-    assert wins.interval == "Wilson" and wins.rate.error == pytest.approx(np.sqrt(13 / 22 * 9 / 22 / 219))
-    prompts = [str(i // 4) for i in range(40)]
-    alike = win_rate_of([v for v in "AABABBAAAB" for _ in range(4)], prompts)  # four copies say no more than one
-    assert alike.rate.n == 10 and (alike.low, alike.high) == pytest.approx(wilson(0.6, 10))
-    partly = win_rate_of([*("AAAA" * 2 + "AAAB" * 3 + "AABB" * 4 + "ABBB")], prompts)
-    p, error = 26 / 40, np.std([1, 1, 0.75, 0.75, 0.75, 0.5, 0.5, 0.5, 0.5, 0.25], ddof=1) / np.sqrt(10)
-    assert 10 < p * (1 - p) / error**2 < 40 and partly.rate.error == pytest.approx(error)
-    assert (partly.low, partly.high) == pytest.approx(wilson(p, p * (1 - p) / error**2))
-    mixed = win_rate_of([*"AABB"] * 10, prompts)  # every prompt says the same
-    assert mixed.rate.error == 0 and (mixed.low, mixed.high) == pytest.approx(wilson(0.5, 10))
-    none = win_rate_of(["unparsed"])
-    assert np.isnan([none.rate.mean, none.low, none.p_value]).all() and none.bounds == (0, 1)
-
-
-def test_cohens_kappa():
-    """Kappa and its standard error as statsmodels 0.15 has them (cohens_kappa)."""
-    table = {"AA": 40, "AB": 9, "At": 3, "BA": 6, "BB": 25, "Bt": 4, "tA": 5, "tB": 2, "tt": 6, "Au": 2, "uu": 1}
-    names = {"A": "A", "B": "B", "t": "tie", "u": "unparsed"}
-    one, other = ([names[both[i]] for both, n in table.items() for _ in range(n)] for i in (0, 1))
-    found = agreement(one, other)
-    assert (found.n, found.unparsed, found.share) == (100, 3, pytest.approx(0.71))
-    assert (found.kappa, found.error) == pytest.approx((0.5100523737117756, 0.0741365230155348))
-    assert np.isnan(agreement(["A", "A"], ["A", "A"]).kappa)
 
 
 def test_agreement_with_peoples_verdicts(files, capsys):

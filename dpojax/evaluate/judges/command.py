@@ -12,6 +12,7 @@ from typing import Any
 
 from dpojax.configs import JudgeConfig, ScoreConfig
 from dpojax.data import parse_filter
+from dpojax.data.dialogue import hash_of_text
 from dpojax.data.prepare import Reading
 from dpojax.errors import UserError
 from dpojax.evaluate.judges.agreement import Agreement, agreement
@@ -56,7 +57,7 @@ def judge_files(config: JudgeConfig) -> list[str]:
         write_text(output, "".join(scored_line(pair, name) for pair in chosen))
     elif not ask(config, chosen, pairs, kept):
         return []
-    lines = read_verdicts(config.output)
+    lines = read_verdicts(config.output) if mended(output) else []  # all completions may be equal
     verdicts = verdicts_of(lines, chosen)
     wins = win_rate_of(verdicts, [pair.a.prompt for pair in chosen])
     if not wins.rate.n:
@@ -161,8 +162,9 @@ def ask(config: JudgeConfig, chosen: Sequence[Pair], pairs: Sequence[Pair], kept
     endpoint = endpoint_of(config)
     template = template_of(config.task, config.template)
     for side in itertools.chain.from_iterable((pair.a, pair.b) for pair in pairs):
-        with naming(side.place):
-            transcript(side.prompt), transcript(side.completion)
+        for text in (side.prompt, side.completion):
+            with naming(side.place):
+                transcript(text)
     order = {"seed": config.seed, "both_orders": config.both_orders}
     every = questions_about([pair.comparison for pair in pairs], template, **order)  # type: ignore[arg-type]
     wanted = {pair.comparison.key() for pair in chosen}
@@ -198,13 +200,13 @@ def naming(place: object) -> Any:
 def cost_sentence(config: JudgeConfig, endpoint: Endpoint, missing: Sequence[Question], n: int) -> str:
     """How much is asked, and what that would cost."""
     cost = estimated_cost(endpoint, missing, config.price_per_million_input, config.price_per_million_output)
-    return f"{len(missing)} requests about {n} comparisons to {endpoint.model}: about and at most {cost}"
+    return f"{len(missing)} requests for {n} comparisons to {endpoint.model}: about and at most {cost}"
 
 
 def example_of(config: JudgeConfig, endpoint: Endpoint, question: Sequence[Question]) -> list[str]:
     """What a dry run shows: how requests are sent, and the first."""
     key = f"with the key of {config.api_key_env}" if endpoint.key else "without a key"
-    tries = f"each up to {1 + config.retries} times, for up to {config.timeout:g} s"
+    tries = f"each up to {1 + config.retries} times, for up to {config.timeout:g} seconds"
     how = f"POST {endpoint.place()}, {key}, {config.concurrency} at a time, {tries}:"
     return [how, *[json.dumps(endpoint.body(q.text), indent=2, ensure_ascii=False) for q in question]]
 
@@ -325,5 +327,6 @@ def report(
     for (one, other), found in agreements.items():
         left_out = f"; {found.unparsed} without a verdict of both" if found.unparsed else ""
         table.append(("agreement", f"{one} and {other}: {found}{left_out}"))
-    title = f"{config.a} against {config.b}, judged by {name}: {len(pairs)} comparisons of {wins.rate.n} prompts"
+    prompts = len({hash_of_text(pair.a.prompt) for pair in pairs})
+    title = f"{config.a} against {config.b}, judged by {name}: {len(pairs)} comparisons of {prompts} prompts"
     return [title, *[f"{label:24}{said}" for label, said in table], f"verdicts written to {config.output}"]
