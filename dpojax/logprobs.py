@@ -296,6 +296,19 @@ def completion_rewards(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> F
     return scores.reshape(batch.completion_len.shape)
 
 
+def completion_values(apply_fn: ApplyFn, params: PyTree, batch: PairBatch) -> Float[Array, "B N C"]:
+    """A value model's score before every token of a completion, 0 beyond its end: ``w . h`` of the hidden state that
+    would predict the token, which has seen the prompt and the tokens before it."""
+    inputs = model_input(batch)
+    h_RTD, score_1D = apply_fn(params, inputs)
+    target_index, (_, N, C) = packing_of(batch).target_index, batch.completions.shape
+    h_RZD = jnp.take_along_axis(h_RTD, predictor_index(inputs, target_index, N)[..., None], axis=1, mode="clip")
+    values = logits_of(h_RZD.astype(jnp.float32), score_1D)[..., 0]
+    rows = len(batch.prompt_len) // len(target_index)
+    padded = gather(values, inverse(target_index, rows * N * C)).reshape(batch.completions.shape)
+    return jnp.where(completion_mask(batch), padded, 0.0)
+
+
 def completion_logps(
     apply_fn: ApplyFn, params: PyTree, batch: PairBatch, *, chunk_tokens: int = 512, mesh: Mesh | None = None
 ) -> Float[Array, "B N"]:

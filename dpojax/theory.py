@@ -116,6 +116,28 @@ def kl(logps: Table, ref_logps: Table) -> PerPrompt:
     return jnp.sum(jnp.exp(logps) * jnp.where(logps == -jnp.inf, 0.0, logps - ref_logps), axis=-1)
 
 
+def best_of_n_policy(reward: Table, ref_logps: Table, n: int) -> Table:
+    r"""The policy of Best-of-N, which draws n completions of the reference and gives the one of the greatest reward:
+    log-probabilities, ``[X, Y]``.
+
+    .. math:: \pi_N(y|x) = \frac{\pi_\mathrm{ref}(y|x)}{P_\le - P_<} \left(P_\le^N - P_<^N\right)
+
+    ``P_<`` and ``P_<=`` are the reference's probabilities of a reward below y's, and of one not above it; completions
+    of one reward share what falls to it as the reference does. Its KL from the reference is at most
+    :func:`dpojax.evaluate.best_of_n_kl`. Source: Stiennon et al. 2020 (arXiv 2009.01325), appendix G.3.
+
+    >>> half = jnp.log(jnp.array([[0.5, 0.5]]))
+    >>> jnp.exp(best_of_n_policy(jnp.array([[0.0, 1.0]]), half, 2)).tolist()  # both draws are the worse one: 1/4
+    [[0.25, 0.75]]
+    """
+    p = jnp.exp(ref_logps)
+    below = jnp.einsum("xz,xyz->xy", p, reward[:, None, :] < reward[:, :, None])
+    equal = jnp.einsum("xz,xyz->xy", p, reward[:, None, :] == reward[:, :, None])
+    # P_<=^N - P_<^N by their sum of products, which does not cancel: (a - b)(a^(N-1) + ... + b^(N-1)).
+    powers = sum((below + equal) ** (n - 1 - k) * below**k for k in range(n))
+    return ref_logps + jnp.log(powers)
+
+
 def total_variation(logps: Table, other: Table) -> PerPrompt:
     r"""Half the sum of absolute differences of two policies' probabilities, from 0 to 1, ``[X]``.
 

@@ -19,6 +19,7 @@ from dpojax.data.examples import Example, Examples, truncate
 from dpojax.data.filters import parse_filter
 from dpojax.data.load import Report, load_examples
 from dpojax.data.mismatched import with_mismatched
+from dpojax.data.preferences import Preferences, draw_preferences, pairs_of
 from dpojax.data.read import BadRow, Row, read_rows
 from dpojax.data.rows import completion_of, pair_of
 
@@ -39,16 +40,19 @@ __all__ = [
     "Example",
     "Examples",
     "IndexedBatch",
+    "Preferences",
     "Report",
     "Row",
     "RowAnnotations",
     "RowKind",
     "collate",
     "completion_of",
+    "draw_preferences",
     "kind_of",
     "lengths_only",
     "load_examples",
     "pair_of",
+    "pairs_of",
     "parse_filter",
     "read_rows",
     "truncate",

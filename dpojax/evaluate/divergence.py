@@ -1,9 +1,10 @@
 """The exact divergence of a policy from its reference, along completions that are given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from dpojax import processes
@@ -11,7 +12,7 @@ from dpojax.data import Batches, Example
 from dpojax.evaluate.scoring import forward_over_mesh
 from dpojax.logprobs import completion_stats
 from dpojax.models import DecoderConfig, param_shardings, unembedding_of
-from dpojax.packing import PairBatch
+from dpojax.packing import ApplyFn, PairBatch
 from dpojax.progress import track
 from dpojax.sharding import batch_sharding, batch_shards, held_sequences, put_batch
 from dpojax.train.scoring import place_params
@@ -49,6 +50,20 @@ def exact_kl(
     apply_fn, mesh, batch_size = forward_over_mesh(config, dtype, attention, batch_size)
     R = batch_shards(mesh)
     batches = Batches(examples, batch_size, max_shapes=8, sequences=R, held=held_sequences(mesh, R))
+    step = make_kl_step(apply_fn, mesh, config, chunk_tokens=chunk_tokens)
+    policy, ref = place_params(policy, mesh, config), place_params(ref, mesh, config)
+    out = np.zeros(batches.completions.shape, np.float32)
+    for item in track(list(batches), label):
+        got = processes.fetch(step(policy, ref, put_batch(item.batch, mesh)))
+        there = item.index >= 0
+        out[item.index[there]] = got[there]
+    return out
+
+
+def make_kl_step(
+    apply_fn: ApplyFn, mesh: Mesh, config: DecoderConfig, *, chunk_tokens: int = 512
+) -> Callable[[PyTree, PyTree, PairBatch], Float[Array, "B N"]]:
+    """A jitted ``kl_step(policy, ref, batch) -> [B, N]``: what :func:`exact_kl` gives of a batch's completions."""
     by_batch, shardings = batch_sharding(mesh), param_shardings(mesh, config)
 
     def kls(policy: PyTree, ref: PyTree, batch: PairBatch) -> Float[Array, "B N"]:
@@ -56,16 +71,8 @@ def exact_kl(
         # The statistic is KL(reference || policy): here the two change places.
         theirs = ReferenceOutput(None, hidden, unembedding_of(config, policy))  # type: ignore[arg-type]  # no sums are read
         reads = frozenset({"kl"})
-        form = {"chunk_tokens": chunk_tokens, "reads": reads, "ref": theirs, "mesh": mesh}
-        kl = completion_stats(apply_fn, ref, batch, **form).kl  # type: ignore[arg-type]
+        kl = completion_stats(apply_fn, ref, batch, chunk_tokens=chunk_tokens, reads=reads, ref=theirs, mesh=mesh).kl
         assert kl is not None
         return kl
 
-    step = jax.jit(kls, in_shardings=(shardings, shardings, by_batch), out_shardings=by_batch)
-    on_mesh = [place_params(params, mesh, config) for params in (policy, ref)]
-    out = np.zeros(batches.completions.shape, np.float32)
-    for item in track(list(batches), label):
-        got = processes.fetch(step(*on_mesh, put_batch(item.batch, mesh)))
-        there = item.index >= 0
-        out[item.index[there]] = got[there]
-    return out
+    return jax.jit(kls, in_shardings=(shardings, shardings, by_batch), out_shardings=by_batch)
