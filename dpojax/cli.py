@@ -13,6 +13,7 @@ from dpojax.commands import (
     run_check_data,
     run_eval,
     run_export,
+    run_judge,
     run_logps,
     run_losses,
     run_make_tfds,
@@ -28,6 +29,7 @@ from dpojax.configs import (
     EvalConfig,
     ExportConfig,
     InspectOptions,
+    JudgeConfig,
     LogpsConfig,
     LossesConfig,
     MakeTfdsConfig,
@@ -45,6 +47,7 @@ Config = (
     | LogpsConfig
     | EvalConfig
     | ScoreConfig
+    | JudgeConfig
     | SampleConfig
     | ExportConfig
     | CheckDataConfig
@@ -61,6 +64,7 @@ COMMANDS = {
     "logps": (LogpsConfig, run_logps),
     "eval": (EvalConfig, run_eval),
     "score": (ScoreConfig, run_score),
+    "judge": (JudgeConfig, run_judge),
     "sample": (SampleConfig, run_sample),
     "export": (ExportConfig, run_export),
     "check-data": (CheckDataConfig, run_check_data),
