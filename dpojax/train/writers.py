@@ -194,7 +194,7 @@ class WandB:
             yield
         except Exception as error:  # of the network, of its service's process, of its login
             self.run = None
-            console.print(f"W&B: {first_line(error)}; the run goes on without it")
+            console.print(f"W&B: {first_line(error).rstrip('.')}; the run goes on without it")
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         if self.run is not None and step >= self.first:
