@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import re
 from math import inf
@@ -60,6 +61,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "price_per_million_output": ("at least 0 and finite", lambda v: 0 <= v < inf),
     "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),
+    "report_to": ("at least one tracker, or none", len),
     "prompt": ("at least one text", len),
     "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
 } | {
@@ -92,6 +94,7 @@ def check_options(config: Any) -> None:
                 shown = "" if value == () else f" {value}"
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
     check_places(config)
+    check_trackers(config)
     check_reading(config)
     if hasattr(config, "endpoint"):
         check_judge(config)
@@ -123,6 +126,21 @@ def check_places(config: Any) -> None:
     for name in ("output", "run", "model", "tokenizer", "ref_model", "adapter"):
         if isinstance(value := getattr(config, name, None), str):
             path_of(value)
+
+
+def check_trackers(config: Any) -> None:
+    """Refuse trackers beside none of them, and one that is not installed.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    report_to = getattr(config, "report_to", ())
+    if "none" in report_to and set(report_to) != {"none"}:
+        raise UserError(f"--report-to {' '.join(report_to)}: none switches the others off; leave it or them out")
+    if "wandb" in report_to:
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:  # W&B's own files, in a directory of its name, are no package
+            raise UserError("--report-to wandb: needs wandb, which is not installed: pip install 'dpojax[wandb]'")
 
 
 OF_TEXT = ("data", "format", "filter", "as_chat", "scorer", "output")

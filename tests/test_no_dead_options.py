@@ -151,6 +151,8 @@ def train_changes(w) -> dict:
         "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
         "output": "elsewhere",
         "plan": "h100:1x1",
+        "run_name": "first",
+        "report_to": ("none",),
         "eval_data": (w["pairs"],),
         "eval_share": 0.3,
         "epochs": (2, {"steps": None}),
@@ -404,6 +406,7 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys, de
     from dpojax.data import cache
     from dpojax.evaluate import scoring
     from dpojax.train import logps_cache, program
+    from dpojax.train.session import session_of
 
     directory.mkdir()
     monkeypatch.chdir(directory)
@@ -444,7 +447,11 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys, de
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         # Orbax and TensorBoard put times into names and contents; run.json repeats the options themselves.
-        if path.is_dir() or "ocdbt" in name or "/d/" in name or "tfevents" in name or path.name == "run.json":
+        if path.is_dir() or "ocdbt" in name or "/d/" in name:
+            continue
+        if "tfevents" in name or path.name == "run.json":
+            told = path.name == "run.json" and session_of(json.loads(path.read_text()))["name"]
+            files[str(Path(name).parent)] = told
             continue
         files[name] = path.stat().st_size if "checkpoints" in name else path.read_bytes()
         if path.name == "metrics.jsonl":
