@@ -59,7 +59,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     return {"kl": list(KLS), "reward at matched kl": table, "dpo against": against, "points": each}
 
 
-EXPERIMENT = Experiment(name="families", doc=__doc__, points=points, show=show)
+EXPERIMENT = Experiment(name="families", doc=__doc__, points=points, show=show, changes={"tiny": {"steps": 300}})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

@@ -11,7 +11,7 @@ from dpojax.evaluate import best_of_n_kl, best_of_n_reward, reward_at, tilted
 
 Result = dict[str, Any]
 """A point's file."""
-KLS = (0.25, 0.5, 1.0, 2.0, 3.0)
+KLS = (0.1, 0.25, 0.5, 1.0, 2.0)
 """Nats at which methods are compared."""
 TRUSTED = 20.0
 """Effective samples of the median prompt below which the optimum is drawn dashed."""

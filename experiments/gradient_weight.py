@@ -43,7 +43,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
 
 
 EXPERIMENT = Experiment(
-    name="gradient_weight", doc=__doc__, points=points, show=show, changes={"tiny": {"evaluations": 6}}
+    name="gradient_weight", doc=__doc__, points=points, show=show, changes={"tiny": {"evaluations": 6, "steps": 300}}
 )
 
 if __name__ == "__main__":

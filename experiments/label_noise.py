@@ -55,7 +55,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     return {"seeds": list(config.seeds), "points": table}
 
 
-EXPERIMENT = Experiment(name="label_noise", doc=__doc__, points=points, show=show)
+EXPERIMENT = Experiment(name="label_noise", doc=__doc__, points=points, show=show, changes={"tiny": {"steps": 300}})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

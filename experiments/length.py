@@ -47,7 +47,9 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     return {"seeds": list(config.seeds), "reference length": round(start, 3), "points": table}
 
 
-EXPERIMENT = Experiment(name="length", doc=__doc__, points=points, show=show, changes={"tiny": {"new_tokens": 24}})
+EXPERIMENT = Experiment(
+    name="length", doc=__doc__, points=points, show=show, changes={"tiny": {"new_tokens": 24, "steps": 300}}
+)
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

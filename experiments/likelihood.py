@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
     points=points,
     show=show,
     measure=make_side_measure,
-    changes={"tiny": {"evaluations": 6}},
+    changes={"tiny": {"evaluations": 6, "steps": 300}},
 )
 
 if __name__ == "__main__":

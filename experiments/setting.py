@@ -40,7 +40,7 @@ class Setting:
     """Prompts for which sizes and rates were chosen; they are in no result."""
     held_out: int = 64
     """Prompts that every figure is of."""
-    samples: int = 64
+    samples: int = 128
     """Completions of each prompt that preferences are made of."""
     group: int = 4
     """Of so many completions all pairs are made."""
@@ -58,7 +58,7 @@ class Setting:
     """Its peak learning rate."""
     batch_size: int = 64
     """Pairs, reviews or completions of a step."""
-    steps: int = 600
+    steps: int = 1000
     """Steps of each preference objective."""
     learning_rate: float = 5e-4
     """Its peak rate; it falls to 0 at the last step."""

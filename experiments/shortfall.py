@@ -17,10 +17,10 @@ from experiments.sweep import Experiment, SweepConfig, main
 VARIANTS: dict[str, dict[str, Any]] = {
     "DPO": {},
     "twice the width": {"width": 128},
-    "an eighth of the pairs": {"pairs": 4_800},
+    "a tenth of the pairs": {"pairs": 1_920},
     "half the rate": {"learning_rate": 2.5e-4},
     "twice the rate": {"learning_rate": 1e-3},
-    "half the steps": {"steps": 300},
+    "four times the steps": {"steps": 1_200},
     "0.1 SFT beside it": {"loss": "sigmoid+0.1*sft"},
     "labels smoothed by 0.1": {"loss": "sigmoid(label_smoothing=0.1)"},
     "3 rounds, new reference": {"rounds": 3},
@@ -48,7 +48,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     return {"seeds": list(config.seeds), "points": table}
 
 
-EXPERIMENT = Experiment(name="shortfall", doc=__doc__, points=points, show=show)
+EXPERIMENT = Experiment(name="shortfall", doc=__doc__, points=points, show=show, changes={"tiny": {"steps": 300}})
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

@@ -194,6 +194,7 @@ def work(config: SweepConfig, experiment: Experiment, world: Any) -> None:
 
 def trained(world: Any, point: Any, measure: Callable) -> dict[str, Any]:
     """A point's file, after training it."""
+    from dpojax.train.session import commit_of, versions
     from experiments.points import train_point
 
     start = time.time()
@@ -206,6 +207,8 @@ def trained(world: Any, point: Any, measure: Callable) -> dict[str, Any]:
         "curve": done.curve,
         "texts": done.texts,
         "seconds": round(time.time() - start, 1),
+        "versions": versions(),
+        "commit": commit_of(Path(__file__).resolve().parent.parent),
     }
 
 
