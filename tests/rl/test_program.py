@@ -92,6 +92,9 @@ def test_figures_are_those_of_the_samples(program):
     assert figures["reward"] == pytest.approx(5.5)
     assert figures["completions/mean_length"] == pytest.approx(samples.lengths.mean())
     assert figures["completions/clipped_ratio"] == pytest.approx(1 - samples.ended.mean())
+    given = PARAMS, PARAMS, np.array([[1, 2]] * 4, np.int32), np.array([2] * 4, np.int32), noted
+    drawn = [np.asarray(program.rollout(*given, seed=0, step=step).tokens).tolist() for step in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]  # each step draws anew
     wrong = lambda prompt, prompt_len, samples: np.zeros(len(prompt_len))  # noqa: E731
     with pytest.raises(ValueError, match=r"gives numbers \(4,\) for samples \(4, 3\); give one a sample"):
         fit_rl(program, initial_state(program, PARAMS), PROMPTS, PARAMS, wrong, steps=1, prompts_per_step=4)
