@@ -134,10 +134,11 @@ def test_a_reward_model_judges_the_last_token():
     params = {**init_params(shape, seed=3), "score": jnp.linspace(-1, 1, CONFIG.width)[None]}
     judge = model_reward(shape, params, mesh=single_device_mesh())
     got = judge(np.array([[1, 2], [0, 3]], np.int32), np.array([2, 1], np.int32), SAMPLES)
+    rows = [[(PROMPTS[b] + SAMPLES.tokens[b, n].tolist() + [0])[:4] for n in range(2)] for b in range(2)]
+    h, score = jax.jit(make_apply(shape))(params, plain_input(jnp.array(rows).reshape(4, 4)))
     for (b, n), length in np.ndenumerate(SAMPLES.lengths):
-        row = PROMPTS[b] + SAMPLES.tokens[b, n, :length].tolist()
-        h, score = make_apply(shape)(params, plain_input(jnp.array([row])))
-        assert got[b, n] == pytest.approx(float(score[0] @ h[0, -1]), abs=1e-5)
+        last = h[2 * b + n, len(PROMPTS[b]) + length - 1]
+        assert got[b, n] == pytest.approx(float(score[0] @ last), abs=1e-5)
 
 
 def test_a_scorer_of_texts_judges_every_sample():
