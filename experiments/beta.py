@@ -37,7 +37,7 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Reward and KL by beta, beside the optimum's."""
-    betas, table = np.array(BETAS[config.preset]), averaged(results, FIGURES)
+    table, betas = averaged(results, FIGURES), np.array(list(dict.fromkeys(r["config"]["beta"] for r in results)))
     scale, rewards = config.setting.scale, world.frontier.rewards
     best = [tilted(scale * rewards, beta) for beta in betas]
     optimum = {

@@ -44,12 +44,14 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Reward and KL by rate."""
-    table, panels = averaged(results, FIGURES), {}
+    table, panels = averaged(results, FIGURES), dict[str, Any]()
     for name in ("reward", "kl"):
-        panels[name] = {
-            label: (RATES, *np.array([table[f"{label}-noise{rate:g}"][name] for rate in RATES], float).T)
-            for label in losses(0.1)
-        }
+        panels[name] = {}
+        for label in losses(0.1):
+            there = [rate for rate in RATES if f"{label}-noise{rate:g}" in table]
+            if there:
+                rows = np.array([table[f"{label}-noise{rate:g}"][name] for rate in there], float)
+                panels[name][label] = (there, *rows.T)
     plot_panels(output / "label_noise.png", panels, "share of labels turned round", "Wrong labels")
     show_points(table, FIGURES, output, "By objective and share of wrong labels")
     return {"seeds": list(config.seeds), "points": table}

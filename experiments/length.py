@@ -39,7 +39,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     panels: dict[str, Any] = {name: {} for name in ("length", "reward", "kl")}
     for label, (_, betas) in LOSSES.items():
         own = [r for r in results if r["method"] == label and r["config"]["beta"] == betas[-1]]
-        for name, series in panels.items():
+        for name, series in panels.items() if own else ():
             series[label] = by_step(own, name)
     plot_panels(output / "length.png", panels, "step", "Length of completions")
     table, start = averaged(results, FIGURES), float(world.frontier.samples.lengths.mean())

@@ -75,7 +75,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     panels: dict[str, Any] = {name: {} for name in FIGURES}
     for label in LOSSES:
         own = [r for r in results if r["method"] == label]
-        for name, series in panels.items():
+        for name, series in panels.items() if own else ():
             series[label] = by_step(own, name)
     plot_panels(output / "likelihood.png", panels, "step", "Log-ratios of held-out pairs, nats, and fresh samples")
     table = averaged(results, FIGURES)

@@ -82,7 +82,7 @@ def make_accuracy(world: World) -> Callable[[Any, int], Measured]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Accuracy and correlation by the number of pairs."""
-    table, pairs = averaged(results, FIGURES), PAIRS[config.preset]
+    table, pairs = averaged(results, FIGURES), list(dict.fromkeys(r["config"]["pairs"] for r in results))
     series = {name: np.array([table[f"pairs{n}"][name] for n in pairs], float).T for name in FIGURES}
     accuracies = {name: (pairs, *series[name]) for name in FIGURES[:3]}
     panels = {"accuracy": accuracies, "correlation": {"correlation": (pairs, *series["correlation"])}}

@@ -92,6 +92,9 @@ def test_figures_are_those_of_the_samples(program):
     assert figures["reward"] == pytest.approx(5.5)
     assert figures["completions/mean_length"] == pytest.approx(samples.lengths.mean())
     assert figures["completions/clipped_ratio"] == pytest.approx(1 - samples.ended.mean())
+    given = PARAMS, PARAMS, np.array([[1, 2]] * 4, np.int32), np.array([2] * 4, np.int32), noted
+    drawn = [np.asarray(program.rollout(*given, seed=0, step=step).tokens).tolist() for step in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]  # each step draws anew
     wrong = lambda prompt, prompt_len, samples: np.zeros(len(prompt_len))  # noqa: E731
     with pytest.raises(ValueError, match=r"gives numbers \(4,\) for samples \(4, 3\); give one a sample"):
         fit_rl(program, initial_state(program, PARAMS), PROMPTS, PARAMS, wrong, steps=1, prompts_per_step=4)
@@ -131,10 +134,11 @@ def test_a_reward_model_judges_the_last_token():
     params = {**init_params(shape, seed=3), "score": jnp.linspace(-1, 1, CONFIG.width)[None]}
     judge = model_reward(shape, params, mesh=single_device_mesh())
     got = judge(np.array([[1, 2], [0, 3]], np.int32), np.array([2, 1], np.int32), SAMPLES)
+    rows = [[(PROMPTS[b] + SAMPLES.tokens[b, n].tolist() + [0])[:4] for n in range(2)] for b in range(2)]
+    h, score = jax.jit(make_apply(shape))(params, plain_input(jnp.array(rows).reshape(4, 4)))
     for (b, n), length in np.ndenumerate(SAMPLES.lengths):
-        row = PROMPTS[b] + SAMPLES.tokens[b, n, :length].tolist()
-        h, score = make_apply(shape)(params, plain_input(jnp.array([row])))
-        assert got[b, n] == pytest.approx(float(score[0] @ h[0, -1]), abs=1e-5)
+        last = h[2 * b + n, len(PROMPTS[b]) + length - 1]
+        assert got[b, n] == pytest.approx(float(score[0] @ last), abs=1e-5)
 
 
 def test_a_scorer_of_texts_judges_every_sample():
