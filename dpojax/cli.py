@@ -17,6 +17,7 @@ from dpojax.commands import (
     run_losses,
     run_make_tfds,
     run_plan,
+    run_report,
     run_sample,
     run_score,
     run_show_data,
@@ -32,6 +33,7 @@ from dpojax.configs import (
     LossesConfig,
     MakeTfdsConfig,
     PlanConfig,
+    ReportConfig,
     SampleConfig,
     ScoreConfig,
     SFTConfig,
@@ -52,6 +54,7 @@ Config = (
     | MakeTfdsConfig
     | LossesConfig
     | PlanConfig
+    | ReportConfig
 )
 
 
@@ -68,6 +71,7 @@ COMMANDS = {
     "make-tfds": (MakeTfdsConfig, run_make_tfds),
     "losses": (LossesConfig, run_losses),
     "plan": (PlanConfig, run_plan),
+    "report": (ReportConfig, run_report),
 }
 
 
@@ -83,7 +87,8 @@ def run(config: Config) -> int:
         check_options(config)
         planned = isinstance(config, PlanConfig) or getattr(config, "plan", None)
         # Programs for devices that are not here cannot be read back, so a plan keeps none.
-        if not planned and not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig):
+        hosts = ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig | ReportConfig
+        if not planned and not isinstance(config, hosts):
             from dpojax.startup import prepare
 
             prepare()
