@@ -1,5 +1,6 @@
 """The command line: options to configs, configs to commands, errors to sentences and exit statuses."""
 
+import argparse
 import errno
 import os
 import sys
@@ -13,6 +14,7 @@ from dpojax.commands import (
     run_check_data,
     run_eval,
     run_export,
+    run_judge,
     run_logps,
     run_losses,
     run_make_tfds,
@@ -29,6 +31,7 @@ from dpojax.configs import (
     EvalConfig,
     ExportConfig,
     InspectOptions,
+    JudgeConfig,
     LogpsConfig,
     LossesConfig,
     MakeTfdsConfig,
@@ -47,6 +50,7 @@ Config = (
     | LogpsConfig
     | EvalConfig
     | ScoreConfig
+    | JudgeConfig
     | SampleConfig
     | ExportConfig
     | CheckDataConfig
@@ -64,6 +68,7 @@ COMMANDS = {
     "logps": (LogpsConfig, run_logps),
     "eval": (EvalConfig, run_eval),
     "score": (ScoreConfig, run_score),
+    "judge": (JudgeConfig, run_judge),
     "sample": (SampleConfig, run_sample),
     "export": (ExportConfig, run_export),
     "check-data": (CheckDataConfig, run_check_data),
@@ -145,17 +150,46 @@ def report_unraisable(what: Any) -> None:
         sys.__unraisablehook__(what)
 
 
+def parsed(args: list[str]) -> Config:
+    """The options that the arguments spell; of a run with ``--config``, beside those in that file.
+
+    Raises:
+      SystemExit: the arguments ask for help, or are wrong; all is then said.
+      UserError: ``--config`` names no run of this command.
+    """
+    try:
+        if args[:1] in (["dpo"], ["sft"]):
+            finder = argparse.ArgumentParser(f"dpojax {args[0]}", "%(prog)s", add_help=False, allow_abbrev=False)
+            finder.add_argument("--config")
+            found, others = finder.parse_known_args(args[1:])
+            if found.config is not None:
+                return parsed_beside(args[0], found.config, others)
+        return tyro.extras.subcommand_cli_from_dict(
+            {name: kind for name, (kind, _) in COMMANDS.items()},
+            prog="dpojax",
+            description="Direct preference optimization in JAX.",
+            args=args,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+    finally:
+        sys.stdout.flush()
+
+
+def parsed_beside(command: str, file: str, args: list[str]) -> DPOConfig | SFTConfig:
+    """The options of the run that a ``run.json`` is of, but for those that the arguments spell."""
+    from dpojax.runfile import check_names, options_of_file
+
+    kind: type[DPOConfig] | type[SFTConfig] = DPOConfig if command == "dpo" else SFTConfig
+    options = options_of_file(kind, file)
+    config: DPOConfig | SFTConfig = tyro.cli(kind, prog=f"dpojax {command}", args=args, default=options)
+    check_names(config, file)
+    return config
+
+
 def main(args: list[str] | None = None) -> int:
     """Parse the arguments, run the command, return its exit status."""
     sys.unraisablehook = report_unraisable
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: kind for name, (kind, _) in COMMANDS.items()},
-        prog="dpojax",
-        description="Direct preference optimization in JAX.",
-        args=args,
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
-    return run(config)
+    return reporting(lambda: run(parsed(sys.argv[1:] if args is None else args)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dpojax.configs import (
     EvalConfig,
     ExportConfig,
     InspectOptions,
+    JudgeConfig,
     LogpsConfig,
     LossesConfig,
     MakeTfdsConfig,
@@ -116,6 +117,21 @@ def run_score(config: ScoreConfig) -> int:
         return 0
     rows = write_scored(config, reading, rewards)
     console.print(f"{rows} rows written to {config.output}")
+    return 0
+
+
+def run_judge(config: JudgeConfig) -> int:
+    """``dpojax judge``."""
+    from dpojax import processes
+    from dpojax.evaluate.judges.command import judge_files
+    from dpojax.progress import console
+
+    processes.one_alone("judge")
+    check_file(config.output, on_disk=True)
+    if config.json is not None:
+        check_file(config.json, on_disk=True, flag="--json")
+    for line in judge_files(config):
+        console.print(line)
     return 0
 
 
@@ -337,7 +353,7 @@ def run_report(config: ReportConfig) -> int:
     return 0
 
 
-def check_file(name: str, *, on_disk: bool = False) -> None:
+def check_file(name: str, *, on_disk: bool = False, flag: str = "--output") -> None:
     """Refuse an output file that could not be written, before the work is done."""
     from dpojax import processes
     from dpojax.paths import in_store
@@ -345,7 +361,7 @@ def check_file(name: str, *, on_disk: bool = False) -> None:
     if (in_store(name) and not on_disk) or not processes.first():
         return
     if Path(name).is_dir() or not Path(name).absolute().parent.is_dir():
-        raise UserError(f"--output {name}: is a directory or in none that exists; name a file")
+        raise UserError(f"{flag} {name}: is a directory or in none that exists; name a file")
 
 
 def write_output(name: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import re
 from math import inf
@@ -54,8 +55,13 @@ RANGES: dict[str, tuple[str, Any]] = {
     "rows": ("at least 0", lambda v: v >= 0),
     "search": ("at least 0, and 0 for none", lambda v: v >= 0),
     "top": ("at least 0", lambda v: v >= 0),
+    "retries": ("at least 0", lambda v: v >= 0),
+    "timeout": ("above 0 and finite", lambda v: 0 < v < inf),
+    "price_per_million_input": ("at least 0 and finite", lambda v: 0 <= v < inf),
+    "price_per_million_output": ("at least 0 and finite", lambda v: 0 <= v < inf),
     "row": ("numbers of rows, which count from 1", lambda v: min(v, default=1) >= 1),
     "data": ("at least one file", len),
+    "report_to": ("at least one tracker, or none", len),
     "prompt": ("at least one text", len),
     "seed": ("from 0 to 4294967295", lambda v: 0 <= v < 2**32),
 } | {
@@ -63,6 +69,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     for name in (
         *("batch_size", "max_shapes", "logprob_chunk_tokens", "epochs", "steps", "gradient_accumulation_steps"),
         *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_new_tokens", "num_samples"),
+        *("limit", "max_answer_tokens", "concurrency"),
         *("min_prompt_length", "ref_model_sync_steps", "lora_rank", "prompt_length"),
     )
 }
@@ -87,8 +94,12 @@ def check_options(config: Any) -> None:
                 shown = "" if value == () else f" {value}"
                 raise UserError(f"{flag(field.name)}{shown}: must be {must}")
     check_places(config)
+    check_trackers(config)
     check_reading(config)
-    check_scorer(config)
+    if hasattr(config, "endpoint"):
+        check_judge(config)
+    else:
+        check_scorer(config)
     if hasattr(config, "lora_rank"):
         check_lora(config)
     if getattr(config, "weight_decay", 0) and config.optim != "adamw":
@@ -117,6 +128,21 @@ def check_places(config: Any) -> None:
             path_of(value)
 
 
+def check_trackers(config: Any) -> None:
+    """Refuse trackers beside none of them, and one that is not installed.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    report_to = getattr(config, "report_to", ())
+    if "none" in report_to and set(report_to) != {"none"}:
+        raise UserError(f"--report-to {' '.join(report_to)}: none switches the others off; leave it or them out")
+    if "wandb" in report_to:
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:  # W&B's own files, in a directory of its name, are no package
+            raise UserError("--report-to wandb: needs wandb, which is not installed: pip install 'dpojax[wandb]'")
+
+
 OF_TEXT = ("data", "format", "filter", "as_chat", "scorer", "output")
 """The options of `score` that a scorer has a use for."""
 
@@ -137,6 +163,41 @@ def check_scorer(config: Any) -> None:
         value = getattr(config, field.name)
         if field.name not in OF_TEXT and value != field.default:
             raise UserError(f"{flag(field.name)} {value}: --scorer reads text and no tokens; leave one of them out")
+
+
+OF_ANY_JUDGE = ("a", "b", "output", "json", "limit", "agreement", "format", "filter", "as_chat")
+OF_ENDPOINT = (
+    *("judge_model", "task", "template", "both_orders", "seed", "api_key_env", "request_options", "max_answer_tokens"),
+    *("concurrency", "retries", "timeout", "price_per_million_input", "price_per_million_output", "dry_run"),
+)
+JUDGES = ("endpoint", "model", "scorer", "scored")
+"""The options that name a judge; one of them is given."""
+
+
+def check_judge(config: Any) -> None:
+    """Refuse to judge by nothing or by two things at once, and options that are for another judge.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    named = [name for name in JUDGES if getattr(config, name)]
+    if not named:
+        known = "--endpoint URL, --model REWARD_MODEL, --scorer path/to/file.py:name or --scored"
+        raise UserError(f"--endpoint: no judge is named; give {known}")
+    if len(named) > 1:
+        raise UserError(f"{flag(named[1])}: {flag(named[0])} is a judge already; leave one of them out")
+    for field in dataclasses.fields(config):
+        if field.name in (*OF_ANY_JUDGE, *JUDGES):
+            continue
+        value, judge = getattr(config, field.name), "endpoint" if field.name in OF_ENDPOINT else "model"
+        if judge != named[0] and value != field.default:
+            raise UserError(f"{flag(field.name)} {value}: is for {flag(judge)}, not {flag(named[0])}; leave one out")
+    if config.endpoint is not None:
+        if config.judge_model is None:
+            raise UserError("--judge-model: name the model that --endpoint shall ask")
+        if config.template is not None and config.task != type(config).task:
+            raise UserError(f"--task {config.task}: --template is asked in its place; leave one of them out")
+        check_object("request_options", config.request_options, '{"max_completion_tokens": 2000}')
 
 
 def check_lora(config: Any) -> None:
@@ -164,15 +225,23 @@ def check_reading(config: Any) -> None:
     if getattr(config, "eval_share", 0) and config.eval_data:
         raise UserError(f"--eval-share {config.eval_share}: --eval-data is held out already; leave one of them out")
     if (kwargs := getattr(config, "chat_template_kwargs", None)) is not None:
-        try:
-            known = isinstance(json.loads(kwargs), dict)
-        except (ValueError, RecursionError):
-            known = False
-        if not known:
-            must = """must be a JSON object, as in '{"enable_thinking": false}'"""
-            raise UserError(f"--chat-template-kwargs {kwargs}: {must}")
+        check_object("chat_template_kwargs", kwargs, '{"enable_thinking": false}')
     if (date := getattr(config, "chat_date", None)) is not None:
         try:
             datetime.date.fromisoformat(date)
         except ValueError:
             raise UserError(f"--chat-date {date}: must be a day, as in 2026-11-25") from None
+
+
+def check_object(name: str, value: str, example: str) -> None:
+    """Refuse an option that is no JSON object.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    try:
+        known = isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise UserError(f"{flag(name)} {value}: must be a JSON object, as in '{example}'")

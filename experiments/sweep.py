@@ -45,6 +45,8 @@ class SweepConfig:
     """Processes that train points side by side on this machine, each with its share of the cores."""
     only: tuple[str, ...] = ()
     """Train and show only points whose names contain one of these."""
+    plan: str | None = None
+    """Run nothing: compile DPO's step for accelerators that need not be here (v5e:2x4), as `dpojax plan` does."""
     setting: Setting = Setting()  # noqa: RUF009  # frozen
     """What points start from, and how much they compute; the preset's, but for what is given here."""
 
@@ -149,7 +151,7 @@ def claim_output(config: SweepConfig, experiment: Experiment) -> None:
         theirs = json.loads(file.read_text())
         ours = {**mine, **mine["setting"]}
         others = {**theirs, **theirs.get("setting", {})}
-        loose = ("output", "world", "processes", "only", "seeds", "mesh", "setting")
+        loose = ("output", "world", "processes", "only", "seeds", "plan", "mesh", "setting")
         differing = sorted(k for k in ours.keys() | others.keys() if k not in loose and ours.get(k) != others.get(k))
         if differing:
             named = ", ".join(f"{k} ({others.get(k)!r} there, {ours.get(k)!r} here)" for k in differing)
@@ -270,11 +272,41 @@ def train_all(config: SweepConfig, experiment: Experiment) -> int:
     return 0
 
 
+def plan(setting: Setting, topology: str) -> int:
+    """Plan DPO's step for a topology: 0 if it fits, 1 if not.
+
+    Raises:
+      UserError: the setting's model has no name.
+    """
+    from dpojax.configs import PlanConfig
+    from dpojax.models.presets import PRESETS as SHAPES
+    from dpojax.plan.command import run_plan
+    from experiments.world import PROMPT_TOKENS
+
+    if setting.model is None:
+        raise UserError("--plan: plans a model that has a name; give --setting.model, or --preset paper")
+    short = setting.model.rpartition("/")[2]
+    options = PlanConfig(
+        model=short if short in SHAPES else setting.model,
+        topology=topology,
+        batch_size=setting.batch_size,
+        max_length=PROMPT_TOKENS[1] + setting.new_tokens,
+        prompt_length=PROMPT_TOKENS[1],
+        rows=setting.steps * setting.batch_size,
+        optim=setting.optim,
+        dtype=setting.dtype,
+        mesh=setting.mesh,
+    )
+    return run_plan(options)
+
+
 def run(experiment: Experiment, config: SweepConfig) -> int:
     """Train what is missing and show what there is; returns the exit status."""
     from dpojax.progress import console
     from dpojax.startup import prepare
 
+    if config.plan is not None:
+        return plan(config.setting, config.plan)
     claim_output(config, experiment)
     points, output = asked_points(config, experiment), Path(config.output)
     status = side_by_side(config, experiment) if config.processes > 1 else train_all(config, experiment)

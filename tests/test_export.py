@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+import dpojax
 from dpojax.cli import main
 from dpojax.configs import ExportConfig
 from dpojax.errors import UserError
@@ -117,12 +118,12 @@ def test_the_card_says_what_the_run_was(run, tiny_dir, pairs_file, tmp_path):
     tags = ["dpojax", "preference-optimization", "dpo", "sft"]
     assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     own = json.loads((run / "run.json").read_text())
-    assert r"# my\_model" in card and "The policy of step 2" in card
+    assert r"# my\_model" in card and f"The policy of step 2 of the run `{run.name}`" in card
     for section, said in {
         "Base model": [f"`{tiny_dir}`", own["model_hash"], own["reference_hash"]],
         "Data": [f"`{pairs_file}`", "in an epoch: 24\n", "filter: `prompt!=x`", f"held out: `{pairs_file}`"],
         "Objective": ["`sigmoid+0.2*sft`", "log σ(β h)", "Rafailov et al. 2023", "Beta: 0.3."],
-        "Options": ["- `--learning-rate`: `0.01`", "- `--steps`: `2`"],
+        "Options": ["- `--learning-rate`: `0.01`", "- `--steps`: `2`", f"with `dpojax {dpojax.__version__}, python"],
         "How to load it": ["AutoModelForCausalLM.from_pretrained"],
     }.items():
         assert all(text in sections[section] for text in said), (section, sections[section])

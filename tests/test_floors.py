@@ -5,9 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
-    *("errors", "configs", "paths", "options", "progress", "processes", "cachedir", "startup", "types", "compiler"),
-    *("sharding", "losses", "theory", "packing", "logprobs", "models", "data", "show", "train", "generate", "evaluate"),
-    *("rl", "plan", "report", "commands", "cli", "local", "__main__"),
+    *("errors", "configs", "paths", "options", "runfile", "progress", "processes", "cachedir", "startup", "types"),
+    *("compiler", "sharding", "losses", "theory", "packing", "logprobs", "models", "data", "show", "train", "generate"),
+    *("evaluate", "rl", "plan", "report", "commands", "cli", "local", "__main__"),
 ]
 
 
@@ -52,7 +52,7 @@ def test_losses_see_only_log_probabilities():
 def test_the_command_line_starts_light():
     """--help must answer at once, so cli.py may import nothing heavy at its top."""
     configs = ("configs/__init__.py", "configs/training.py", "configs/tools.py")
-    for name in ("cli.py", "commands.py", "errors.py", "__init__.py", *configs):
+    for name in ("cli.py", "commands.py", "errors.py", "runfile.py", "__init__.py", *configs):
         tree = ast.parse((PACKAGE / name).read_text())
         top = {
             (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]

@@ -151,6 +151,8 @@ def train_changes(w) -> dict:
         "skip_bad_rows": (True, {"data": (str(root / "bad.jsonl"),)}),
         "output": "elsewhere",
         "plan": "h100:1x1",
+        "run_name": "first",
+        "report_to": ("none",),
         "eval_data": (w["pairs"],),
         "eval_share": 0.3,
         "epochs": (2, {"steps": None}),
@@ -216,6 +218,59 @@ def plan_changes(w) -> tuple[dict, dict]:
     }
 
 
+def judge_changes(w) -> tuple[dict, dict]:
+    """By a scorer; a reward model's options by one, an endpoint's by dry runs, which show them all."""
+    root = w["root"]
+    for name in ("longer", "shorter"):
+        rows = [{"prompt": f"the film {n}", "completion": " ok" * (n % 3 + len(name)), "score": n} for n in range(9)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    verdicts = {"prompt": "the film 0", "a": " ok" * 6, "b": " ok" * 7, "verdict": "A"}
+    (root / "verdicts.jsonl").write_text(json.dumps(verdicts) + "\n")
+    (root / "question.txt").write_text("{prompt}? {first} {second}")
+    longer, shorter = str(root / "longer.jsonl"), str(root / "shorter.jsonl")
+    base = {"a": longer, "b": shorter, "output": "verdicts.jsonl", "scorer": str(root / "scorer.py") + ":length"}
+    asked = {"scorer": None, "endpoint": "http://127.0.0.1:9", "judge_model": "m", "dry_run": True}
+    model = {"scorer": None, "model": str(root / "reward")}
+    changes: dict = {
+        "a": shorter,
+        "b": longer,
+        "output": "elsewhere.jsonl",
+        "json": "figures.json",
+        "limit": 3,
+        "agreement": (str(root / "verdicts.jsonl"),),
+        "scored": (True, {"scorer": None, "scored": False, "model": None}),  # no judge, before
+        "scorer": (None, {"scored": True}),  # two judges, before
+        "model": (str(root / "model2"), model),
+        "tokenizer": (str(root / "tokenizer2"), model),
+        "dtype": ("bfloat16", model),
+        "attention": ("splash", model),  # refused: this is no TPU
+        "batch_size": (16, model),
+        "max_shapes": (1, model),
+        "filter": ("score>=4",),
+        "as_chat": True,
+        "max_length": (20, model),
+        "min_prompt_length": (2, model | {"max_length": 20}),
+        "format": ("rows", {"a": str(root / "published.jsonl"), "b": str(root / "published.jsonl")}),
+        "endpoint": ("http://127.0.0.1:8", asked),
+        "judge_model": ("n", asked),
+        "task": ("summary", asked),
+        "template": (str(root / "question.txt"), asked),
+        "both_orders": (True, asked),
+        "seed": (5, asked),
+        "api_key_env": ("PATH", asked),  # a key, of some kind
+        "request_options": ('{"top_p": 1}', asked),
+        "max_answer_tokens": (9, asked),
+        "concurrency": (2, asked),
+        "retries": (1, asked),
+        "timeout": (9.0, asked),
+        "price_per_million_input": (2.0, asked),
+        "price_per_million_output": (2.0, asked),
+        "dry_run": (False, asked | {"retries": 0}),
+    }
+    chats = {"a": str(root / "chats.jsonl"), "b": str(root / "chats.jsonl"), "tokenizer": str(root / "chatty")}
+    return base, chat_changes(w, model | chats | {"chat_date": "2020-05-01"}) | changes
+
+
 def base_and_changes(name: str, w) -> tuple[dict, dict]:
     root = w["root"]
     if name == "SFTConfig":
@@ -258,6 +313,7 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "scorer": (str(root / "scorer.py") + ":length", {"model": None}),
             },
         ),
+        "JudgeConfig": judge_changes(w),
         "SampleConfig": (
             {"model": w["model"], "prompt": ("the film",), "max_new_tokens": 12, "num_samples": 3},
             chat_changes(w, {"chat": True, "tokenizer": str(root / "chatty"), "prompt": ("hm </s> hm",)})
@@ -354,6 +410,7 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys, de
     from dpojax.data import cache
     from dpojax.evaluate import scoring
     from dpojax.train import logps_cache, program
+    from dpojax.train.session import session_of
 
     directory.mkdir()
     monkeypatch.chdir(directory)
@@ -394,7 +451,11 @@ def footprint(kind: type, values: dict, directory: Path, monkeypatch, capsys, de
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         # Orbax and TensorBoard put times into names and contents; run.json repeats the options themselves.
-        if path.is_dir() or "ocdbt" in name or "/d/" in name or "tfevents" in name or path.name == "run.json":
+        if path.is_dir() or "ocdbt" in name or "/d/" in name:
+            continue
+        if "tfevents" in name or path.name == "run.json":
+            told = path.name == "run.json" and session_of(json.loads(path.read_text()))["name"]
+            files[str(Path(name).parent)] = told
             continue
         files[name] = path.stat().st_size if "checkpoints" in name else path.read_bytes()
         if path.name == "metrics.jsonl":

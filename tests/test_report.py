@@ -1,5 +1,6 @@
 """A report: its numbers are those of the files, it needs nothing beside itself, and it shows runs that went wrong."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import jax
 import pytest
 
 from dpojax.cli import main
@@ -14,8 +16,8 @@ from dpojax.configs import DPOConfig
 from dpojax.report import html_page, markdown_page, read_all, report_of
 from dpojax.report.curves import run_charts
 from dpojax.report.numbers import number
-from dpojax.report.read import RUN_FORMAT
 from dpojax.report.svg import COLUMNS, Chart, Series, draw, drawable, thinned
+from dpojax.runfile import FORMAT
 
 STEPS = 90
 EVIL = "<script>alert('x')</script> & \"quoted\" | `code` \x00\u202e **bold**"
@@ -36,7 +38,7 @@ def metrics(steps: int, shift: float = 0.0) -> list[dict]:
 
 def make_run(directory: Path, *, steps: int = STEPS, shift: float = 0.0, tail: str = "", **own) -> Path:
     directory.mkdir(parents=True)
-    options = {"run_format": RUN_FORMAT, "command": "DPOConfig", "loss": "sigmoid", "beta": None, "model": "m/model"}
+    options = {"run_format": FORMAT, "command": "DPOConfig", "loss": "sigmoid", "beta": None, "model": "m/model"}
     options |= {"data": ["pairs.jsonl"], "learning_rate": 1e-5, "seed": 0, "steps": STEPS, "mesh.data": "auto"}
     (directory / "run.json").write_text(json.dumps(options | {"model_hash": "abc123"} | own))
     lines = "".join(json.dumps(line) + "\n" for line in metrics(steps, shift))
@@ -217,12 +219,6 @@ def test_runs_of_other_versions_are_read_as_far_as_they_are_known(tmp_path):
     assert rows["freeze"] == ["3"] and rows["newer.deep"] == ["1 2"]
 
 
-def test_the_format_is_that_of_runs():
-    from dpojax.train.rundir import FORMAT
-
-    assert FORMAT == RUN_FORMAT
-
-
 def test_several_runs_side_by_side(tmp_path):
     for seed, shift in enumerate((0.0, 0.01, 0.02)):
         make_run(tmp_path / "sweep" / f"seed{seed}", shift=shift, seed=seed)
@@ -350,10 +346,13 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, names, parts):
 
 def test_what_a_run_writes_is_what_is_read(tmp_path):
     from dpojax.train.rundir import claim_directory
+    from dpojax.train.session import begin_session
     from dpojax.train.writers import JsonLines
 
     config = DPOConfig(model="m/model", data=("pairs.jsonl",), output=str(tmp_path / "run"), batch_size=16, steps=2)
+    config = dataclasses.replace(config, run_name="named")
     claim_directory(config, {"data_hash": "abc123"})
+    begin_session(config)
     writer = JsonLines(tmp_path / "run")
     for line in metrics(2):
         writer.write(line.pop("step"), line)
@@ -362,7 +361,8 @@ def test_what_a_run_writes_is_what_is_read(tmp_path):
     rows = rows_of(html)
     assert rows["eval_loss"] == ["0.31416"] and rows["data_hash"] == ["abc123"]
     given = html.split("<caption>Options that are not the defaults")[1].split("</table>")[0]
-    assert set(rows_of(given)) == {"--model", "--data", "--batch-size", "--steps"}
+    assert set(rows_of(given)) == {"--model", "--data", "--batch-size", "--steps", "--run-name"}
+    assert "The command of named:" in html and rows["versions.jax"] == [jax.__version__]
     assert 'role="note"' not in html
 
 

@@ -62,6 +62,72 @@ class ScoreConfig(DataOptions, PassOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig(ReadingOptions, PassOptions):
+    """Compare two files of completions of the same prompts by a judge: a reward, scores that the rows have, or a
+    language model behind an OpenAI-compatible endpoint. Win rate of A over B, with its confidence interval."""
+
+    a: tyro.conf.Positional[str]
+    """Completions whose win rate is asked: a file of rows with prompt and completion (or completions, or a pair, whose
+    chosen side it is)."""
+    b: tyro.conf.Positional[str]
+    """Completions that they are compared with, of the same prompts, in any order."""
+    output: str
+    """JSONL file of verdicts, a line an answer: prompt, a, b, verdict (A, B, tie or unparsed). Answers of an endpoint
+    are added to it as they come, and only what it lacks is asked."""
+    json: str | None = None
+    """JSON file for the figures, beside the table."""
+    limit: int | None = None
+    """Comparisons to judge, the first ones (default: all)."""
+    agreement: tuple[str, ...] = ()
+    """Files of verdicts about the same comparisons, of other judges or of people, whose agreement is measured."""
+    scored: bool = False
+    """Compare the scores that the rows have, as `dpojax score` writes them."""
+    scorer: str | None = None
+    """Compare by path/to/file.py:name, as for `dpojax score`."""
+    model: str | None = None
+    """Compare by a reward model, as for `dpojax score`."""
+    tokenizer: str | None = None
+    """Where a reward model's tokenizer comes from (default: the model's own)."""
+    batch_size: int = 8
+    """Rows that a reward model reads at once, over all devices."""
+    max_shapes: int = 8
+    """Shapes that its batches are packed into at most."""
+    endpoint: str | None = None
+    """Compare by a language model: URL of a server that has /v1/chat/completions, as in http://localhost:8000/v1."""
+    judge_model: str | None = None
+    """The model's name at the endpoint."""
+    task: Literal["summary", "summary-concise", "dialogue"] = "dialogue"
+    """What the model is asked: which summary is better, which is better and more concise, or which reply helps more."""
+    template: str | None = None
+    """File with a question of your own in place of a task's, with {prompt}, {first} and {second} in it; it asks for a
+    last line "Answer: 1", "Answer: 2" or "Answer: tie"."""
+    both_orders: bool = False
+    """Ask about every comparison twice, in both orders; two different verdicts are a tie."""
+    seed: int = 0
+    """Seed of the order in which a comparison's completions are shown."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, if the endpoint needs one; the key is neither shown nor stored."""
+    request_options: str = "{}"
+    """Further fields of every request, as a JSON object; null takes one of ours out, as in '{"max_tokens": null,
+    "max_completion_tokens": 2000}'."""
+    max_answer_tokens: int = 256
+    """Tokens of an answer, at most (max_tokens)."""
+    concurrency: int = 8
+    """Requests at one time."""
+    retries: int = 5
+    """How often a request is tried again after 429, an error of the server or a timeout; waits double from 1 s, or are
+    what Retry-After says."""
+    timeout: float = 120.0
+    """Seconds to wait for an answer."""
+    price_per_million_input: float | None = None
+    """Price of a million tokens of questions, for the cost that is shown first."""
+    price_per_million_output: float | None = None
+    """Price of a million tokens of answers."""
+    dry_run: bool = False
+    """Show what would be asked and what that would cost, with one request, and stop."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig(ModelOptions, ChatOptions):
     """Draw completions."""
 

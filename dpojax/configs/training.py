@@ -134,6 +134,11 @@ class TrainOptions(ModelOptions, DataOptions, StepOptions):
     (v5e:16x16, h100:8x8)."""
     output: str
     """Directory of the run: checkpoints, metrics, config. The same command on it continues the run."""
+    run_name: str | None = None
+    """Name of the run, for trackers and the model card (default: the last part of --output)."""
+    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = ("tensorboard",)
+    """What gets the figures of every step, beside metrics.jsonl: event files below --output; Weights & Biases, by its
+    own variables (WANDB_PROJECT, default dpojax; WANDB_MODE); or nothing."""
     eval_data: tuple[str, ...] = ()
     """Held-out files, evaluated before the first step, every --eval-steps and after the last."""
     eval_share: float = 0.0
@@ -194,7 +199,8 @@ class ObjectiveOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainOptions, ObjectiveOptions):
-    """Align a model to preference pairs."""
+    """Align a model to preference pairs. `--config runs/x/run.json` repeats a run: all options are its own, but
+    for those given beside it."""
 
     beta: float | None = None
     """Strength of the KL penalty (default: the objective's own, mostly 0.1; the paper: 0.1, for summarization 0.5)."""
@@ -212,7 +218,8 @@ class DPOConfig(TrainOptions, ObjectiveOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainOptions):
-    """Fine-tune a model on completions: fields prompt and completion, or the chosen side of pairs."""
+    """Fine-tune a model on completions: fields prompt and completion, or the chosen side of pairs. `--config
+    runs/x/run.json` repeats a run: all options are its own, but for those given beside it."""
 
     learning_rate: float = 1e-5
     """Peak learning rate."""

@@ -164,9 +164,14 @@ def _reply(side: Text) -> Text:
 
 
 def _dialogue(
-    fields: dict[str, Any], names: tuple[str, ...], sides: list[Text], needs: str, truncated: tuple[bool, ...]
+    fields: dict[str, Any],
+    names: tuple[str, ...],
+    sides: list[Text],
+    needs: str,
+    truncated: tuple[bool, ...],
+    empty: bool = False,
 ) -> Dialogue:
-    """The prompt and the completions (``sides``, of the fields of these names), all checked."""
+    """The prompt and the completions (``sides``, of the fields of these names), all checked; they may be ``empty``."""
     known = fields.get("prompt") is not None or fields.get("prompt_ids") is not None
     prompt = _text(fields, "prompt", needs) if known else None
     chats = [side for side in sides if isinstance(side, list)]
@@ -181,7 +186,7 @@ def _dialogue(
     else:
         dialogue = Dialogue(prompt, tuple(sides))
     for name, side in zip(names, dialogue.completions, strict=True):
-        if _is_empty(side):
+        if _is_empty(side) and not empty:
             say = "give it text, leave the row out, or give an empty reply that was sampled as token ids"
             raise ValueError(f"field {name!r} is an empty completion; {say}")
     return _with_template(dataclasses.replace(dialogue, truncated=truncated if any(truncated) else ()), fields)
@@ -215,11 +220,10 @@ def pair_of(row: Row) -> Dialogue:
     return _dialogue(fields, names, sides, needs, cut)
 
 
-def _single_of(fields: dict[str, Any], name: str, needs: str) -> Dialogue:
+def _single_of(fields: dict[str, Any], name: str, needs: str, empty: bool = False) -> Dialogue:
     flags = [_flag(fields.get(flag), flag) for flag in ("truncated", "chosen_truncated")]
-    return _dialogue(
-        fields, (name,), [_text(fields, name, needs)], needs, (flags[0] or (name == "chosen" and flags[1]),)
-    )
+    cut = flags[0] or (name == "chosen" and flags[1])
+    return _dialogue(fields, (name,), [_text(fields, name, needs)], needs, (cut,), empty)
 
 
 def completion_of(row: Row) -> Dialogue:
@@ -256,8 +260,12 @@ def prompt_of(row: Row) -> Dialogue:
     return _with_template(Dialogue(_text(row.fields, "prompt", "a row has a prompt"), ()), row.fields)
 
 
-def candidates_of(row: Row) -> Dialogue:
+def candidates_of(row: Row, *, empty: bool = False) -> Dialogue:
     """A row's prompt and all of its completions, in their order: ``completions``, ``completion``, or a pair's sides.
+
+    Args:
+      row: its fields.
+      empty: let completions that say nothing be.
 
     Raises:
       ValueError: the row has none, or one that is not usable; the message says why.
@@ -265,12 +273,12 @@ def candidates_of(row: Row) -> Dialogue:
     fields, needs = row.fields, "a row has prompt and completion, completions, or chosen and rejected"
     if not _is_ranked(fields):
         if _has(fields, "completion") or not _has(fields, "chosen"):
-            return _single_of(fields, "completion", needs)
+            return _single_of(fields, "completion", needs, empty)
         if not _has(fields, "rejected"):
-            return _single_of(fields, "chosen", needs)
+            return _single_of(fields, "chosen", needs, empty)
         pair = ("chosen", "rejected")
         cut = tuple([_flag(fields.get(f"{name}_truncated"), f"{name}_truncated") for name in pair])
-        return _dialogue(fields, pair, [_text(fields, name, needs) for name in pair], needs, cut)
+        return _dialogue(fields, pair, [_text(fields, name, needs) for name in pair], needs, cut, empty)
     suffix = "_ids" if fields.get("completions_ids") is not None else ""
     completions = fields[f"completions{suffix}"]
     if not isinstance(completions, list) or not completions:
@@ -278,7 +286,7 @@ def candidates_of(row: Row) -> Dialogue:
     names = tuple([f"completions[{i}]" for i in range(1, len(completions) + 1)])
     named = {f"{name}{suffix}": completion for name, completion in zip(names, completions, strict=True)}
     sides = [_text(named, name, needs) for name in names]
-    return _dialogue(fields, names, sides, needs, _truncated_of(fields, len(completions)))
+    return _dialogue(fields, names, sides, needs, _truncated_of(fields, len(completions)), empty)
 
 
 def with_scores(fields: dict[str, Any], scores: Sequence[float]) -> dict[str, Any]:

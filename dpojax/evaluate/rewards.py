@@ -17,7 +17,7 @@ from dpojax.configs import ScoreConfig
 from dpojax.data import CANDIDATES, Dialogue, Encoder, Row
 from dpojax.data.prepare import Reading, format_and_blocks, kept
 from dpojax.data.read import BadRow, Place
-from dpojax.data.rows import as_chat, parse_row, with_scores
+from dpojax.data.rows import as_chat, candidates_of, with_scores
 from dpojax.data.sources import open_sources
 from dpojax.errors import UserError, first_line
 from dpojax.evaluate.scoring import make_rewarder, scoring_mesh
@@ -132,8 +132,10 @@ def number_of(value: Any, spec: str) -> float:
     return number
 
 
-def dialogues(files: Sequence[str], reading: Reading, chat: bool) -> Iterator[tuple[Row, Dialogue]]:
-    """The rows that the filters leave, as rows of ours, and their dialogues, in order.
+def dialogues(
+    files: Sequence[str], reading: Reading, chat: bool, *, empty: bool = False
+) -> Iterator[tuple[Row, Dialogue]]:
+    """The rows that the filters leave, as rows of ours, and their dialogues, in order; completions may be ``empty``.
 
     Raises:
       UserError: a file cannot be read, or a row cannot be used.
@@ -147,7 +149,7 @@ def dialogues(files: Sequence[str], reading: Reading, chat: bool) -> Iterator[tu
                 if not kept(row, reading, format):
                     continue
                 ours = Row(row.file, row.number, format.row(row.fields) if format else row.fields)
-                ((dialogue, _),) = parse_row(ours, "candidates")
+                dialogue = candidates_of(ours, empty=empty)
             except (ValueError, RecursionError) as error:
                 deep = "its values are nested too deeply; leave the row out"
                 why = deep if isinstance(error, RecursionError) else str(error)

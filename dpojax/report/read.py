@@ -14,14 +14,13 @@ from typing import Any, TypeGuard
 from dpojax.configs import DPOConfig, SFTConfig
 from dpojax.errors import UserError
 from dpojax.paths import AnyPath, absolute, exists, path_of, reaching
+from dpojax.runfile import FORMAT
 
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 PICTURE_BYTES = 5_000_000
 """Of the largest picture that a page holds."""
 RESULTS = ("results.json", "metrics.json")
 """What experiments write at their end; the first that there is."""
-RUN_FORMAT = 3
-"""Of today's ``run.json``, as ``dpojax/train/rundir.py`` writes it."""
 OPTIONS = {field.name for kind in (DPOConfig, SFTConfig) for field in dataclasses.fields(kind)}
 
 
@@ -184,7 +183,7 @@ def read_run(path: AnyPath) -> Run:
     if not isinstance(own, dict):
         raise UserError(f"{path / 'run.json'}: is damaged, no JSON object; leave the run out, or restore the file")
     notes: list[str] = []
-    if own.get("run_format") != RUN_FORMAT:
+    if own.get("run_format") != FORMAT:
         notes.append(f"run.json is of another version (format {own.get('run_format', 1)}); read as far as it is known.")
     options = {name: value for name, value in own.items() if name.split(".")[0] in OPTIONS}
     apart = (*options, "command", "sessions")

@@ -160,9 +160,8 @@ def initial_state(
     actor = program.layout.initial(params, seed)
     if program.critic is None:
         return actor
-    if value_params is None:
-        value_params = {name: x for name, x in params.items() if name not in ("head", "head_bias")}
-        value_params["score"] = jnp.zeros((1, program.config.width), jnp.float32)
+    start = {"score": jnp.zeros((1, program.config.width), jnp.float32), **(value_params or params)}
+    value_params = {name: x for name, x in start.items() if name not in ("head", "head_bias")}
     return actor_critic(actor, program.critic.initial(value_params, seed))
 
 

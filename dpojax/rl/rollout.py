@@ -148,9 +148,8 @@ def make_rollout(
         drawn, ref_logps = jitted(policy, ref_params, prompt, prompt_len, np.uint32(seed), np.uint32(step))
         rewards = reward(prompt, prompt_len, drawn)
         if np.shape(rewards) != drawn.lengths.shape:
-            raise ValueError(
-                f"the reward gives {np.shape(rewards)}, and must give a number a sample, {drawn.lengths.shape}"
-            )
+            shapes = f"gives numbers {np.shape(rewards)} for samples {drawn.lengths.shape}"
+            raise ValueError(f"the reward {shapes}; give one a sample")
         rewards = rewards if isinstance(rewards, jax.Array) else on_mesh(np.asarray(rewards, np.float32), mesh)
         return Rollouts(prompt, prompt_len, drawn.tokens, drawn.lengths, drawn.logps, ref_logps, rewards, drawn.ended)
 
@@ -162,7 +161,9 @@ def on_mesh(x: Any, mesh: Mesh) -> Array:
     return x if isinstance(x, jax.Array) else put_global(x, batch_sharding(mesh))
 
 
-def model_reward(config: DecoderConfig, params: PyTree, *, mesh: Mesh, compute: ComputeOptions | None = None) -> Reward:
+def model_reward(
+    config: DecoderConfig, params: PyTree, *, mesh: Mesh | None = None, compute: ComputeOptions | None = None
+) -> Reward:
     """The reward that a reward model gives: its score at a sample's last token, whether the sample ended or was cut.
 
     Args:

@@ -1,7 +1,6 @@
 """A run's model card: what Hugging Face shows of a model (``README.md``), of the run's own files alone."""
 
 import ast
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,16 +16,19 @@ from dpojax.models import config_from_hf
 from dpojax.models.safetensors import CARD_MARK, read_json
 from dpojax.options import flag
 from dpojax.paths import AnyPath, absolute, path_of
+from dpojax.runfile import BESIDE_OPTIONS
 from dpojax.show.equations import readable
 from dpojax.show.listing import NOTATION, paper
-from dpojax.train.rundir import adapter_of_run, flat_options, options_of_run
+from dpojax.train.rundir import adapter_of_run, default_options, options_of_run, shown
+from dpojax.train.session import code_of, session_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HUB_SET = re.compile(r"hub:((?:[\w.-]+/)?[\w.-]+)(?=[,=]|$)", re.ASCII)
-TOLD = ("model", "adapter", "data", "eval_data", "eval_share", "filter", "format", "loss", "beta", "output")
-"""Options that have a section of their own."""
-IDENTITIES = re.compile(r"run_format|command|today|(model|base|reference|data)_hash|hash of .*", re.DOTALL)
-"""What ``run.json`` holds beside the options."""
+TOLD = (
+    *("model", "adapter", "data", "eval_data", "eval_share", "filter", "format", "loss", "beta", "output"),
+    *("run_name", "report_to"),
+)
+"""Options that have a place of their own, or say nothing of the policy."""
 FIRST = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
 
 
@@ -47,12 +49,12 @@ def model_card(run: str | AnyPath, step: int, *, title: str = "", adapter: bool 
     reward = config_from_hf(read_json(run / "model" / "config.json"), str(run / "model" / "config.json")).reward
     lines = ["---", _front_matter(own, run, reward=reward, adapter=adapter).rstrip("\n"), "---", ""]
     what = "The LoRA adapter" if adapter else "The reward model" if reward else "The policy"
-    lines += [f"# {_plain(title or absolute(run).name)}", "", f"{what} of step {step} of a run of dpojax."]
+    lines += [f"# {_plain(title or absolute(run).name)}", "", f"{what} of step {step} of {_named(own)} of dpojax."]
     for heading, section in (
         ("Base model", _base_model(own, run)),
         ("Data", _data(own, _metrics(run))),
         ("Objective", _objective(own)),
-        ("Options", _options(own)),
+        ("Options", [*_options(own), *_code(own)]),
         ("Held-out figures", _held_out(own, _metrics(run), step)),
         ("How to load it", _loading(reward=reward, adapter=adapter)),
     ):
@@ -178,16 +180,31 @@ def _beta(own: Mapping[str, Any]) -> str:
 
 def _options(own: Mapping[str, Any]) -> list[str]:
     kind: type[TrainOptions] = DPOConfig if "loss" in own else SFTConfig
-    defaults = flat_options(dataclasses.asdict(kind(model="", data=(), output="")))
+    defaults = default_options(kind)
     changed = {
         name: value
         for name, value in own.items()
-        if name not in TOLD and not IDENTITIES.fullmatch(name) and (name not in defaults or defaults[name] != value)
+        if name not in TOLD and not BESIDE_OPTIONS.fullmatch(name) and (name not in defaults or defaults[name] != value)
     }
     if not changed:
         return ["All options beside those above are the defaults."]
-    lines = [f"- {code(flag(name))}: {code(_value(value))}" for name, value in sorted(changed.items())]
+    lines = [f"- {code(flag(name))}: {code(shown(value))}" for name, value in sorted(changed.items())]
     return ["What differs from the defaults, beside what is above:", "", *lines]
+
+
+def _named(own: Mapping[str, Any]) -> str:
+    name = session_of(own).get("name")
+    return f"the run {code(name)}" if name else "a run"
+
+
+def _code(own: Mapping[str, Any]) -> list[str]:
+    """With what code the run was last started."""
+    session = session_of(own)
+    if not session:
+        return []
+    names = [f"{name} {version}" for name, version in session["versions"].items()]
+    names += [f"commit {commit}"] if (commit := code_of(session)) else []
+    return ["", f"It ran with {code(', '.join(names))}, on {code(session['devices'])}."]
 
 
 def _held_out(own: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], step: int) -> list[str]:
@@ -232,11 +249,6 @@ def _metrics(run: AnyPath) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return sorted(lines, key=lambda line: line["step"])
-
-
-def _value(value: Any) -> str:
-    """An option's value, as the command line takes it."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def code(text: Any) -> str:

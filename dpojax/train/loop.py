@@ -39,11 +39,12 @@ from dpojax.train.reference import (
 )
 from dpojax.train.rundir import RunAdapter, claim_directory, file_hash, is_run, save_adapter_of_run, save_model_files
 from dpojax.train.scoring import model_key
+from dpojax.train.session import begin_session
 from dpojax.train.start import Start, open_start, reference_of
 from dpojax.train.state import TrainState, placed
 from dpojax.train.task import Task, task_of
 from dpojax.train.top_layers import Trunk, check_top_layers, cut, separate
-from dpojax.train.writers import JsonLines, TensorBoard, Writer
+from dpojax.train.writers import writers_of
 
 STILL_STEPS = 20
 """After the warmup, steps by which a loss should have left ln 2."""
@@ -238,6 +239,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     if done >= total_steps and checkpoints.sound(done, program.layout.abstract()):
         console.print(f"{run}: this run is complete, at step {done}; nothing to do")
         return Result(done, finished=True)
+    own = begin_session(config) if processes.first() else {}
 
     # ---- reference: log-probabilities, cached or live -------------------------------------------------------------
     ref_hash = identities.get("reference_hash", "")
@@ -268,7 +270,7 @@ def train(config: TrainOptions, on_step: OnStep | None = None) -> Result:
     del model, ref_model
 
     # ---- steps ----------------------------------------------------------------------------------------------------
-    writers: list[Writer] = [JsonLines(run, done), TensorBoard(run, done)] if processes.first() else []
+    writers = writers_of(run, config.report_to, own, done) if processes.first() else []
     log = MetricsLog(writers, total_steps, len(batches.examples), config.warmup_steps + STILL_STEPS)
 
     def figures_of(step: int, state: TrainState, reference: Reference) -> float | None:

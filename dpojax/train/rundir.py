@@ -1,10 +1,10 @@
 """A run's directory: what it holds, and whose it is.
 
-run.json          format, the command's options, content hashes of model, reference and data
+run.json          format, the command's options, content hashes of model, reference and data, and its sessions
 model/            config.json, generation_config.json if there is one, and tokenizer, for export
 adapter.json      with an adapter: what it is, and the name of its base, which is not copied
 frozen/           with --train-top-layers: the parameters that no step changes; frozen.json has their hash
-metrics.jsonl, tensorboard/
+metrics.jsonl, and, by --report-to, tensorboard/, wandb/
 checkpoints/N/    params (the trained ones: of an adapter, it alone) | train (step, optimizer state, random key) |
                   position (of the data) | content (hashes of the others), and, with --sync-ref-model, reference
 
@@ -25,12 +25,10 @@ from dpojax.models.safetensors import GENERATION, read_json, save_tokenizer
 from dpojax.options import flag
 from dpojax.paths import AnyPath, absolute, exists, in_store, make_directory, path_of, reaching, write_text
 from dpojax.progress import console
+from dpojax.runfile import FILES, FORMAT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FORMAT = 3
-"""Of run.json and checkpoints; runs of an earlier format are read, but not continued."""
 
 
 def is_run(path: str | AnyPath) -> bool:
@@ -83,7 +81,7 @@ def file_hash(path: str) -> str:
 
 MAY_CHANGE = (
     *("attention", "logprob_chunk_tokens", "remat", "max_shapes", "gradient_accumulation_steps", "reference"),
-    *("logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "run_name", "report_to"),
 )
 """Options, beside those of the mesh, that change how a run computes or what it tells, and its results by rounding
 alone; a command that continues it may have others."""
@@ -98,8 +96,8 @@ def may_change(name: str) -> bool:
     return name in MAY_CHANGE or name.startswith("mesh.")
 
 
-FILES = ("model", "tokenizer", "ref_model", "adapter", "data", "eval_data")
-"""Options that name files, whose content is compared by its hash."""
+NOT_COMPARED = {"output", "sessions", "chat_date"}
+"""What of ``run.json`` and the options says nothing of what a run is; a date that reaches the tokens is ``today``."""
 
 
 def moved(name: str, before: Any, now: Any) -> bool:
@@ -116,7 +114,8 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
 
     Args:
       config: every option; all but ``output`` must agree with those in the directory, or be of the machine's
-        (:func:`may_change`), or name the same files elsewhere (:func:`moved`), which is then said.
+        (:func:`may_change`), or name the same files elsewhere (:func:`moved`), which is then said. An option that
+        the directory does not know of had its default.
       identities: content hashes (model, reference, data) that must agree too.
 
     Raises:
@@ -129,15 +128,17 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
         **flat_options(dataclasses.asdict(config)),
         **identities,
     }
-    del mine["output"]
+    del mine["output"]  # the directory itself, which may be moved
     if is_run(directory):
-        theirs = read_json(directory / "run.json")
-        if theirs.get("run_format") != FORMAT:
+        written = read_json(directory / "run.json")
+        if written.get("run_format") != FORMAT:
             raise UserError(
                 f"--output {directory}: holds a run of another version of dpojax, which cannot be continued (eval, "
                 "sample and export still read it); name another directory to start anew"
             )
-        differing = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+        theirs = {**default_options(type(config)), **written}
+        compared = (mine.keys() | theirs.keys()) - NOT_COMPARED
+        differing = [name for name in sorted(compared) if mine.get(name) != theirs.get(name)]
         named = {n: f"{n} ({theirs.get(n)!r} there, {mine.get(n)!r} here)" for n in differing}
         elsewhere = [name for name in differing if moved(name, theirs.get(name), mine.get(name))]
         refused = [name for name in differing if not may_change(name) and name not in elsewhere]
@@ -145,10 +146,10 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
             others = ", ".join(named[name] for name in refused)
             raise UserError(f"--output {directory}: holds a run with another {others}; name another directory")
         if differing:
-            changed = ", ".join(f"{flag(n)} {mine.get(n)} (before: {theirs.get(n)})" for n in differing)
+            changed = ", ".join(f"{flag(n)} {shown(mine.get(n))} (before: {shown(theirs.get(n))})" for n in differing)
             console.print(f"{directory}: goes on with {changed}; results agree to rounding, random draws aside")
         if elsewhere:  # whoever reads the run looks for its model where it is now
-            write_text(directory / "run.json", json.dumps({**theirs, **{n: mine[n] for n in elsewhere}}, indent=2))
+            write_text(directory / "run.json", json.dumps({**written, **{n: mine[n] for n in elsewhere}}, indent=2))
         return
     if exists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"--output {directory}: exists and is no run of dpojax; name a new or empty directory")
@@ -157,6 +158,16 @@ def claim_directory(config: TrainOptions, identities: dict[str, str]) -> None:
     except OSError as error:
         raise UserError(f"--output {directory}: cannot be made ({error.strerror}); name another directory") from None
     write_text(directory / "run.json", json.dumps(mine, indent=2))
+
+
+def shown(value: Any) -> str:
+    """An option's value, as the command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def default_options(kind: type[TrainOptions]) -> dict[str, Any]:
+    """The defaults of a command's options, as :func:`flat_options` gives them; those it must be given are empty."""
+    return flat_options(dataclasses.asdict(kind(model="", data=(), output="")))
 
 
 def flat_options(value: Any, name: str = "") -> dict[str, Any]:

@@ -1,14 +1,18 @@
-"""Where figures are written: a line of metrics.jsonl for every step, and TensorBoard."""
+"""Where figures are written: a line of metrics.jsonl for every step, TensorBoard, and Weights & Biases."""
 
 import contextlib
 import json
+import os
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpojax.errors import UserError
-from dpojax.paths import AnyPath, exists, in_store, reaching, write_bytes
+from dpojax.errors import UserError, first_line
+from dpojax.paths import AnyPath, exists, in_store, reaching, scratch, write_bytes
+from dpojax.progress import console
+from dpojax.train.session import session_of
 
 SECONDS_BETWEEN_UPLOADS = 60.0
 UPLOAD_SHARE = 0.01
@@ -146,3 +150,79 @@ class TensorBoard:
     def close(self) -> None:
         self.board.close()
         self.growing.close()
+
+
+UPLOAD_SECONDS = 60.0
+"""What W&B has for its uploads at the end of a run; what is then missing lies below ``wandb/``, for ``wandb sync``."""
+
+
+class WandB:
+    """A run of Weights & Biases; what fails there is said in one sentence, and training goes on without it.
+
+    Its own variables say where it goes: ``WANDB_PROJECT`` (default: dpojax), ``WANDB_MODE=offline`` and so on. A run
+    that continues is the same one there, by the id that ``run.json`` keeps.
+
+    Args:
+      directory: of the run; W&B's files are below it, or, of one in an object store, in the temporary directory.
+      own: what ``run.json`` holds, this session included; it becomes the W&B run's config.
+    """
+
+    name = "W&B"
+
+    def __init__(self, directory: AnyPath, own: Mapping[str, Any]):
+        self.run: Any = None
+        self.first = 0
+        session = session_of(own)
+        with self._surviving():
+            import wandb
+
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "dpojax"),
+                name=session["name"],
+                id=session["wandb"],
+                resume="allow",
+                dir=os.environ.get("WANDB_DIR", str(scratch(directory))),
+                config=dict(own),
+                # Its capture of the console would take the terminal from the progress bars.
+                settings=wandb.Settings(console="off", finish_timeout=UPLOAD_SECONDS),
+            )
+            self.first = self.run.step  # what W&B has of later steps than the checkpoint's, it keeps
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the network, of its service's process, of its login
+            self.run = None
+            console.print(f"W&B: {first_line(error).rstrip('.')}; the run goes on without it")
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        if self.run is not None and step >= self.first:
+            with self._surviving():
+                self.run.log(figures, step=step)
+
+    def flush(self) -> None:
+        """Its own process sends what it has."""
+
+    def sync(self) -> None:
+        """As :meth:`flush`."""
+
+    def close(self) -> None:
+        if self.run is not None:
+            with self._surviving():
+                self.run.finish()
+
+
+def writers_of(directory: AnyPath, report_to: Sequence[str], own: Mapping[str, Any], resume: int) -> list[Writer]:
+    """The writers of a run: metrics.jsonl, and those that ``--report-to`` names.
+
+    Args:
+      directory: of the run.
+      report_to: "tensorboard", "wandb" or "none".
+      own: what ``run.json`` holds.
+      resume: the step that the run continues from; 0 starts anew.
+    """
+    writers: list[Writer] = [JsonLines(directory, resume)]
+    writers += [TensorBoard(directory, resume)] if "tensorboard" in report_to else []
+    writers += [WandB(directory, own)] if "wandb" in report_to else []
+    return writers
