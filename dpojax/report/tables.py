@@ -66,12 +66,12 @@ def _merged(title: str, rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> T
         values = {(owner, key): _cell(row["value"]) for owner, key, row in rows}
         header = ["what", *(owner or "value" for owner in owners)]
         return Table(title, header, [[key, *(values.get((owner, key), "") for owner in owners)] for key in keys])
-    owned = owners != [""]
+    owned, named = owners != [""], "row" if all(key.isdecimal() for _, key, _ in rows) else "name"
     cells = [
         [*([owner] if owned else []), key, *(_cell(row[name], in_row=True) if name in row else "" for name in columns)]
         for owner, key, row in rows
     ]
-    return Table(title, [*(["run"] if owned else []), "name", *columns], cells)
+    return Table(title, [*(["run"] if owned else []), named, *columns], cells)
 
 
 def _cell(raw: Any, *, in_row: bool = False) -> str:
