@@ -19,6 +19,7 @@ from dpojax.commands import (
     run_losses,
     run_make_tfds,
     run_plan,
+    run_report,
     run_sample,
     run_score,
     run_show_data,
@@ -35,6 +36,7 @@ from dpojax.configs import (
     LossesConfig,
     MakeTfdsConfig,
     PlanConfig,
+    ReportConfig,
     SampleConfig,
     ScoreConfig,
     SFTConfig,
@@ -56,6 +58,7 @@ Config = (
     | MakeTfdsConfig
     | LossesConfig
     | PlanConfig
+    | ReportConfig
 )
 
 
@@ -73,6 +76,7 @@ COMMANDS = {
     "make-tfds": (MakeTfdsConfig, run_make_tfds),
     "losses": (LossesConfig, run_losses),
     "plan": (PlanConfig, run_plan),
+    "report": (ReportConfig, run_report),
 }
 
 
@@ -88,7 +92,8 @@ def run(config: Config) -> int:
         check_options(config)
         planned = isinstance(config, PlanConfig) or getattr(config, "plan", None)
         # Programs for devices that are not here cannot be read back, so a plan keeps none.
-        if not planned and not isinstance(config, ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig):
+        hosts = ExportConfig | InspectOptions | MakeTfdsConfig | LossesConfig | ReportConfig
+        if not planned and not isinstance(config, hosts):
             from dpojax.startup import prepare
 
             prepare()

@@ -14,6 +14,7 @@ from dpojax.configs import (
     LossesConfig,
     MakeTfdsConfig,
     PlanConfig,
+    ReportConfig,
     SampleConfig,
     ScoreConfig,
     ShowDataConfig,
@@ -329,6 +330,26 @@ def run_losses(config: LossesConfig) -> int:
     draw(curves, Path(config.output))
     for line in [*table(curves), f"plotted in {config.output}"]:
         console.print(line)
+    return 0
+
+
+def run_report(config: ReportConfig) -> int:
+    """``dpojax report``."""
+    from dpojax.paths import path_of, write_text
+    from dpojax.progress import console
+    from dpojax.report import html_page, markdown_page, read_all, report_of, title_of
+
+    if not config.runs:
+        raise UserError("report: name directories of runs or experiments, as in dpojax report runs/a runs/b")
+    if not config.output.endswith(".html"):
+        raise UserError(f"--output {config.output}: the report is an HTML file; name it so, as in report.html")
+    beside = config.output.removesuffix(".html") + ".md"
+    check_file(config.output)
+    report = report_of(config.title or title_of(config.runs), *read_all(config.runs))
+    page = path_of(config.output)
+    write_text(page, html_page(report))
+    write_text(path_of(beside), markdown_page(report, beside, page.name))
+    console.print(f"written to {config.output} and {beside}")
     return 0
 
 

@@ -104,6 +104,44 @@ def preference_probability(reward: Table) -> Pairwise:
     return jax.nn.sigmoid(reward[:, :, None] - reward[:, None, :])
 
 
+def projected_reward(reward: Table, ref_logps: Table, beta: float) -> Table:
+    r"""The reward of the same class whose partition function is 1, ``[X, Y]``: the one that a policy implies by itself.
+
+    .. math:: f(r)(x, y) = r(x, y) - \beta \log Z(x) = \beta \log \frac{\pi_r(y|x)}{\pi_\mathrm{ref}(y|x)}
+
+    Rewards of a class differ by a function of the prompt, and so have the same preferences and the same optimum. Each
+    class has one such reward. Source: Rafailov et al. 2023 (arXiv 2305.18290), section 5.1, equations 8 and 9, and
+    theorem 1. Arguments as in :func:`log_partition`.
+
+    >>> reward, ref = jnp.log(jnp.array([[2.0, 4.0]])), jnp.log(jnp.array([[0.5, 0.5]]))
+    >>> [f"{r:.6f}" for r in projected_reward(reward, ref, beta=1.0)[0]]  # log 2/3 and log 4/3
+    ['-0.405465', '0.287682']
+    """
+    return reward - beta * log_partition(reward, ref_logps, beta)[:, None]
+
+
+def plackett_luce(reward: Table, ranking: Int[Array, "X K"]) -> PerPrompt:
+    r"""The Plackett-Luce log-probability of a ranking, best first, ``[X]``; of two it is Bradley-Terry's.
+
+    .. math:: \log p(\tau \mid x) = \sum_{k=1}^{K}
+              \left[ r(x, y_{\tau(k)}) - \log \sum_{j=k}^{K} e^{r(x, y_{\tau(j)})} \right]
+
+    Each place goes to one of those that are left, with probabilities as their ``exp r``. Of implied rewards it is the
+    negative of DPO's loss on rankings, as ``beta log Z(x)`` cancels in every place. Source: Rafailov et al. 2023 (arXiv
+    2305.18290), appendix A.3, equation 18, and equation 20 for the loss.
+
+    Args:
+      reward: ``[X, Y]``.
+      ranking: indices of K unlike completions of each prompt.
+
+    >>> p = jnp.exp(plackett_luce(jnp.log(jnp.array([[1.0, 2.0, 3.0]])), jnp.array([[2, 0, 1]])))
+    >>> print(f"{p[0]:.6f}")  # 3/6 * 1/3 * 1
+    0.166667
+    """
+    ranked = jnp.take_along_axis(reward, ranking, axis=1)
+    return jnp.sum(ranked - jax.lax.cumlogsumexp(ranked, axis=1, reverse=True), axis=1)
+
+
 def kl(logps: Table, ref_logps: Table) -> PerPrompt:
     r"""The divergence :math:`\sum_y \pi(y|x) \log (\pi(y|x) / \pi_\mathrm{ref}(y|x))` of each prompt, ``[X]``, nats.
 

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dpojax"
 FLOORS = [
     *("errors", "configs", "paths", "options", "runfile", "progress", "processes", "cachedir", "startup", "types"),
     *("compiler", "sharding", "losses", "theory", "packing", "logprobs", "models", "data", "show", "train", "generate"),
-    *("evaluate", "rl", "plan", "commands", "cli", "local", "__main__"),
+    *("evaluate", "rl", "plan", "report", "commands", "cli", "local", "__main__"),
 ]
 
 

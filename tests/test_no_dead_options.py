@@ -382,6 +382,10 @@ def base_and_changes(name: str, w) -> tuple[dict, dict]:
                 "rows_per_shard": 7,
             },
         ),
+        "ReportConfig": (
+            {"runs": (str(root / "run"),)},
+            {"runs": (str(root / "model2"),), "output": "elsewhere.html", "title": "Another"},  # the first is no run
+        ),
         "PlanConfig": plan_changes(w),
         "LossesConfig": (
             {"names": ("sigmoid",), "output": "curves.png"},

@@ -251,6 +251,19 @@ class LossesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write a report of runs and experiments: one HTML page that needs nothing beside itself, and Markdown."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Output directories of `dpojax dpo` and `sft` and of experiments; one that holds several stands for all of
+    them."""
+    output: str = "report.html"
+    """HTML file; the Markdown is beside it, with the ending .md."""
+    title: str | None = None
+    """Heading (default: the names of the runs and experiments)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig(StepOptions, ObjectiveOptions):
     """Compile the real train step for accelerators that are not here, and say whether it fits, how long a step takes
     and what bounds it; exit status 0 if it fits, 1 if not. `dpojax dpo ... --plan` plans any other run."""
