@@ -171,8 +171,9 @@ def best_of_n_policy(reward: Table, ref_logps: Table, n: int) -> Table:
     p = jnp.exp(ref_logps)
     below = jnp.einsum("xz,xyz->xy", p, reward[:, None, :] < reward[:, :, None])
     equal = jnp.einsum("xz,xyz->xy", p, reward[:, None, :] == reward[:, :, None])
-    # P_<=^N - P_<^N by their sum of products, which does not cancel: (a - b)(a^(N-1) + ... + b^(N-1)).
-    powers = sum((below + equal) ** (n - 1 - k) * below**k for k in range(n))
+    # P_<=^N - P_<^N = (P_<= - P_<)(P_<=^(N-1) + ... + P_<^(N-1)), whose second factor does not cancel.
+    start = jnp.zeros_like(p), jnp.ones_like(p)
+    powers, _ = jax.lax.fori_loop(0, n, lambda _, at: (at[0] * (below + equal) + at[1], at[1] * below), start)
     return ref_logps + jnp.log(powers)
 
 

@@ -23,7 +23,7 @@ from experiments.sweep import Experiment, SweepConfig, main
 
 NS = (1, 2, 4, 8, 16, 32, 64, 128)
 SIZES = (4, 32, 1024)  # completions of a table
-PROMPTS = 64
+PROMPTS = 16
 
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:

@@ -243,7 +243,7 @@ def train_rounds(world: World, point: Point, measure: Measure | None) -> Trained
     """Rounds of on-policy DPO: samples of the policy, labels, training from there on; steps and pairs of all rounds
     together are those of one offline run."""
     setting, drawn, curve = world.setting, world.drawn, []
-    steps, texts = steps_of(world, point) // point.rounds, []
+    steps, texts = max(1, steps_of(world, point) // point.rounds), []
     each = max(setting.group, setting.samples // point.rounds // setting.group * setting.group)
     params = ref = world.reference.params
     for round in range(point.rounds):

@@ -117,7 +117,7 @@ PRESETS: dict[Preset, Setting] = {
     "paper": Setting(
         model="openai-community/gpt2-large",
         texts="reviews",
-        reviews="hub:stanfordnlp/imdb",
+        reviews="hub:stanfordnlp/imdb,split=train",
         scorer="experiments/scorers.py:siebert",
         labels="reward",
         scale=1.0,
@@ -145,5 +145,6 @@ PRESETS: dict[Preset, Setting] = {
         reward_learning_rate=1e-6,
         evaluations=6,
         dtype="bfloat16",
+        mesh=MeshConfig(data=1, fsdp=-1),
     ),
 }

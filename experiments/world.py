@@ -37,6 +37,7 @@ from experiments.setting import Setting
 
 Score = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """Prompts and completions, as text -> rewards."""
+ROWS_AT_ONCE = 1024
 PROMPT_TOKENS = (2, 8)  # of a review's beginning; the paper, section 6.1
 
 
@@ -131,7 +132,7 @@ def beginnings(setting: Setting, tokenizer: Any, rng: np.random.Generator) -> li
 
     out: dict[str, str] = {}
     for source in open_sources(setting.reviews):
-        for row in (row for block in source.blocks() for row in block.rows()):
+        for row in (row for block in source.blocks(ROWS_AT_ONCE) for row in block.rows()):
             text = getattr(row, "fields", {}).get("text")
             if not isinstance(text, str):
                 raise UserError(f"--setting.reviews {setting.reviews}: row {row.number} has no field text, a string")

@@ -5,8 +5,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from experiments.claims import claimed, made_once
 from experiments.sweep import main
 
 SWEEPS = {
@@ -68,3 +70,103 @@ def test_the_tiny_preset(name, world, tmp_path):
     assert {p["name"] for p in points} >= {f"{point}-seed0" for point in results.get("points", {})}
     for point in points:
         assert all(math.isfinite(x["mean"]) for at in point["curve"] for k, x in at.items() if k != "step")
+
+
+def test_a_sweep_is_repeated_from_its_config(world, tmp_path):
+    """The same numbers, from config.json and nothing else, in another directory with a world of its own."""
+    experiment = importlib.import_module("experiments.gradient_weight").EXPERIMENT
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(experiment, [*arguments(first, tmp_path / "world"), "--seeds", "3", "--only", "sigmoid"]) == 0
+    again = ["--config", str(first / "config.json"), "--output", str(second), "--world", str(tmp_path / "another")]
+    assert main(experiment, again) == 0
+    one, other = (json.loads((d / "points" / "sigmoid-seed3.json").read_text()) for d in (first, second))
+    assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+    config = json.loads((second / "config.json").read_text())
+    assert config["seeds"] == [3] and config["setting"]["width"] == SMALL["width"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "huge"], "--preset huge: must be one of tiny, small, paper"),
+        (["--processes", "0"], "--processes 0: must be at least one"),
+        (["--only", "nothing"], "--only nothing: is in no point's name"),
+        (["--config", "missing.json"], "--config missing.json: cannot be read"),
+        (["--plan", "v5e:2x4"], "--plan: plans a model that has a name"),
+        (["--setting.scorer", "missing.py:score"], "--setting.scorer missing.py:score: missing.py: no such file"),
+        (["--setting.prompts", "9", "--setting.held-out", "9999"], "ask for fewer"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(importlib.import_module("experiments.frontier").EXPERIMENT, arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_another_sweep_in_the_directory_is_refused(world, tmp_path, capsys):
+    experiment = importlib.import_module("experiments.best_of_n").EXPERIMENT
+    assert main(experiment, arguments(tmp_path, world / "12")) == 0
+    assert main(experiment, [*arguments(tmp_path, world / "12"), "--setting.steps", "7"]) == 2
+    assert "holds a sweep with another steps (2 there, 7 here)" in capsys.readouterr().err
+    assert main(experiment, [*arguments(tmp_path / "b", world / "12"), "--setting.held-out", "4"]) == 2
+    assert "was made with another held_out (8 there, 4 here)" in capsys.readouterr().err
+
+
+def test_work_is_claimed_once_and_taken_over(tmp_path, monkeypatch):
+    with claimed(tmp_path / "a") as first, claimed(tmp_path / "a") as second:
+        assert first and not second
+    with claimed(tmp_path / "a") as again:
+        assert again
+    (tmp_path / "b.claim").touch()  # of a process that died
+    with claimed(tmp_path / "b") as mine:
+        assert not mine
+    monkeypatch.setattr("experiments.claims.DEAD", -1)
+    with claimed(tmp_path / "b") as mine:
+        assert mine
+    made = []
+    for _ in range(2):
+        made_once(tmp_path / "c", lambda path: made.append((path / "x").write_text("1")))
+    assert len(made) == 1 and (tmp_path / "c" / "x").exists()
+
+
+def test_piqa(tmp_path):
+    from experiments.piqa import PiqaConfig
+    from experiments.piqa import main as piqa
+
+    words = {"goal": "how to do {}", "sol1": "like {}", "sol2": "never mind {}"}
+    rows = [{k: v.format(n) for k, v in words.items()} | {"label": n % 2} for n in range(30)]
+    data = tmp_path / "piqa.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PiqaConfig(preset="tiny", data=str(data), output=str(tmp_path / "out"), steps=2, losses=("sigmoid",))
+    assert piqa(config) == 0
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())["figures"]
+    assert (
+        figures["before"]["rewards/accuracies"]["mean"] == 0.5
+        and figures["before"]["rewards/accuracies"]["prompts"] == 6
+    )
+    assert figures["sigmoid-seed0"].keys() == figures["before"].keys()
+    assert np.isfinite([x["mean"] for x in figures["sigmoid-seed0"].values()]).all()
+
+
+def test_the_paper_preset_on_stand_ins(tiny_dir, tmp_path, monkeypatch):
+    """Beginnings of reviews, a model by name, the paper's classifier by torch, labels by the greater reward."""
+    torch = pytest.importorskip("torch")
+    from transformers import ByT5Tokenizer, RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 384, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "max_position_embeddings": 514, "pad_token_id": 0}
+    RobertaForSequenceClassification(RobertaConfig(**shape)).save_pretrained(tmp_path / "classifier")
+    ByT5Tokenizer().save_pretrained(tmp_path / "classifier")
+    monkeypatch.setenv("SENTIMENT_MODEL", str(tmp_path / "classifier"))
+    rows = tmp_path / "reviews.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"{chr(97 + n)} film number {n}", "label": 0}) + "\n" for n in range(26))
+    )
+    experiment = importlib.import_module("experiments.frontier").EXPERIMENT
+    own = {"setting.model": tiny_dir, "setting.reviews": rows, "setting.new-tokens": 4, "setting.dtype": "float32"}
+    sizes = arguments(tmp_path / "out", tmp_path / "world", **own)
+    assert main(experiment, ["--preset", "paper", *sizes, "--seeds", "0", "--only", "dpo-beta1-"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["preset"] == "paper" and set(results["points"]) == {"dpo-beta1"}
+    assert 0 < results["reference reward"] < 1
