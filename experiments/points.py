@@ -111,7 +111,9 @@ def train_point(world: World, point: Point, measure: Measure | None) -> Trained:
         params = as_reward_model(world.reference, world.mesh).params
     else:
         params = start_of(world, point)
-    return train_pairs(world, point, measure, *pairs_for(world, point), params=params, ref=params)
+    examples, sums = pairs_for(world, point)
+    known = sums if params is world.reference.params else None
+    return train_pairs(world, point, measure, examples, known, params=params, ref=params)
 
 
 # ---- preference objectives ----------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def train_pairs(
     point: Point,
     measure: Measure | None,
     examples: list[Example],
-    ref_sums: np.ndarray,
+    ref_sums: np.ndarray | None,
     *,
     params: Any,
     ref: Any,
@@ -202,7 +204,7 @@ def train_pairs(
     Args:
       world, point, measure: what, and how it is measured (None: it is not).
       examples: the pairs.
-      ref_sums: log-probabilities of them under the SFT model, ``[n, 2]``.
+      ref_sums: the reference's log-probabilities of them, ``[n, 2]``, if they are known.
       params: of the policy, before the first step.
       ref: of the reference.
       first_step: steps before these, for the curve.
@@ -228,13 +230,13 @@ def train_pairs(
     return evaluations.trained(state.policy)
 
 
-def reference_for(world: World, point: Point, program: Program, ref_sums: np.ndarray, ref: Any) -> Any:
-    """The reference as the objective reads it; of the SFT model, log-probabilities were kept when it drew."""
+def reference_for(world: World, point: Point, program: Program, ref_sums: np.ndarray | None, ref: Any) -> Any:
+    """The reference as the objective reads it; log-probabilities were kept of the policy that drew the pairs."""
     if not program.traits.reference:
         return no_reference()
     if point.reference == "moving":
         return moving_reference(program, ref, alpha=0.6, every=max(1, steps_of(world, point) // 8))
-    if program.traits.needs_live_reference or ref is not world.reference.params:
+    if program.traits.needs_live_reference or ref_sums is None:
         return live_reference(program, ref)
     return CachedReference(ref_sums, program.traits, program.mesh)
 
@@ -251,8 +253,8 @@ def train_rounds(world: World, point: Point, measure: Measure | None) -> Trained
         one = dataclasses.replace(point, seed=point.seed + 100 * round, steps=steps)
         ref = params if point.new_reference else ref
         examples, sums = labelled(world, one, fresh.prompts, fresh, fresh.logps)
-        cached = ref if ref is not world.reference.params or round == 0 else world.reference.params
-        done = train_pairs(world, one, measure, examples, sums, params=params, ref=cached, first_step=round * steps)
+        known, first = sums if ref is params else None, round * steps
+        done = train_pairs(world, one, measure, examples, known, params=params, ref=ref, first_step=first)
         params, curve, texts = done.params, curve + done.curve, done.texts
     return Trained(curve, texts, params)
 
@@ -290,6 +292,7 @@ def rl_program_for(world: World, loss: str, steps: int) -> Any:
         eos_ids=world.reference.eos_ids(world.tokenizer),
         num_samples=setting.rl_samples,
         mesh=world.mesh,
+        value_learning_rate=setting.value_learning_rate,
         schedule=schedule,
         optimizer=make_optimizer(schedule, optim="adamw", max_grad_norm=1.0),
         compute=ComputeOptions(dtype=setting.dtype),

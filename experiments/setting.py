@@ -76,6 +76,8 @@ class Setting:
     """Peak rate of RLOO; it falls to 0 at the last step."""
     ppo_learning_rate: float = 3e-4
     """Peak rate of PPO, which uses its samples four times."""
+    value_learning_rate: float = 1e-3
+    """Peak rate of PPO's value model."""
     reward_steps: int = 600
     """Steps of the reward model."""
     reward_learning_rate: float = 1e-3
@@ -110,6 +112,7 @@ PRESETS: dict[Preset, Setting] = {
         rl_steps=60,
         rl_learning_rate=1e-5,
         ppo_learning_rate=5e-6,
+        value_learning_rate=2e-5,
         reward_steps=60,
         reward_learning_rate=2e-5,
         evaluations=2,
@@ -141,6 +144,7 @@ PRESETS: dict[Preset, Setting] = {
         rl_steps=2_000,
         rl_learning_rate=1e-6,
         ppo_learning_rate=1e-6,
+        value_learning_rate=5e-6,
         reward_steps=1_000,
         reward_learning_rate=1e-6,
         evaluations=6,

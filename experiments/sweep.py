@@ -267,10 +267,16 @@ def asked_points(config: SweepConfig, experiment: Experiment) -> list[Any]:
 
 
 def train_all(config: SweepConfig, experiment: Experiment) -> int:
-    """Train what is missing, in this process."""
+    """Train what is missing, in this process.
+
+    Raises:
+      UserError: it is one of several that are one program; a point is trained by one, on all its devices.
+    """
+    from dpojax import processes
     from dpojax.startup import prepare
 
     prepare()
+    processes.one_alone(f"experiments.{experiment.name}")
     work(config, experiment, world_of(config))
     return 0
 
