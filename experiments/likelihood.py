@@ -32,7 +32,6 @@ LOSSES = {
     "DPO + 0.1 SFT": ("sigmoid+0.1*sft", 0.5),
     "DPOP": ("dpop", 0.5),
     "Cal-DPO": ("cal_dpo", 0.5),
-    "without the weight": ("unweighted", 0.5),
 }
 FIGURES = ("chosen", "rejected", "reward", "kl")
 SIDES = 4  # completions of a prompt, of which all pairs are made
