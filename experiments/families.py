@@ -49,10 +49,9 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Rewards at matched KL, and the frontier."""
-    rewards = world.frontier.rewards
-    frontier, start = frontier_of(rewards, config.setting.scale), float(rewards.mean())
+    frontier = frontier_of(world.frontier.rewards, config.setting.scale)
     plot_frontier(output / "families.png", results, frontier, "Objectives by reward and KL")
-    table, each = matched(results, start), shortfalls(results, frontier)
+    table, each = matched(results, frontier), shortfalls(results, frontier)
     show_matched(table, frontier, output)
     show_points(each, ("reward", "kl", "below the optimum", "length", "repeated", "entropy"), output, "Points")
     against = compared(table, "DPO")

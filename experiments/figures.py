@@ -51,13 +51,14 @@ def last(result: Result, name: str) -> float:
     return float(result["curve"][-1][name]["mean"])
 
 
-def matched(results: Sequence[Result], start: float, kls: Sequence[float] = KLS) -> dict[str, dict[str, list]]:
+def matched(results: Sequence[Result], frontier: Frontier, kls: Sequence[float] = KLS) -> dict[str, dict[str, list]]:
     """By method, its reward at each KL: means over seeds and their standard errors, and every seed's own.
 
-    A seed's points, and the reference (KL 0, reward ``start``), are joined by straight lines in the square root of the
-    KL, in which a frontier is nearly straight at first. Where a seed's points do not reach a KL, the method has no
-    figure there.
+    A frontier is curved, so what is joined by straight lines, in the square root of the KL, is how far a seed's points
+    are below the optimum (the reference, at KL 0, is not); the optimum's reward less that is the method's. Where a
+    seed's points do not reach a KL, the method has no figure there.
     """
+    optimum = lambda kl: reward_at(kl, frontier.optimum.kl, frontier.optimum.reward)  # noqa: E731
     out: dict[str, dict[str, list]] = {}
     for method in dict.fromkeys(r["method"] for r in results):
         seeds: dict[int, list[Result]] = {}
@@ -66,8 +67,10 @@ def matched(results: Sequence[Result], start: float, kls: Sequence[float] = KLS)
                 seeds.setdefault(result["seed"], []).append(result)
         rows = []
         for own in seeds.values():
-            kl, reward = ([x, *(last(r, name) for r in own)] for x, name in ((0.0, "kl"), (start, "reward")))
-            rows.append(reward_at(np.sqrt(kls), np.sqrt(np.maximum(kl, 0.0)), np.array(reward)))
+            kl, reward = (np.array([last(r, name) for r in own]) for name in ("kl", "reward"))
+            below, known = optimum(kl) - reward, np.isfinite(optimum(kl))
+            at = np.sqrt(np.maximum(np.append(kl[known], 0.0), 0.0))
+            rows.append(optimum(np.array(kls)) - reward_at(np.sqrt(kls), at, np.append(below[known], 0.0)))
         table = np.array(rows)
         mean = table.mean(axis=0)
         error = table.std(axis=0, ddof=1) / np.sqrt(len(table)) if len(table) > 1 else np.full(len(kls), np.nan)

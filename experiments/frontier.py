@@ -69,7 +69,7 @@ def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -
     rewards = world.frontier.rewards
     frontier, start = frontier_of(rewards, config.setting.scale), float(rewards.mean())
     plot_frontier(output / "frontier.png", results, frontier, f"Controlled sentiment, {config.preset}")
-    table, each = matched(results, start), shortfalls(results, frontier)
+    table, each = matched(results, frontier), shortfalls(results, frontier)
     optimum, best = frontier.optimum, frontier.best_of_n
     show_matched(table, frontier, output)
     show_points(each, ("reward", "kl", "below the optimum", "length", "repeated", "entropy"), output, "Points")

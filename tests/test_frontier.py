@@ -9,7 +9,7 @@ import pytest
 
 from dpojax import theory
 from dpojax.evaluate import best_of_n_kl, best_of_n_reward, estimate, reward_at, tilted
-from experiments.figures import compared, frontier_of, matched, shortfalls
+from experiments.figures import Curve, Frontier, compared, frontier_of, matched, shortfalls
 
 X, Y, M = 40, 30, 4000
 
@@ -70,18 +70,24 @@ def result(name: str, method: str, seed: int, kl: float, reward: float) -> dict:
 
 
 def test_rewards_at_matched_kl():
-    """By hand: straight lines in the square root of the KL, seed by seed."""
-    results = [result("a", "DPO", 0, 1.0, 0.5), result("b", "DPO", 0, 4.0, 0.9), result("a", "DPO", 1, 1.0, 0.7)]
+    """By hand, with an optimum of 2 nats' reach: what falls short of it is joined by straight lines in the square root
+    of the KL, seed by seed."""
+    kls = np.array([0.0, 0.25, 1.0, 2.25, 4.0])
+    optimum = Curve(kls, np.sqrt(kls), kls)
+    frontier = Frontier(optimum, kls, optimum)
+    results = [result("a", "DPO", 0, 1.0, 0.5), result("b", "DPO", 0, 4.0, 1.9), result("a", "DPO", 1, 1.0, 0.7)]
     results += [result("c", "other", seed, 1.0, 0.62) for seed in (0, 1)]
-    table = matched(results, 0.1, kls=(0.25, 1.0, 2.25))
-    assert table["DPO"]["seeds"] == [[0.3, 0.5, 0.7], [0.4, 0.7, None]]
-    assert table["DPO"]["mean"][:2] == [0.35, 0.6] and table["DPO"]["error"][1] == pytest.approx(0.1)
+    results += [result("d", "other", seed, 99.0, 5.0) for seed in (0, 1)]  # beyond what is known of the optimum
+    table = matched(results, frontier, kls=(0.25, 1.0, 2.25))
+    assert table["DPO"]["seeds"] == [[0.25, 0.5, 1.2], [0.35, 0.7, None]]
+    assert table["DPO"]["mean"][:2] == [0.3, 0.6] and table["DPO"]["error"][1] == pytest.approx(0.1)
+    assert table["DPO"]["mean"][2] is None and table["other"]["mean"] == [0.31, 0.62, None]
     verdicts = compared(table, "DPO", kls=(0.25, 1.0, 2.25))
     assert [(v["other"], v["kl"], v["difference"], v["holds"]) for v in verdicts] == [
         ("other", 0.25, -0.01, True),
         ("other", 1.0, -0.02, True),
     ]
-    worse = compared(matched(results, 0.1, kls=(1.0,)), "other", kls=(1.0,))
+    worse = compared(matched(results, frontier, kls=(1.0,)), "other", kls=(1.0,))
     assert worse[0]["holds"] and worse[0]["difference"] == 0.02
 
 
