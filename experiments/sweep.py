@@ -76,11 +76,13 @@ def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> Swee
     """The options of a command: a file's (--config), or a preset's, and those given beside it.
 
     Raises:
-      UserError: the file is none of this experiment.
+      UserError: the file is none of this experiment, or an option cannot be.
     """
     args = list(sys.argv[1:] if args is None else args)
     given = {name: _taken(args, f"--{name}") for name in ("config", "preset")}
     output = f"runs/{experiment.name}"
+    if None not in given.values():
+        raise UserError(f"--preset {given['preset']}: --config says it; leave one of them out")
     if given["config"] is not None:
         start = read_config(experiment, given["config"])
     else:
@@ -100,7 +102,25 @@ def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> Swee
     if config.processes < 1 or not config.seeds:
         name = "processes" if config.processes < 1 else "seeds"
         raise UserError(f"{flag(name)} {getattr(config, name)}: must be at least one")
+    check_setting(config.setting)
     return config
+
+
+def check_setting(setting: Setting) -> None:
+    """Refuse sizes that cannot be.
+
+    Raises:
+      UserError: naming the option.
+    """
+    least = {"sft_steps": 0, "warmup_steps": 0, "group": 2, "rl_samples": 2}
+    for name, value in dataclasses.asdict(setting).items():
+        option = f"--setting.{name.replace('_', '-')} {value}"
+        if isinstance(value, int) and value < least.get(name, 1):
+            raise UserError(f"{option}: must be at least {least.get(name, 1)}")
+        if isinstance(value, float) and value <= 0:
+            raise UserError(f"{option}: must be above 0")
+    if setting.samples % setting.group:
+        raise UserError(f"--setting.samples {setting.samples}: must be a multiple of --setting.group {setting.group}")
 
 
 def _taken(args: list[str], name: str) -> str | None:

@@ -94,6 +94,10 @@ def test_a_sweep_is_repeated_from_its_config(world, tmp_path):
         (["--config", "missing.json"], "--config missing.json: cannot be read"),
         (["--plan", "v5e:2x4"], "--plan: plans a model that has a name"),
         (["--setting.scorer", "missing.py:score"], "--setting.scorer missing.py:score: missing.py: no such file"),
+        (["--setting.steps", "0"], "--setting.steps 0: must be at least 1"),
+        (["--setting.scale", "-1"], "--setting.scale -1.0: must be above 0"),
+        (["--setting.samples", "6"], "--setting.samples 6: must be a multiple of --setting.group 4"),
+        (["--config", "a.json", "--preset", "tiny"], "--preset tiny: --config says it"),
         (["--setting.prompts", "9", "--setting.held-out", "9999"], "ask for fewer"),
     ],
 )
