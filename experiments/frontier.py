@@ -34,11 +34,12 @@ DPO_BETAS: dict[Preset, tuple[float, ...]] = {
     "small": (1.0, 0.3, 0.1),
     "paper": (5.0, 1.0, 0.1, 0.05),
 }
-RL_BETAS: dict[Preset, tuple[float, ...]] = {
-    "tiny": (5.0, 1.0, 0.3),
-    "small": (1.0, 0.3),
-    "paper": (1.0, 0.3, 0.1, 0.05),
+RL_BETAS: dict[Preset, dict[tuple[str, str], tuple[float, ...]]] = {
+    "tiny": {(loss, reward): (5.0, 1.0, 0.3) for loss in ("rloo", "ppo") for reward in ("true", "learned")},
+    "small": {("rloo", "true"): (1.0, 0.3), ("rloo", "learned"): (0.3,), ("ppo", "true"): (0.3,)},
+    "paper": {(loss, reward): (1.0, 0.3, 0.1, 0.05) for loss in ("rloo", "ppo") for reward in ("true", "learned")},
 }
+"""KL coefficients, by method and by whether the reward is the true one or learned."""
 ALPHAS: dict[Preset, tuple[float, ...]] = {"tiny": (0.1, 0.5, 1.0), "small": (0.1, 0.5), "paper": (0.05, 0.1, 0.5, 1.0)}
 
 
@@ -48,13 +49,12 @@ def points(config: SweepConfig) -> list[Point]:
     for seed in config.seeds:
         for beta in DPO_BETAS[preset]:
             out.append(Point(name=f"dpo-beta{beta:g}-seed{seed}", method="DPO", beta=beta, seed=seed))
-    for loss in ("rloo", "ppo"):
-        for reward in ("true", "learned"):
-            for seed in config.seeds:
-                for beta in RL_BETAS[preset]:
-                    name = f"{loss}-{reward}-beta{beta:g}-seed{seed}"
-                    method = f"{loss.upper()}, {reward} reward"
-                    out.append(Point(name=name, method=method, loss=loss, reward=reward, beta=beta, seed=seed))  # type: ignore[arg-type]
+    for (loss, reward), betas in RL_BETAS[preset].items():
+        method = f"{loss.upper()}, {reward} reward"
+        for seed in config.seeds:
+            for beta in betas:
+                name = f"{loss}-{reward}-beta{beta:g}-seed{seed}"
+                out.append(Point(name=name, method=method, loss=loss, reward=reward, beta=beta, seed=seed))  # type: ignore[arg-type]
     for alpha in ALPHAS[preset]:
         for seed in config.seeds:
             name, loss = f"unlikelihood-alpha{alpha:g}-seed{seed}", f"unlikelihood(alpha={alpha:g})"
