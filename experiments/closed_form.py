@@ -4,7 +4,7 @@
 
 Three prompts of five completions each have random rewards and a random reference; preferences are the rewards' exact
 Bradley-Terry probabilities, over all pairs. Every objective trains a tabular softmax policy on their expectation, and
-its policy is held against theory (dpojax/theory.py):
+its policy is held against theory (dpojax/theory/):
 
 - DPO (sigmoid) has the KL-constrained optimum of the reward, pi_r, which lies on the analytic frontier of reward
   against KL. So has robust, if labels are flipped at the rate that it is told ("robust, flipped").
