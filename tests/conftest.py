@@ -21,8 +21,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import gc
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -35,6 +37,22 @@ from dpojax.packing import ModelInput, PairBatch, pack
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+MAPS = 20_000
+"""Of a process's at most 65,530 memory maps (vm.max_map_count). Every compiled program has some, and LLVM aborts the
+process where it gets none."""
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Compiled programs are let go where many have gathered; those that are wanted again are in the cache on disk."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(TESTS) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
+
 
 # 384 embeddings hold ByT5's 256 bytes and its special tokens.
 HF_CONFIG = {
