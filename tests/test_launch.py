@@ -194,7 +194,7 @@ def test_a_run_is_left_followed_and_stopped(tmp_path):
     try:
         until(tmp_path / "up-1")
         os.killpg(follower.pid, signal.SIGINT)  # as a terminal does
-        said, _ = follower.communicate(timeout=30)
+        said, _ = follower.communicate(timeout=120)
         assert follower.returncode == 130 and "the pod goes on" in said
         other = call(*POD, "--poll=0", *FROM_GIT, "--", "sft", "--output=gs://b/c", **cloud.env)
         assert other.returncode == 2 and "another command runs here: dpojax dpo --loss a b" in other.stdout
@@ -202,7 +202,7 @@ def test_a_run_is_left_followed_and_stopped(tmp_path):
         assert "step 1\n" in follower.stdout  # reads up to there
         stop = call(*POD, "--stop", **cloud.env)
         assert stop.returncode == 0, stop.stderr
-        said, _ = follower.communicate(timeout=30)
+        said, _ = follower.communicate(timeout=120)
     finally:
         (tmp_path / "end").touch()
         follower.kill()
