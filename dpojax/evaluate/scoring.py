@@ -9,18 +9,26 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from dpojax.configs import MeshConfig, ScoringOptions
+from dpojax.configs import MeshConfig, PassOptions, ScoringOptions
 from dpojax.data import PAIRS, Batches, Encoder, Example, lengths_only
 from dpojax.data.batches import target_lengths
 from dpojax.logprobs import completion_rewards, pair_up
-from dpojax.models import DecoderConfig, abstract_params, check_divides, fingerprint, make_apply, make_attention
+from dpojax.models import DecoderConfig, abstract_params, check_divides, fingerprint
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import auto_mesh, batch_shards, constrainer, held_sequences, make_mesh
+from dpojax.sharding import auto_mesh, batch_shards, held_sequences, make_mesh
 from dpojax.startup import keep_memory
 from dpojax.train.by_name import open_policy, tokenizer_for
 from dpojax.train.inputs import check_fit, encoding_of, read_examples
 from dpojax.train.logps_cache import LogpsCache
-from dpojax.train.scoring import LogpsStep, collect_logps, jit_forward, make_logps_step, model_key, place_params
+from dpojax.train.scoring import (
+    LogpsStep,
+    apply_on,
+    collect_logps,
+    jit_forward,
+    make_logps_step,
+    model_key,
+    place_params,
+)
 from dpojax.types import CompletionStats, PyTree
 
 Scorer = Callable[..., np.ndarray]
@@ -38,8 +46,7 @@ def forward_over_mesh(config: DecoderConfig, dtype: str, attention: str, batch_s
     batch_size = -(-batch_size // devices) * devices
     mesh = scoring_mesh(config)
     check_divides(mesh, config)
-    kernel = make_attention(attention, mesh, dtype)
-    return make_apply(config, dtype=dtype, constrain=constrainer(mesh), attention=kernel, mesh=mesh), mesh, batch_size
+    return apply_on(config, mesh, PassOptions(dtype=dtype, attention=attention)), mesh, batch_size  # type: ignore[arg-type]
 
 
 def make_scorer(

@@ -16,7 +16,7 @@ from dpojax.configs import ComputeOptions, MeshConfig
 from dpojax.generate import pad_left
 from dpojax.logprobs import completion_stats, completion_values
 from dpojax.models import DecoderConfig, check_divides
-from dpojax.rl.rollout import Reward, RolloutFn, Rollouts, apply_on, make_rollout
+from dpojax.rl.rollout import Reward, RolloutFn, Rollouts, make_rollout
 from dpojax.rl.update import (
     RLOO,
     Method,
@@ -29,7 +29,7 @@ from dpojax.rl.update import (
 from dpojax.sharding import batch_sharding, batch_shards, make_mesh, replicated
 from dpojax.train import TrainState, make_optimizer, make_schedule
 from dpojax.train.objectives import Metrics
-from dpojax.train.scoring import place_params
+from dpojax.train.scoring import apply_on, place_params
 from dpojax.train.state import StateLayout, state_layout
 from dpojax.types import PyTree
 
@@ -110,7 +110,7 @@ def make_rl_program(
     schedule = schedule or make_schedule()
     optimizer = optimizer or make_optimizer(schedule, optim="adamw", max_grad_norm=1.0)
     layout = state_layout(mesh, config, optimizer, beta=beta, learning_rate=peak)
-    apply_fn, chunk = apply_on(config, mesh, compute), compute.logprob_chunk_tokens
+    apply_fn, chunk = apply_on(config, mesh, compute, remat=compute.remat), compute.logprob_chunk_tokens
 
     def logps_of(params: PyTree, rollouts: Rollouts) -> Float[Array, "B n C"]:
         reads = frozenset({"tokens"})
@@ -123,7 +123,10 @@ def make_rl_program(
         update = make_rloo_update(method, optimizer, logps_of)
     else:
         shape = value_config(config)
-        own, of_values = peak if value_learning_rate is None else value_learning_rate, apply_on(shape, mesh, compute)
+        own, of_values = (
+            peak if value_learning_rate is None else value_learning_rate,
+            apply_on(shape, mesh, compute, remat=compute.remat),
+        )
         critic = state_layout(mesh, shape, optimizer, learning_rate=own)
         shardings = actor_critic(shardings, critic.shardings)
         update = make_ppo_update(

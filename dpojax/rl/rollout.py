@@ -15,10 +15,10 @@ from dpojax.compiler import compiler_options
 from dpojax.configs import ComputeOptions, MeshConfig
 from dpojax.generate import Samples, make_sampler
 from dpojax.logprobs import completion_rewards, completion_stats
-from dpojax.models import DecoderConfig, make_apply, make_attention, param_shardings
-from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import batch_sharding, constrainer, make_mesh, put_global, replicated
-from dpojax.train.scoring import jit_forward, place_params
+from dpojax.models import DecoderConfig, param_shardings
+from dpojax.packing import PairBatch
+from dpojax.sharding import batch_sharding, make_mesh, put_global, replicated
+from dpojax.train.scoring import apply_on, jit_forward, place_params
 from dpojax.types import PyTree
 
 Reward = Callable[[Array, Array, Samples], Any]
@@ -76,14 +76,6 @@ class RolloutFn(Protocol):
 def batch_of(prompt: Array, prompt_len: Array, tokens: Array, lengths: Array) -> PairBatch:
     """Samples as a batch of prompts with n completions each; all rows are real."""
     return PairBatch(prompt, prompt_len, tokens, lengths, valid=(prompt_len > 0).astype(np.float32))
-
-
-def apply_on(config: DecoderConfig, mesh: Mesh, compute: ComputeOptions) -> ApplyFn:
-    """The model over a mesh, computed as the options say."""
-    kernel = make_attention(compute.attention, mesh, compute.dtype)
-    return make_apply(
-        config, dtype=compute.dtype, remat=compute.remat, constrain=constrainer(mesh), attention=kernel, mesh=mesh
-    )
 
 
 def make_rollout(

@@ -18,15 +18,13 @@ from dpojax.models import (
     Lora,
     abstract_params,
     check_divides,
-    make_apply,
-    make_attention,
     partition,
     unembedding_of,
 )
 from dpojax.models.experts import Routing, balance_loss
 from dpojax.models.params import of_adapter
 from dpojax.packing import ApplyFn, PairBatch
-from dpojax.sharding import auto_mesh, batch_sharding, batch_shards, check_batch, constrainer, make_mesh, replicated
+from dpojax.sharding import auto_mesh, batch_sharding, batch_shards, check_batch, make_mesh, replicated
 from dpojax.train.objectives import (
     BatchContext,
     LossFn,
@@ -38,7 +36,7 @@ from dpojax.train.objectives import (
     mean_chosen_len,
 )
 from dpojax.train.optimizer import make_optimizer, make_schedule
-from dpojax.train.scoring import LogpsStep, jit_forward, make_logps_step
+from dpojax.train.scoring import LogpsStep, apply_on, jit_forward, make_logps_step
 from dpojax.train.state import StateLayout, TrainState, every, state_layout
 from dpojax.train.step import StepFn, jit_train_step, make_train_step
 from dpojax.train.task import Task
@@ -140,18 +138,16 @@ def make_program(
     trained = policy if train_top_layers is None else top_config(policy, train_top_layers)
     trainable = of_adapter if trained.lora else every if train_top_layers is None else of_top
     traits, chunk = traits_of(objective), compute.logprob_chunk_tokens
-    attention, place = make_attention(compute.attention, mesh, compute.dtype), constrainer(mesh)
-
-    def apply_of(shape: DecoderConfig, **more: Any) -> ApplyFn:
-        return make_apply(shape, dtype=compute.dtype, constrain=place, attention=attention, mesh=mesh, **more)
 
     def logps_of_model(shape: DecoderConfig) -> LogpsStep:
-        return make_logps_step(apply_of(shape), mesh, shape, chunk_tokens=chunk, micro_batches=micro_batches)
+        return make_logps_step(
+            apply_on(shape, mesh, compute), mesh, shape, chunk_tokens=chunk, micro_batches=micro_batches
+        )
 
     dropout = trained.lora is not None and trained.lora.dropout > 0
     routings: list[Routing] = []
     loss_fn = make_loss(
-        apply_of(trained, remat=compute.remat, routings=routings),
+        apply_on(trained, mesh, compute, remat=compute.remat, routings=routings),
         objective,
         chunk_tokens=chunk,
         mesh=mesh,
@@ -181,7 +177,9 @@ def make_program(
         eval_step=jax.jit(make_eval_step(loss_fn), out_shardings=replicated(mesh)),
         logps_step=logps_step,
         policy_logps=logps_step if trained == config else logps_of_model(trained),
-        ref_step=make_ref_step(apply_of(config), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches),
+        ref_step=make_ref_step(
+            apply_on(config, mesh, compute), mesh, config, traits, chunk_tokens=chunk, micro_batches=micro_batches
+        ),
     )
 
 

@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 
 from dpojax import processes
 from dpojax.compiler import compiler_options
+from dpojax.configs import PassOptions
 from dpojax.data import Batches
 from dpojax.logprobs import completion_logps
-from dpojax.models import DecoderConfig, param_shardings
+from dpojax.models import DecoderConfig, make_apply, make_attention, param_shardings
 from dpojax.packing import ApplyFn, PairBatch, packing_of
 from dpojax.progress import console, track
-from dpojax.sharding import batch_sharding, put_batch
+from dpojax.sharding import batch_sharding, constrainer, put_batch
 from dpojax.train.logps_cache import LogpsCache
 from dpojax.train.state import placed
 from dpojax.train.step import join_micro, split_micro
@@ -29,6 +30,12 @@ LogpsStep = Callable[[PyTree, PairBatch], Float[Array, "B N"]]
 def place_params(params: PyTree, mesh: Mesh, config: DecoderConfig) -> PyTree:
     """The parameters as arrays laid out over a mesh."""
     return placed(params, param_shardings(mesh, config))
+
+
+def apply_on(config: DecoderConfig, mesh: Mesh, compute: PassOptions, **more: Any) -> ApplyFn:
+    """The model over a mesh, computed as the options say; ``more`` is :func:`~dpojax.models.make_apply`'s."""
+    attention = make_attention(compute.attention, mesh, compute.dtype)
+    return make_apply(config, dtype=compute.dtype, constrain=constrainer(mesh), attention=attention, mesh=mesh, **more)
 
 
 def model_key(config: DecoderConfig, content: str, dtype: str) -> dict[str, str | int]:

@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 from dpojax.configs import ForwardOptions
 from dpojax.data import Batches
 from dpojax.errors import UserError
-from dpojax.models import DecoderConfig, Model, make_apply, make_attention
+from dpojax.models import DecoderConfig, Model
 from dpojax.models.params import flatten, nest
 from dpojax.packing import PairBatch, model_input
 from dpojax.progress import track
-from dpojax.sharding import constrainer, put_batch
-from dpojax.train.scoring import jit_forward, place_params
+from dpojax.sharding import put_batch
+from dpojax.train.scoring import apply_on, jit_forward, place_params
 from dpojax.types import PyTree
 
 FROZEN_BESIDE = ("embed", "positions", "head_bias")
@@ -172,9 +172,7 @@ def make_trunk_step(
     shape: DecoderConfig, mesh: Mesh, compute: ForwardOptions, micro_batches: int = 1
 ) -> Callable[[PyTree, PairBatch], Array]:
     """A jitted ``trunk_step(params, batch) -> [R, T, D]``: the hidden states after the trunk's last layer."""
-    attention = make_attention(compute.attention, mesh, compute.dtype)
-    place = constrainer(mesh)
-    apply_fn = make_apply(shape, dtype=compute.dtype, constrain=place, attention=attention, normed=False, mesh=mesh)
+    apply_fn = apply_on(shape, mesh, compute, normed=False)
 
     def forward(params: PyTree, batch: PairBatch) -> Float[Array, "R T D"]:
         return apply_fn(params, model_input(batch))[0]
