@@ -1,13 +1,12 @@
 """What experiments make of their points: reward at matched KL, frontiers, tables."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpojax.evaluate import best_of_n_kl, best_of_n_reward, reward_at, tilted
+from dpojax.evaluate import best_of_n_kl, best_of_n_reward, estimate, reward_at, tilted
 
 Result = dict[str, Any]
 """A point's file."""
@@ -71,10 +70,8 @@ def matched(results: Sequence[Result], frontier: Frontier, kls: Sequence[float] 
             below, known = optimum(kl) - reward, np.isfinite(optimum(kl))
             at = np.sqrt(np.maximum(np.append(kl[known], 0.0), 0.0))
             rows.append(optimum(np.array(kls)) - reward_at(np.sqrt(kls), at, np.append(below[known], 0.0)))
-        table = np.array(rows)
-        mean = table.mean(axis=0)
-        error = table.std(axis=0, ddof=1) / np.sqrt(len(table)) if len(table) > 1 else np.full(len(kls), np.nan)
-        out[method] = {"mean": numbers(mean), "error": numbers(error), "seeds": [numbers(row) for row in table]}
+        mean, error = zip(*(over_seeds(column) for column in np.array(rows).T), strict=True)
+        out[method] = {"mean": list(mean), "error": list(error), "seeds": [numbers(row) for row in rows]}
     return out
 
 
@@ -101,26 +98,31 @@ def compared(table: dict[str, dict[str, list]], method: str, kls: Sequence[float
 def shortfalls(results: Sequence[Result], frontier: Frontier) -> dict[str, dict[str, Any]]:
     """By point, averaged over seeds: reward, KL, and how far the reward is below the optimum of the same KL."""
     out: dict[str, dict[str, Any]] = {}
-    names = dict.fromkeys(r["name"].rpartition("-seed")[0] for r in results)
-    for name in names:
-        own = [r for r in results if r["name"].rpartition("-seed")[0] == name]
+    for name, own in by_point(results).items():
         rewards, kls = (np.array([last(r, figure) for r in own]) for figure in ("reward", "kl"))
         below = reward_at(kls, frontier.optimum.kl, frontier.optimum.reward) - rewards
         out[name] = {
             "method": own[0]["method"],
-            "reward": numbers(np.array([rewards.mean(), spread(rewards)])),
-            "kl": numbers(np.array([kls.mean(), spread(kls)])),
-            "below the optimum": numbers(np.array([below.mean(), spread(below)])),
-            "length": numbers(np.array([np.mean([last(r, "length") for r in own])]))[0],
-            "repeated": numbers(np.array([np.mean([last(r, "repeated") for r in own])]))[0],
-            "entropy": numbers(np.array([np.mean([last(r, "entropy") for r in own])]))[0],
+            "reward": over_seeds(rewards),
+            "kl": over_seeds(kls),
+            "below the optimum": over_seeds(below),
+            **{figure: over_seeds([last(r, figure) for r in own])[0] for figure in ("length", "repeated", "entropy")},
         }
     return out
 
 
-def spread(x: np.ndarray) -> float:
-    """The standard error of a mean over seeds; NaN of one."""
-    return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+def by_point(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by their point's name, each with all of its seeds."""
+    out: dict[str, list[Result]] = {}
+    for result in results:
+        out.setdefault(result["name"].rpartition("-seed")[0], []).append(result)
+    return out
+
+
+def over_seeds(values: np.ndarray | Sequence[float]) -> list[float | None]:
+    """A mean over seeds and its standard error, as JSON has them."""
+    found = estimate(values)
+    return numbers(np.array([found.mean, found.error]))
 
 
 def plot_frontier(path: Path, results: Sequence[Result], frontier: Frontier, title: str, limit: float = 6.0) -> None:
@@ -182,32 +184,30 @@ def cell(value: Any) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def read_results(directory: Path) -> list[Result]:
-    """Every point of a sweep."""
-    return [json.loads(path.read_text()) for path in sorted((directory / "points").glob("*.json"))]
-
-
 def averaged(results: Sequence[Result], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """By point, figures of its last evaluation: means over seeds, and their standard errors."""
-    out: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(r["name"].rpartition("-seed")[0] for r in results):
-        own = [r for r in results if r["name"].rpartition("-seed")[0] == name]
-        out[name] = {"method": own[0]["method"]}
-        for figure in names:
-            values = np.array([last(r, figure) for r in own])
-            out[name][figure] = numbers(np.array([values.mean(), spread(values)]))
-    return out
+    return {
+        name: {"method": own[0]["method"]} | {figure: over_seeds([last(r, figure) for r in own]) for figure in names}
+        for name, own in by_point(results).items()
+    }
 
 
 def by_step(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A figure along the way, of the seeds of one point: steps, means over seeds, and their standard errors."""
     steps = np.array([e["step"] for e in results[0]["curve"]])
     values = np.array([[e[name]["mean"] for e in r["curve"]] for r in results])
-    return steps, values.mean(axis=0), np.array([spread(column) for column in values.T])
+    found = [estimate(column) for column in values.T]
+    return steps, np.array([one.mean for one in found]), np.array([one.error for one in found])
 
 
 Series = dict[str, tuple[Any, Any, Any]]
 """By label: x, y, and y's errors."""
+
+
+def panels_by_step(results: Sequence[Result], names: Sequence[str]) -> dict[str, Series]:
+    """A panel for each figure: what it is along the way, by method; a method has one point's seeds here."""
+    methods = dict.fromkeys(r["method"] for r in results)
+    return {name: {m: by_step([r for r in results if r["method"] == m], name) for m in methods} for name in names}
 
 
 def plot_panels(path: Path, panels: dict[str, Series], xlabel: str, title: str, logx: bool = False) -> None:
@@ -243,3 +243,17 @@ def show_matched(table: dict[str, dict[str, list]], frontier: Frontier, output: 
         rows.append([name, *numbers(reward_at(np.array(KLS), curve.kl, curve.reward))])
     header = ["method", *(f"KL {kl:g}" for kl in KLS)]
     show_table("Mean reward at matched KL; ± is the standard error over seeds", header, rows, output / "matched.md")
+
+
+def show_shortfalls(
+    config: Any, world: Any, results: Sequence[Result], picture: Path, title: str, heading: str
+) -> dict[str, dict[str, Any]]:
+    """Points' shortfalls below the optimum (:func:`shortfalls`).
+
+    The frontier is drawn under a title, and the table printed under a heading.
+    """
+    frontier = frontier_of(world.frontier.rewards, config.setting.scale)
+    plot_frontier(picture, results, frontier, title)
+    table = shortfalls(results, frontier)
+    show_points(table, ("reward", "kl", "below the optimum", "length", "repeated"), picture.parent, heading)
+    return table

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import Result, averaged, by_step, plot_panels, show_points
+from experiments.figures import Result, averaged, panels_by_step, plot_panels, show_points
 from experiments.points import Point
 from experiments.sweep import Experiment, SweepConfig, main
 
@@ -30,11 +30,7 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Figures by step, and those of the end."""
-    panels: dict[str, Any] = {name: {} for name in FIGURES[:4]}
-    for method in dict.fromkeys(r["method"] for r in results):
-        own = [r for r in results if r["method"] == method]
-        for name, series in panels.items():
-            series[method] = by_step(own, name)
+    panels = panels_by_step(results, FIGURES[:4])
     plot_panels(output / "gradient_weight.png", panels, "step", "DPO with and without the weight of its gradient")
     table = averaged(results, FIGURES)
     show_points(table, FIGURES, output, "At the end")

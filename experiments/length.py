@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import Result, averaged, by_step, plot_panels, show_points
+from experiments.figures import Result, averaged, panels_by_step, plot_panels, show_points
 from experiments.points import Point
 from experiments.sweep import Experiment, SweepConfig, main
 
@@ -36,11 +36,8 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Length, reward and KL by step, at the stronger of the two betas."""
-    panels: dict[str, Any] = {name: {} for name in ("length", "reward", "kl")}
-    for label, (_, betas) in LOSSES.items():
-        own = [r for r in results if r["method"] == label and r["config"]["beta"] == betas[-1]]
-        for name, series in panels.items() if own else ():
-            series[label] = by_step(own, name)
+    stronger = [r for r in results if r["config"]["beta"] == LOSSES[r["method"]][1][-1]]
+    panels = panels_by_step(stronger, ("length", "reward", "kl"))
     plot_panels(output / "length.png", panels, "step", "Length of completions")
     table, start = averaged(results, FIGURES), float(world.frontier.samples.lengths.mean())
     show_points(table, FIGURES, output, f"Tokens of a completion (the reference: {start:.2f})")

@@ -19,12 +19,11 @@ import numpy as np
 from dpojax.data import draw_preferences
 from dpojax.evaluate import estimate
 from dpojax.logprobs import completion_logps
-from dpojax.sharding import batch_shards, put_batch
-from experiments.figures import Result, averaged, by_step, plot_panels, show_points
+from experiments.figures import Result, averaged, panels_by_step, plot_panels, show_points
 from experiments.measure import Measured, make_measure
 from experiments.points import Point
 from experiments.sweep import Experiment, SweepConfig, main
-from experiments.world import World, grid
+from experiments.world import World
 
 LOSSES = {
     "DPO": ("sigmoid", 0.5),
@@ -52,8 +51,7 @@ def make_side_measure(world: World) -> Callable[[Any, int], Measured]:
     known = world.frontier
     samples = jax.tree.map(lambda x: x[:, :SIDES], known.samples)
     pairs = draw_preferences(known.rewards[:, :SIDES], labels=setting.labels, scale=setting.scale, seed=1)
-    rows = -(-len(known.prompts) // batch_shards(world.mesh)) * batch_shards(world.mesh)
-    batch = put_batch(grid(known.prompts, samples, rows), world.mesh)
+    batch = world.batch(known.prompts, samples)
     logps = jax.jit(lambda params: completion_logps(world.apply_fn, params, batch, mesh=world.mesh))
     ref = np.asarray(logps(world.reference.params))
 
@@ -71,11 +69,7 @@ def make_side_measure(world: World) -> Callable[[Any, int], Measured]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """Log-ratios by step."""
-    panels: dict[str, Any] = {name: {} for name in FIGURES}
-    for label in LOSSES:
-        own = [r for r in results if r["method"] == label]
-        for name, series in panels.items() if own else ():
-            series[label] = by_step(own, name)
+    panels = panels_by_step(results, FIGURES)
     plot_panels(output / "likelihood.png", panels, "step", "Log-ratios of held-out pairs, nats, and fresh samples")
     table = averaged(results, FIGURES)
     show_points(table, FIGURES, output, "At the end")

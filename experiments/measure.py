@@ -9,8 +9,7 @@ import numpy as np
 
 from dpojax.evaluate import estimate, make_kl_step
 from dpojax.logprobs import completion_logps
-from dpojax.sharding import batch_shards, put_batch
-from experiments.world import World, grid
+from experiments.world import World
 
 Figures = dict[str, dict[str, float]]
 """By name, a mean with its standard error over prompts, and how many prompts."""
@@ -45,8 +44,7 @@ def make_measure(world: World, kind: str = "held_out") -> Callable[[Any, int], M
     reference, mesh = world.reference, world.mesh
     kl_step = make_kl_step(world.apply_fn, mesh, reference.config)
     logps_step = jax.jit(lambda params, batch: completion_logps(world.apply_fn, params, batch, mesh=mesh))
-    shards = batch_shards(mesh)
-    rows = -(-max(1, min(len(prompts), world.setting.side_by_side // n)) // shards) * shards
+    rows = max(1, min(len(prompts), world.setting.side_by_side // n))
 
     def measure(params: Any, seed: int) -> Measured:
         drawn = world.draw(params, prompts, n, seed)
@@ -54,7 +52,7 @@ def make_measure(world: World, kind: str = "held_out") -> Callable[[Any, int], M
         for start in range(0, len(prompts), rows):
             some = slice(start, start + rows)
             samples = drawn.samples._replace(tokens=drawn.samples.tokens[some], lengths=drawn.samples.lengths[some])
-            batch = put_batch(grid(prompts[some], samples, rows), mesh)
+            batch = world.batch(prompts[some], samples, rows)
             real = len(prompts[some])
             kls.append(np.asarray(kl_step(params, reference.params, batch))[:real])
             refs.append(np.asarray(logps_step(reference.params, batch))[:real])

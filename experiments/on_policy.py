@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import Result, frontier_of, plot_frontier, shortfalls, show_points
+from experiments.figures import Result, show_shortfalls
 from experiments.points import Point
 from experiments.sweep import Experiment, SweepConfig, main
 
@@ -34,10 +34,8 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """The frontier; KL is that from the SFT model, whatever the reference was."""
-    frontier = frontier_of(world.frontier.rewards, config.setting.scale)
-    plot_frontier(output / "on_policy.png", results, frontier, "Offline and on-policy DPO")
-    table = shortfalls(results, frontier)
-    show_points(table, ("reward", "kl", "below the optimum", "length", "repeated"), output, "Offline and on-policy DPO")
+    title = "Offline and on-policy DPO"
+    table = show_shortfalls(config, world, results, output / "on_policy.png", title, heading=title)
     return {"seeds": list(config.seeds), "points": table}
 
 

@@ -21,7 +21,7 @@ import tyro
 from dpojax.configs import DPOConfig
 from dpojax.errors import UserError
 from experiments.common import first_rows, smollm2_path, tiny_model
-from experiments.figures import numbers, show_table, spread
+from experiments.figures import over_seeds, show_table
 
 FIGURES = ("logps/accuracies", "logps/accuracies/per_token", "rewards/accuracies", "rewards/margins")
 
@@ -124,14 +124,9 @@ def main(config: PiqaConfig) -> int:
 
 def of_one(figures: list[dict[str, Any]]) -> list[list[float | None]]:
     """Each figure's mean over seeds and its standard error; that over questions, of one seed."""
-    import numpy as np
-
-    out = []
-    for name in FIGURES:
-        values = np.array([one[name]["mean"] for one in figures])
-        error = spread(values) if len(values) > 1 else figures[0][name]["standard_error"]
-        out.append(numbers(np.array([values.mean(), error])))
-    return out
+    if len(figures) > 1:
+        return [over_seeds([one[name]["mean"] for one in figures]) for name in FIGURES]
+    return [[figures[0][name][part] for part in ("mean", "standard_error")] for name in FIGURES]
 
 
 if __name__ == "__main__":

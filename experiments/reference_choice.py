@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.figures import Result, frontier_of, plot_frontier, shortfalls, show_points
+from experiments.figures import Result, show_shortfalls
 from experiments.points import Point
 from experiments.sweep import Experiment, SweepConfig, main
 
@@ -36,10 +36,8 @@ def points(config: SweepConfig) -> list[Point]:
 
 def show(config: SweepConfig, world: Any, results: list[Result], output: Path) -> dict[str, Any]:
     """The frontier of the SFT model, and where each reference leads."""
-    frontier = frontier_of(world.frontier.rewards, config.setting.scale)
-    plot_frontier(output / "reference_choice.png", results, frontier, "DPO from several references")
-    table = shortfalls(results, frontier)
-    show_points(table, ("reward", "kl", "below the optimum", "length", "repeated"), output, "By reference")
+    picture, title = output / "reference_choice.png", "DPO from several references"
+    table = show_shortfalls(config, world, results, picture, title, heading="By reference")
     return {"seeds": list(config.seeds), "points": table}
 
 

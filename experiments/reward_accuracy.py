@@ -19,13 +19,12 @@ import numpy as np
 from dpojax.evaluate import estimate
 from dpojax.logprobs import completion_rewards
 from dpojax.models import as_reward_model
-from dpojax.sharding import batch_shards, put_batch
 from experiments.figures import Result, averaged, plot_panels, show_points
 from experiments.measure import Measured
 from experiments.points import Point
 from experiments.setting import Preset
 from experiments.sweep import Experiment, SweepConfig, main
-from experiments.world import World, grid
+from experiments.world import World
 
 PAIRS: dict[Preset, tuple[int, ...]] = {
     "tiny": (100, 400, 1_600, 6_400, 25_600),
@@ -57,8 +56,7 @@ def make_accuracy(world: World) -> Callable[[Any, int], Measured]:
     """How a reward model orders completions of held-out prompts, prompt by prompt."""
     known, scale = world.frontier, world.setting.scale
     samples, true = jax.tree.map(lambda x: x[:, :SAMPLES], known.samples), known.rewards[:, :SAMPLES]
-    rows = -(-len(known.prompts) // batch_shards(world.mesh)) * batch_shards(world.mesh)
-    batch = put_batch(grid(known.prompts, samples, rows), world.mesh)
+    batch = world.batch(known.prompts, samples)
     apply_fn = world.apply_of(as_reward_model(world.reference, world.mesh).config)
     score = jax.jit(lambda params: completion_rewards(apply_fn, params, batch))
     i, j = np.triu_indices(true.shape[1], 1)

@@ -146,8 +146,7 @@ def read_config(experiment: Experiment, path: str) -> SweepConfig:
         raw = json.loads(Path(path).read_text())
         if raw.pop("experiment") != experiment.name:
             raise UserError(f"--config {path}: is not of experiments.{experiment.name}; name another file")
-        setting = Setting(**{**raw.pop("setting"), "mesh": MeshConfig(**raw.pop("mesh"))})
-        return SweepConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}, setting=setting)
+        return of_plain(raw)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a config.json of a sweep") from None
     except (ValueError, TypeError, KeyError) as error:
@@ -158,6 +157,12 @@ def plain(config: SweepConfig, experiment: Experiment) -> dict[str, Any]:
     """The options as config.json has them."""
     raw = json.loads(json.dumps(dataclasses.asdict(config)))
     return {"experiment": experiment.name, **raw, "mesh": raw["setting"].pop("mesh")}
+
+
+def of_plain(raw: dict[str, Any]) -> SweepConfig:
+    """The options that :func:`plain` gave, less the experiment's name."""
+    setting = Setting(**{**raw.pop("setting"), "mesh": MeshConfig(**raw.pop("mesh"))})
+    return SweepConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}, setting=setting)
 
 
 def claim_output(config: SweepConfig, experiment: Experiment) -> None:
@@ -244,7 +249,7 @@ def side_by_side(config: SweepConfig, experiment: Experiment) -> int:
         pinned = f"os.sched_setaffinity(0, {set(mine)})" if mine else "pass"
         code = f"import os; {pinned}; import experiments.sweep as sweep; sweep.child()"
         asked = json.dumps(plain(dataclasses.replace(config, processes=1), experiment))
-        running.append(subprocess.Popen([sys.executable, "-c", code, experiment.name, asked], env=env))
+        running.append(subprocess.Popen([sys.executable, "-c", code, asked], env=env))
     try:
         return max(process.wait() for process in running)
     except KeyboardInterrupt:
@@ -259,11 +264,8 @@ def child() -> None:
 
     from dpojax.cli import reporting
 
-    module = importlib.import_module(f"experiments.{sys.argv[1]}")
-    raw = json.loads(sys.argv[2])
-    raw.pop("experiment")
-    setting = Setting(**{**raw.pop("setting"), "mesh": MeshConfig(**raw.pop("mesh"))})
-    config = SweepConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}, setting=setting)
+    raw = json.loads(sys.argv[1])
+    module, config = importlib.import_module(f"experiments.{raw.pop('experiment')}"), of_plain(raw)
     sys.exit(reporting(lambda: train_all(config, module.EXPERIMENT)))
 
 

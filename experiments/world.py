@@ -10,7 +10,7 @@ DIRECTORY/frontier.npz  rewards of many completions of the held-out prompts
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,26 +18,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpojax.configs import SFTConfig
-from dpojax.data import Encoder
+from dpojax.configs import PassOptions, SFTConfig
+from dpojax.data import Encoder, read_rows
 from dpojax.errors import UserError
+from dpojax.evaluate.samples import TextScorer, text_scores
 from dpojax.generate import Samples, make_sampler, pad_left, sample_all
 from dpojax.losses.spelling import from_file
-from dpojax.models import Model, load_tokenizer, make_apply, make_attention, new_model, save_model
-from dpojax.packing import PairBatch
+from dpojax.models import DecoderConfig, Model, load_tokenizer, new_model, save_model
+from dpojax.packing import ApplyFn, PairBatch
 from dpojax.progress import track
-from dpojax.sharding import batch_shards, constrainer, make_mesh
+from dpojax.sharding import batch_shards, make_mesh, put_batch
 from dpojax.train.by_name import load_policy
 from dpojax.train.loop import train
+from dpojax.train.scoring import apply_on
 from experiments import reviews
 from experiments.claims import made_once
 from experiments.common import smollm2_path, vader_scores
 from experiments.data import openings
 from experiments.setting import Setting
 
-Score = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
-"""Prompts and completions, as text -> rewards."""
-ROWS_AT_ONCE = 1024
 PROMPT_TOKENS = (2, 8)  # of a review's beginning; the paper, section 6.1
 
 
@@ -78,7 +77,7 @@ def new_tokenizer() -> Any:
 
 def make_base(setting: Setting, directory: Path) -> None:
     """Write a new model of the setting's size, and its tokenizer."""
-    from dpojax.models import Attention, DecoderConfig, Mlp, Norm, Rope
+    from dpojax.models import Attention, Mlp, Norm, Rope
 
     tokenizer, D = new_tokenizer(), setting.width
     shape = DecoderConfig(
@@ -128,22 +127,19 @@ def texts_of(setting: Setting, tokenizer: Any) -> Texts:
 
 def beginnings(setting: Setting, tokenizer: Any, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Reviews as (their first tokens, the rest)."""
-    from dpojax.data.sources import open_sources
-
     out: dict[str, str] = {}
-    for source in open_sources(setting.reviews):
-        for row in (row for block in source.blocks(ROWS_AT_ONCE) for row in block.rows()):
-            text = getattr(row, "fields", {}).get("text")
-            if not isinstance(text, str):
-                raise UserError(f"--setting.reviews {setting.reviews}: row {row.number} has no field text, a string")
-            tokens = tokenizer(text.replace("<br />", "\n"), add_special_tokens=False)["input_ids"]
-            n = int(rng.integers(PROMPT_TOKENS[0], PROMPT_TOKENS[1] + 1))
-            if len(tokens) > n:
-                out.setdefault(tokenizer.decode(tokens[:n]), tokenizer.decode(tokens[n:]))
+    for row in read_rows([setting.reviews]):
+        text = getattr(row, "fields", {}).get("text")
+        if not isinstance(text, str):
+            raise UserError(f"--setting.reviews {setting.reviews}: row {row.number} has no field text, a string")
+        tokens = tokenizer(text.replace("<br />", "\n"), add_special_tokens=False)["input_ids"]
+        n = int(rng.integers(PROMPT_TOKENS[0], PROMPT_TOKENS[1] + 1))
+        if len(tokens) > n:
+            out.setdefault(tokenizer.decode(tokens[:n]), tokenizer.decode(tokens[n:]))
     return list(out.items())
 
 
-def scorer_of(name: str) -> Score:
+def scorer_of(name: str) -> TextScorer:
     """The reward of this name.
 
     Raises:
@@ -236,15 +232,13 @@ class World:
         return str(made_once(self.directory / name, build) / "run")
 
     @functools.cached_property
-    def apply_fn(self) -> Any:
-        """The model over the mesh, forward."""
+    def apply_fn(self) -> ApplyFn:
+        """The reference's model over the mesh, forward."""
         return self.apply_of(self.reference.config)
 
-    def apply_of(self, config: Any) -> Any:
-        attention = make_attention("auto", self.mesh, self.setting.dtype)
-        return make_apply(
-            config, dtype=self.setting.dtype, constrain=constrainer(self.mesh), attention=attention, mesh=self.mesh
-        )
+    def apply_of(self, config: DecoderConfig) -> ApplyFn:
+        """A model over the mesh, forward."""
+        return apply_on(config, self.mesh, PassOptions(dtype=self.setting.dtype))
 
     # ---- prompts, samples, rewards --------------------------------------------------------------------------------
 
@@ -266,11 +260,7 @@ class World:
 
     def rewards(self, prompts: Sequence[Sequence[int]], samples: Samples) -> np.ndarray:
         """The reward of every completion, ``[X, S]``."""
-        texts = samples.texts(self.tokenizer)
-        asked = self.tokenizer.batch_decode([list(prompt) for prompt in prompts], skip_special_tokens=True)
-        flat = [(prompt, text) for prompt, rows in zip(asked, texts, strict=True) for text in rows]
-        scores = self.score_texts([prompt for prompt, _ in flat], [text for _, text in flat])
-        return np.asarray(scores, np.float32).reshape(np.asarray(samples.lengths).shape)
+        return text_scores(self.score_texts, self.tokenizer, prompts, samples)
 
     def draw(
         self, params: Any, prompts: list[list[int]], samples: int, seed: int, label: str | None = None, each: int = 64
@@ -290,6 +280,19 @@ class World:
         )
         drawn = jax.tree.map(lambda x: x.reshape(len(prompts), samples, *x.shape[2:]), drawn)
         return Drawn(prompts, drawn, self.rewards(prompts, drawn))
+
+    def batch(self, prompts: Sequence[Sequence[int]], samples: Samples, rows: int = 1) -> PairBatch:
+        """Prompts with their completions as a batch of padded rows over the mesh: of ``rows`` at least and a multiple
+        of the devices that split it, the last ones padding."""
+        shards = batch_shards(self.mesh)
+        rows = -(-max(rows, len(prompts)) // shards) * shards
+        more = rows - len(prompts)
+        prompt, prompt_len = pad_left([*prompts, *[prompts[-1]] * more], -(-max(map(len, prompts)) // 8) * 8)
+        tokens, lengths = (
+            np.concatenate([x, np.repeat(x[-1:], more, axis=0)]) for x in (samples.tokens, samples.lengths)
+        )
+        valid = (np.arange(rows) < len(prompts)).astype(np.float32)
+        return put_batch(PairBatch(*map(jnp.asarray, (prompt, prompt_len, tokens, lengths, valid))), self.mesh)
 
     def kept(self, name: str, kind: str, samples: int, seed: int) -> Drawn:
         """Completions of the reference, drawn once for all."""
@@ -315,17 +318,6 @@ class World:
     def frontier(self) -> Drawn:
         """Many completions of each held-out prompt."""
         return self.kept("frontier", "held_out", self.setting.frontier_samples, seed=12)
-
-
-def grid(prompts: Sequence[Sequence[int]], samples: Samples, rows: int) -> PairBatch:
-    """Prompts with their completions as a batch of padded rows; ``rows`` at least, the last ones padding."""
-    width = -(-max(map(len, prompts)) // 8) * 8
-    more = rows - len(prompts)
-    padded = [*prompts, *[prompts[-1]] * more]
-    prompt, prompt_len = pad_left(padded, width)
-    tokens, lengths = (np.concatenate([x, np.repeat(x[-1:], more, axis=0)]) for x in (samples.tokens, samples.lengths))
-    valid = (np.arange(rows) < len(prompts)).astype(np.float32)
-    return PairBatch(*map(jnp.asarray, (prompt, prompt_len, tokens, lengths, valid)))
 
 
 def check_same(setting: Setting, directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Rollouts: samples of the policy, on the mesh that trains it, with the reference's log-probabilities and rewards."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dpojax import processes
 from dpojax.compiler import compiler_options
 from dpojax.configs import ComputeOptions, MeshConfig
+from dpojax.evaluate.samples import TextScorer, text_scores
 from dpojax.generate import Samples, make_sampler
 from dpojax.logprobs import completion_rewards, completion_stats
 from dpojax.models import DecoderConfig, param_shardings
@@ -179,17 +180,13 @@ def model_reward(
     return reward
 
 
-def text_reward(scorer: Callable[[Sequence[str], Sequence[str]], Sequence[float]], tokenizer: Any) -> Reward:
+def text_reward(scorer: TextScorer, tokenizer: Any) -> Reward:
     """The reward that a scorer of texts gives: ``scorer(prompts, completions)`` takes two lists of one length and gives
     as many numbers, as those of ``dpojax score --scorer`` do."""
 
     def reward(prompt: Array, prompt_len: Array, samples: Samples) -> np.ndarray:
         prompts, lengths = (np.asarray(processes.fetch(x)) for x in (prompt, prompt_len))
-        texts = jax.tree.map(processes.fetch, samples).texts(tokenizer)
         rows = [row[len(row) - n :].tolist() for row, n in zip(prompts, lengths, strict=True)]
-        asked = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        each = [text for text, row in zip(asked, texts, strict=True) for _ in row]
-        scores = np.asarray(scorer(each, [text for row in texts for text in row]), np.float32)
-        return scores.reshape(len(texts), -1)
+        return text_scores(scorer, tokenizer, rows, jax.tree.map(processes.fetch, samples))
 
     return reward

@@ -16,31 +16,28 @@ ENDING = """
 First write one sentence that compares the two. Then write a last line that is exactly "Answer: 1" or "Answer: 2", or
 "Answer: tie" if neither is better."""
 
+SUMMARIES = """\
+
+[post]
+{prompt}
+[summary 1]
+{first}
+[summary 2]
+{second}
+[end]
+"""
+
 TASKS = {
     "summary": """\
 Below are a post from a forum and two summaries of it. Judge which summary tells a reader more of what matters in the
 post.
-
-[post]
-{prompt}
-[summary 1]
-{first}
-[summary 2]
-{second}
-[end]
-""",
+"""
+    + SUMMARIES,
     "summary-concise": """\
 Below are a post from a forum and two summaries of it. Judge which summary tells a reader more of what matters in the
 post and leaves out what does not. Between two that tell the same, the more exact and shorter one is better.
-
-[post]
-{prompt}
-[summary 1]
-{first}
-[summary 2]
-{second}
-[end]
-""",
+"""
+    + SUMMARIES,
     "dialogue": """\
 Below are what a person wrote to an assistant and two replies of the assistant. Judge which reply is of more help to
 that person.
