@@ -189,12 +189,14 @@ def test_a_run_is_left_followed_and_stopped(tmp_path):
     waits += 'until [ -f "$CLOUD/end" ]; do sleep 0.05; done; exit 130'
     cloud = Cloud(tmp_path, waits)
     env = {**os.environ, **cloud.env}
-    started = {"env": env, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    # A shell's background job is started with SIGINT ignored, which bash then cannot trap.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    started = {"env": env, "stdout": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
     follower = subprocess.Popen(cloud.command(*FROM_GIT), **started)
     try:
         until(tmp_path / "up-1")
         os.killpg(follower.pid, signal.SIGINT)  # as a terminal does
-        said, _ = follower.communicate(timeout=120)
+        said, _ = follower.communicate(timeout=30)
         assert follower.returncode == 130 and "the pod goes on" in said
         other = call(*POD, "--poll=0", *FROM_GIT, "--", "sft", "--output=gs://b/c", **cloud.env)
         assert other.returncode == 2 and "another command runs here: dpojax dpo --loss a b" in other.stdout
@@ -202,7 +204,7 @@ def test_a_run_is_left_followed_and_stopped(tmp_path):
         assert "step 1\n" in follower.stdout  # reads up to there
         stop = call(*POD, "--stop", **cloud.env)
         assert stop.returncode == 0, stop.stderr
-        said, _ = follower.communicate(timeout=120)
+        said, _ = follower.communicate(timeout=30)
     finally:
         (tmp_path / "end").touch()
         follower.kill()
