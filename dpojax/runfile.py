@@ -67,6 +67,20 @@ def options_of_file(kind: type[Options], name: str) -> Options:
     if raw.get("chat_date") is None and "today" in raw:
         raw["chat_date"] = raw["today"]
     given = {field: value for field, value in raw.items() if not BESIDE_OPTIONS.fullmatch(field)}
+    return options_of_fields(kind, given, where)
+
+
+def options_of_fields(kind: type[Any], given: dict[str, Any], where: str) -> Any:
+    """The options in the fields of a JSON object, whose groups have names with a dot; others are at their defaults.
+
+    Args:
+      kind: the options' class.
+      given: by name. It is left empty.
+      where: the file, as an error names it.
+
+    Raises:
+      UserError: a field is no option, or ill-typed.
+    """
     options = _filled(kind, given, where)
     if given:
         unknown = ", ".join(map(repr, given))

@@ -21,9 +21,9 @@ from typing import Any
 
 import tyro
 
-from dpojax.configs import MeshConfig
 from dpojax.errors import UserError
 from dpojax.options import flag
+from dpojax.runfile import options_of_fields
 from experiments.claims import claimed
 from experiments.setting import PRESETS, Preset, Setting
 
@@ -80,18 +80,12 @@ def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> Swee
     """
     args = list(sys.argv[1:] if args is None else args)
     given = {name: _taken(args, f"--{name}") for name in ("config", "preset")}
-    output = f"runs/{experiment.name}"
     if None not in given.values():
         raise UserError(f"--preset {given['preset']}: --config says it; leave one of them out")
     if given["config"] is not None:
         start = read_config(experiment, given["config"])
     else:
-        preset = given["preset"] or "tiny"
-        if preset not in PRESETS:
-            raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        changes = experiment.changes.get(preset, {})  # type: ignore[call-overload]
-        setting = dataclasses.replace(PRESETS[preset], **changes)  # type: ignore[index]
-        start = SweepConfig(output=output, preset=preset, setting=setting)  # type: ignore[arg-type]
+        start = preset_config(experiment, given["preset"] or "tiny")
     config = tyro.cli(
         SweepConfig,
         default=start,
@@ -137,20 +131,34 @@ def _taken(args: list[str], name: str) -> str | None:
 
 
 def read_config(experiment: Experiment, path: str) -> SweepConfig:
-    """The options in a config.json.
+    """The options in a config.json; what it does not give is the preset's.
 
     Raises:
-      UserError: there is no such file, or it is another experiment's.
+      UserError: there is no such file, it is another experiment's, or a field is no option or ill-typed.
     """
+    where = f"--config {path}"
     try:
         raw = json.loads(Path(path).read_text())
-        if raw.pop("experiment") != experiment.name:
-            raise UserError(f"--config {path}: is not of experiments.{experiment.name}; name another file")
-        return of_plain(raw)
+        name = raw.pop("experiment")
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a config.json of a sweep") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--config {path}: is no config.json of a sweep ({error}); name another file") from None
+        raise UserError(f"{where}: cannot be read ({error.strerror}); name a config.json of a sweep") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{where}: is no config.json of a sweep ({error}); name another file") from None
+    if name != experiment.name:
+        raise UserError(f"{where}: is not of experiments.{experiment.name}; name another file")
+    return of_plain(experiment, raw, where)
+
+
+def preset_config(experiment: Experiment, preset: str, option: str = "--preset") -> SweepConfig:
+    """The options of a preset, for an experiment.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"{option} {preset}: must be one of {', '.join(PRESETS)}")
+    setting = dataclasses.replace(PRESETS[preset], **experiment.changes.get(preset, {}))  # type: ignore[index, call-overload]
+    return SweepConfig(output=f"runs/{experiment.name}", preset=preset, setting=setting)  # type: ignore[arg-type]
 
 
 def plain(config: SweepConfig, experiment: Experiment) -> dict[str, Any]:
@@ -159,10 +167,21 @@ def plain(config: SweepConfig, experiment: Experiment) -> dict[str, Any]:
     return {"experiment": experiment.name, **raw, "mesh": raw["setting"].pop("mesh")}
 
 
-def of_plain(raw: dict[str, Any]) -> SweepConfig:
-    """The options that :func:`plain` gave, less the experiment's name."""
-    setting = Setting(**{**raw.pop("setting"), "mesh": MeshConfig(**raw.pop("mesh"))})
-    return SweepConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}, setting=setting)
+def of_plain(experiment: Experiment, raw: dict[str, Any], where: str) -> SweepConfig:
+    """The options that :func:`plain` gave, less the experiment's name.
+
+    Raises:
+      UserError: naming the file and the field.
+    """
+    start = plain(preset_config(experiment, raw.get("preset", "tiny"), f"{where}: preset"), experiment)
+    del start["experiment"]
+    given = {**start, **raw}
+    for group, name in (("setting", "setting"), ("mesh", "setting.mesh")):
+        fields = given.pop(group)
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: {group} is {json.dumps(fields)}, and must be an object; fix it in a copy")
+        given |= {f"{name}.{field}": value for field, value in {**start[group], **fields}.items()}
+    return options_of_fields(SweepConfig, given, where)
 
 
 def claim_output(config: SweepConfig, experiment: Experiment) -> None:
@@ -265,8 +284,8 @@ def child() -> None:
     from dpojax.cli import reporting
 
     raw = json.loads(sys.argv[1])
-    module, config = importlib.import_module(f"experiments.{raw.pop('experiment')}"), of_plain(raw)
-    sys.exit(reporting(lambda: train_all(config, module.EXPERIMENT)))
+    experiment = importlib.import_module(f"experiments.{raw.pop('experiment')}").EXPERIMENT
+    sys.exit(reporting(lambda: train_all(of_plain(experiment, raw, "options"), experiment)))
 
 
 def world_of(config: SweepConfig) -> Any:

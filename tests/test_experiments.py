@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.claims import claimed, made_once
-from experiments.sweep import main
+from experiments.sweep import config_of, main
 
 SWEEPS = {
     "frontier": ("dpo-beta1", "dpo-beta5", "true-beta1", "learned-beta1", "alpha0.5", "preferred"),
@@ -105,6 +105,34 @@ def test_what_cannot_be_is_one_sentence(arguments, says, tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     assert main(importlib.import_module("experiments.frontier").EXPERIMENT, arguments) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"setting": {"steps": "ten"}}, 'setting.steps is "ten", and must be a whole number'),
+        ({"setting": {"stepz": 3}}, "'setting.stepz' is no option of this command"),
+        ({"setting": 3}, "setting is 3, and must be an object"),
+        ({"mesh": {"data": 2.5}}, "setting.mesh.data is 2.5, and must be"),
+        ({"seeds": 0}, "seeds is 0, and must be a list, each a whole number"),
+        ({"preset": "huge"}, "preset huge: must be one of tiny, small, paper"),
+        ({"experiment": "beta"}, "is not of experiments.frontier"),
+        ([], "is no config.json of a sweep"),
+    ],
+)
+def test_a_config_is_checked_by_field(fields, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.json").write_text(json.dumps({"experiment": "frontier", **fields} if fields else fields))
+    assert main(importlib.import_module("experiments.frontier").EXPERIMENT, ["--config", "c.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--config c.json" in error and says in error
+
+
+def test_what_a_config_does_not_give_is_the_preset_s(tmp_path):
+    experiment, file = importlib.import_module("experiments.length").EXPERIMENT, tmp_path / "c.json"
+    file.write_text(json.dumps({"experiment": "length", "preset": "small", "setting": {"steps": 7}}))
+    asked = config_of(experiment, ["--preset", "small", "--setting.steps", "7"])
+    assert config_of(experiment, ["--config", str(file)]) == asked
 
 
 def test_another_sweep_in_the_directory_is_refused(world, tmp_path, capsys):
