@@ -21,9 +21,9 @@ import numpy as np
 from dpojax.configs import PassOptions, SFTConfig
 from dpojax.data import Encoder, read_rows
 from dpojax.errors import UserError
+from dpojax.evaluate.rewards import scorer_of_file
 from dpojax.evaluate.samples import TextScorer, text_scores
 from dpojax.generate import Samples, make_sampler, pad_left, sample_all
-from dpojax.losses.spelling import from_file
 from dpojax.models import DecoderConfig, Model, load_tokenizer, new_model, save_model
 from dpojax.packing import ApplyFn, PairBatch
 from dpojax.progress import track
@@ -147,11 +147,7 @@ def scorer_of(name: str) -> TextScorer:
     """
     if name == "vader":
         return lambda prompts, completions: vader_scores(completions)
-    path, _, function = name.rpartition(":")
-    try:
-        return from_file(path, function, {})  # type: ignore[return-value]
-    except ValueError as error:
-        raise UserError(f"--setting.scorer {name}: {error}") from None
+    return scorer_of_file(name, "--setting.scorer")
 
 
 class World:

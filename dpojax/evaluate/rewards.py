@@ -81,42 +81,58 @@ def model_rewards(config: ScoreConfig, name: str) -> Rewards:
 
 
 def scorer_rewards(spec: str) -> Rewards:
-    """Rewards of a function of a Python file, ``path/to/file.py:name``.
-
-    The function takes two lists of one length, prompts and completions, as the rows have them: texts, lists of chat
-    messages, or tuples of token ids. It gives as many numbers.
+    """Rewards of a function of a Python file (:func:`scorer_of_file`).
 
     Raises:
       UserError: no such file or function; it fails, or gives something else.
     """
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise UserError(f"--scorer {spec}: is no path/to/file.py:name; name a function of a Python file so")
-    try:
-        function: Any = from_file(path, name, {})
-    except SystemExit:
-        raise UserError(f"{path}: ends the program when it is run; leave that out") from None
-    except ValueError as error:
-        raise UserError(f"--scorer {first_line(error)}") from None
+    scorer = scorer_of_file(spec)
 
     def rewards(rows: Sequence[tuple[Place, Dialogue]]) -> list[list[float]]:
         prompts = [dialogue.prompt for _, dialogue in rows for _ in dialogue.completions]
-        completions = [side for _, dialogue in rows for side in dialogue.completions]
-        try:
-            given = list(function(prompts, completions))
-        except Exception as error:  # it is anybody's code
-            raise UserError(f"--scorer {spec} fails ({type(error).__name__}: {first_line(error)}); fix it") from None
-        if len(given) != len(completions):
-            raise UserError(
-                f"--scorer {spec}: gives {len(given)} numbers for {len(completions)} completions; give one each"
-            )
-        numbers = iter([number_of(x, spec) for x in given])
+        numbers = iter(scorer(prompts, [side for _, dialogue in rows for side in dialogue.completions]))
         return [list(itertools.islice(numbers, len(dialogue.completions))) for _, dialogue in rows]
 
     return rewards
 
 
-def number_of(value: Any, spec: str) -> float:
+def scorer_of_file(spec: str, option: str = "--scorer") -> Callable[[Sequence[Any], Sequence[Any]], list[float]]:
+    """A function of a Python file, ``path/to/file.py:name``, that scores completions.
+
+    The function takes two lists of one length, prompts and completions, as the rows have them: texts, lists of chat
+    messages, or tuples of token ids. It gives as many numbers.
+
+    Raises:
+      UserError: no such file or function, by the option's name; when it is called, that it fails, or gives something
+        else.
+    """
+    path, colon, name = spec.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise UserError(f"{option} {spec}: is no path/to/file.py:name; name a function of a Python file so")
+    try:
+        function: Any = from_file(path, name, {})
+    except SystemExit:
+        raise UserError(f"{path}: ends the program when it is run; leave that out") from None
+    except ValueError as error:
+        raise UserError(f"{option} {first_line(error)}") from None
+
+    def scores(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        try:
+            given = list(function(prompts, completions))
+        except UserError:
+            raise
+        except Exception as error:  # it is anybody's code
+            raise UserError(f"{option} {spec} fails ({type(error).__name__}: {first_line(error)}); fix it") from None
+        if len(given) != len(completions):
+            raise UserError(
+                f"{option} {spec}: gives {len(given)} numbers for {len(completions)} completions; give one each"
+            )
+        return [number_of(x, f"{option} {spec}") for x in given]
+
+    return scores
+
+
+def number_of(value: Any, where: str) -> float:
     """A scorer's number, NumPy's or a framework's scalar too.
 
     Raises:
@@ -128,7 +144,7 @@ def number_of(value: Any, spec: str) -> float:
     except (ValueError, RuntimeError, OverflowError):  # an array of several; an integer of hundreds of digits
         number = None
     if number is None:
-        raise UserError(f"--scorer {spec}: gives a {type(value).__name__} as a score; give numbers")
+        raise UserError(f"{where}: gives a {type(value).__name__} as a score; give numbers")
     return number
 
 
