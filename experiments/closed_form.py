@@ -31,9 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from dpojax.errors import UserError
+from experiments.common import command_line, keep_config
 
 NAMES = (
     *("sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"),
@@ -244,7 +243,7 @@ def main(config: ClosedFormConfig) -> int:
 
     prepare()
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    keep_config("closed_form", config)
     draws = np.random.default_rng(config.seed).normal(size=(2, config.prompts, config.completions))
     reward, ref = jnp.asarray(draws[0], jnp.float32), jax.nn.log_softmax(jnp.asarray(draws[1], jnp.float32), axis=-1)
     preferences = theory.preference_probability(reward)
@@ -266,4 +265,6 @@ def run(config: ClosedFormConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(tyro.cli(ClosedFormConfig)))
+    from dpojax.cli import reporting
+
+    sys.exit(reporting(lambda: run(command_line("closed_form", ClosedFormConfig, __doc__))))

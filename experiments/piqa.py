@@ -16,11 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from dpojax.configs import DPOConfig
 from dpojax.errors import UserError
-from experiments.common import first_rows, smollm2_path, tiny_model
+from experiments.common import command_line, first_rows, keep_config, smollm2_path, tiny_model
 from experiments.figures import over_seeds, show_table
 
 FIGURES = ("logps/accuracies", "logps/accuracies/per_token", "rewards/accuracies", "rewards/margins")
@@ -85,6 +83,7 @@ def main(config: PiqaConfig) -> int:
 
     prepare()
     output, tiny = Path(config.output), config.preset == "tiny"
+    keep_config("piqa", config)
     data = config.data or piqa_path()
     if tiny:
         data = first_rows(data, 40, output / "inputs")
@@ -132,5 +131,4 @@ def of_one(figures: list[dict[str, Any]]) -> list[list[float | None]]:
 if __name__ == "__main__":
     from dpojax.cli import reporting
 
-    config = tyro.cli(PiqaConfig, description=__doc__)
-    sys.exit(reporting(lambda: main(config)))
+    sys.exit(reporting(lambda: main(command_line("piqa", PiqaConfig, __doc__))))

@@ -25,12 +25,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
 from dpojax.configs import DPOConfig, MeshConfig
 from dpojax.errors import UserError
 from dpojax.options import flag
-from experiments.common import first_rows, smollm2_path, tiny_model, vader_scores
+from experiments.common import command_line, first_rows, keep_config, smollm2_path, tiny_model, vader_scores
 from experiments.sentiment_figures import plot, show
 
 if TYPE_CHECKING:
@@ -258,6 +256,7 @@ def main(config: SentimentConfig) -> int:
     prepare()
     config = resolved(config)
     output = Path(config.output)
+    keep_config("sentiment", config)
     base = functools.cache(lambda: load_policy(config.model, mesh=mesh_of_all()))
     results = []
     for seed in config.seeds:
@@ -273,5 +272,4 @@ def main(config: SentimentConfig) -> int:
 if __name__ == "__main__":
     from dpojax.cli import reporting
 
-    config = tyro.cli(SentimentConfig)
-    sys.exit(reporting(lambda: main(config)))
+    sys.exit(reporting(lambda: main(command_line("sentiment", SentimentConfig, __doc__))))

@@ -25,6 +25,7 @@ from dpojax.errors import UserError
 from dpojax.options import flag
 from dpojax.runfile import options_of_fields
 from experiments.claims import claimed
+from experiments.common import AGAIN, fields_of_config, taken, write_json
 from experiments.setting import PRESETS, Preset, Setting
 
 
@@ -79,7 +80,7 @@ def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> Swee
       UserError: the file is none of this experiment, or an option cannot be.
     """
     args = list(sys.argv[1:] if args is None else args)
-    given = {name: _taken(args, f"--{name}") for name in ("config", "preset")}
+    given = {name: taken(args, f"--{name}") for name in ("config", "preset")}
     if None not in given.values():
         raise UserError(f"--preset {given['preset']}: --config says it; leave one of them out")
     if given["config"] is not None:
@@ -91,7 +92,7 @@ def config_of(experiment: Experiment, args: Sequence[str] | None = None) -> Swee
         default=start,
         args=args,
         prog=f"python -m experiments.{experiment.name}",
-        description=experiment.doc,
+        description=experiment.doc + AGAIN,
     )
     if config.processes < 1 or not config.seeds:
         name = "processes" if config.processes < 1 else "seeds"
@@ -117,36 +118,13 @@ def check_setting(setting: Setting) -> None:
         raise UserError(f"--setting.samples {setting.samples}: must be a multiple of --setting.group {setting.group}")
 
 
-def _taken(args: list[str], name: str) -> str | None:
-    """An option's value, taken out of the arguments."""
-    for i, arg in enumerate(args):
-        if arg == name and i + 1 < len(args):
-            value = args[i + 1]
-            del args[i : i + 2]
-            return value
-        if arg.startswith(name + "="):
-            del args[i]
-            return arg[len(name) + 1 :]
-    return None
-
-
 def read_config(experiment: Experiment, path: str) -> SweepConfig:
     """The options in a config.json; what it does not give is the preset's.
 
     Raises:
       UserError: there is no such file, it is another experiment's, or a field is no option or ill-typed.
     """
-    where = f"--config {path}"
-    try:
-        raw = json.loads(Path(path).read_text())
-        name = raw.pop("experiment")
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); name a config.json of a sweep") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{where}: is no config.json of a sweep ({error}); name another file") from None
-    if name != experiment.name:
-        raise UserError(f"{where}: is not of experiments.{experiment.name}; name another file")
-    return of_plain(experiment, raw, where)
+    return of_plain(experiment, fields_of_config(experiment.name, path), f"--config {path}")
 
 
 def preset_config(experiment: Experiment, preset: str, option: str = "--preset") -> SweepConfig:
@@ -203,13 +181,6 @@ def claim_output(config: SweepConfig, experiment: Experiment) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, mine)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
 
 
 def work(config: SweepConfig, experiment: Experiment, world: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpojax.errors import UserError
 from experiments.claims import claimed, made_once
 from experiments.sweep import config_of, main
 
@@ -118,7 +119,7 @@ def test_what_cannot_be_is_one_sentence(arguments, says, tmp_path, capsys, monke
         ({"seeds": 0}, "seeds is 0, and must be a list, each a whole number"),
         ({"preset": "huge"}, "preset huge: must be one of tiny, small, paper"),
         ({"experiment": "beta"}, "is not of experiments.frontier"),
-        ([], "is no config.json of a sweep"),
+        ([], "is no experiment's config.json"),
     ],
 )
 def test_a_config_is_checked_by_field(fields, says, tmp_path, capsys, monkeypatch):
@@ -163,6 +164,9 @@ def test_work_is_claimed_once_and_taken_over(tmp_path, monkeypatch):
 
 
 def test_piqa(tmp_path):
+    """Its figures, the same again from its config.json, and a report of it and its runs."""
+    from dpojax.report.read import read_all
+    from experiments.common import command_line
     from experiments.piqa import PiqaConfig
     from experiments.piqa import main as piqa
 
@@ -179,6 +183,14 @@ def test_piqa(tmp_path):
     )
     assert figures["sigmoid-seed0"].keys() == figures["before"].keys()
     assert np.isfinite([x["mean"] for x in figures["sigmoid-seed0"].values()]).all()
+    again = ["--config", str(tmp_path / "out" / "config.json"), "--output", str(tmp_path / "again")]
+    assert piqa(command_line("piqa", PiqaConfig, "", again)) == 0
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["figures"] == figures
+    runs, experiments = read_all([str(tmp_path / "out")])
+    assert [run.name for run in runs] == ["sigmoid-seed0"] and [one.name for one in experiments] == ["out"]
+    with pytest.raises(UserError, match=r"steps is \[\], and must be a whole number"):
+        (tmp_path / "bad.json").write_text('{"experiment": "piqa", "steps": []}')
+        command_line("piqa", PiqaConfig, "", ["--config", str(tmp_path / "bad.json")])
 
 
 def test_the_paper_preset_on_stand_ins(tiny_dir, tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ def test_the_expectation_is_a_sum_over_pairs():
 def test_experiment(tmp_path, capsys):
     config = closed_form.ClosedFormConfig(output=str(tmp_path / "out"), preset="tiny")
     assert closed_form.run(config) == 0
-    assert {f.name for f in (tmp_path / "out").iterdir()} == {"closed_form.png", "metrics.json"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"closed_form.png", "config.json", "metrics.json"}
     assert "sigmoid" in capsys.readouterr().out
 
 

@@ -145,11 +145,14 @@ def _meant(path: AnyPath) -> list[AnyPath]:
         raise UserError(f"{path}: no such directory; name the --output of a run, or of an experiment")
     if not path.is_dir():
         raise UserError(f"{path}: is a file; name the directory that holds it")
-    if exists(path / "run.json") or _is_experiment(path):
+    if exists(path / "run.json"):
         return [path]
     with reaching(path):
-        inside = sorted(p for p in path.iterdir() if p.is_dir() and (exists(p / "run.json") or _is_experiment(p)))
+        held = sorted(p for p in path.iterdir() if p.is_dir())
         pictures = any(p.suffix in PICTURES for p in path.iterdir())
+    if _is_experiment(path):
+        return [path, *(p for p in held if exists(p / "run.json"))]
+    inside = [p for p in held if exists(p / "run.json") or _is_experiment(p)]
     if not inside:
         raise UserError(
             f"{path}: is no run and no experiment, and holds none (no run.json, points/ or results.json); name the "
