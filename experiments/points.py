@@ -182,7 +182,7 @@ def steps_of(world: World, point: Point) -> int:
     if point.steps is not None:
         return point.steps
     if point.loss in ("rloo", "ppo"):
-        return setting.rl_steps
+        return setting.ppo_steps if point.loss == "ppo" else setting.rl_steps
     if point.loss == "reward_model":
         return setting.reward_steps
     return setting.sft_like_steps if point.loss.startswith(("preferred_ft", "unlikelihood")) else setting.steps

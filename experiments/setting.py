@@ -69,7 +69,9 @@ class Setting:
     sft_like_steps: int = 100
     """Steps of Preferred-FT and Unlikelihood, which need fewer."""
     rl_steps: int = 300
-    """Steps of RLOO and PPO."""
+    """Steps of RLOO."""
+    ppo_steps: int = 300
+    """Steps of PPO."""
     rl_samples: int = 4
     """Completions of a prompt in a step of RL."""
     rl_learning_rate: float = 1e-3
@@ -110,11 +112,12 @@ PRESETS: dict[Preset, Setting] = {
         warmup_steps=10,
         sft_like_steps=60,
         rl_steps=80,
+        ppo_steps=40,
         rl_learning_rate=3e-5,
         ppo_learning_rate=1e-5,
         value_learning_rate=2e-5,
-        reward_steps=60,
-        reward_learning_rate=2e-5,
+        reward_steps=120,
+        reward_learning_rate=3e-5,
         evaluations=2,
     ),
     "paper": Setting(
@@ -142,6 +145,7 @@ PRESETS: dict[Preset, Setting] = {
         optim="rmsprop",
         sft_like_steps=2_000,
         rl_steps=2_000,
+        ppo_steps=2_000,
         rl_learning_rate=1e-6,
         ppo_learning_rate=1e-6,
         value_learning_rate=5e-6,

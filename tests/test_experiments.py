@@ -42,6 +42,7 @@ SMALL = {
     "steps": 2,
     "sft-like-steps": 1,
     "rl-steps": 1,
+    "ppo-steps": 1,
     "rl-samples": 2,
     "reward-steps": 1,
     "evaluations": 1,
