@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +27,7 @@ def claimed(path: Path) -> Iterator[bool]:
     claim = path.with_name(path.name + ".claim")
     claim.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        if time.time() - claim.stat().st_mtime > DEAD:
-            claim.unlink()
+        clear_dead(claim)
     try:
         with claim.open("x") as file:
             json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
@@ -47,6 +47,20 @@ def claimed(path: Path) -> Iterator[bool]:
     finally:
         ended.set()
         claim.unlink(missing_ok=True)
+
+
+def clear_dead(claim: Path) -> None:
+    """Take away the claim of a process that died, and nobody else's."""
+    dead = lambda path: time.time() - path.stat().st_mtime > DEAD  # noqa: E731
+    if not dead(claim):
+        return
+    # many may come at once, as a job array does, and the first may have its own claim here by now
+    aside = claim.with_name(f"{claim.name}.{uuid.uuid4().hex}")
+    claim.rename(aside)
+    if dead(aside):
+        aside.unlink()
+    else:
+        aside.rename(claim)
 
 
 def made_once(directory: Path, build: Callable[[Path], None]) -> Path:

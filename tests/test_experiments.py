@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,17 @@ def test_work_is_claimed_once_and_taken_over(tmp_path, monkeypatch):
     for _ in range(2):
         made_once(tmp_path / "c", lambda path: made.append((path / "x").write_text("1")))
     assert len(made) == 1 and (tmp_path / "c" / "x").exists()
+
+
+def test_a_dead_claim_is_taken_over_by_one_of_many(tmp_path, monkeypatch):
+    """Of two that find it, the second finds the first one's claim in its place, and leaves that there."""
+    claim = tmp_path / "a.claim"
+    claim.write_text("the first one's")
+    times = iter([time.time() + 1e6])  # that it was dead is what the second saw before
+    monkeypatch.setattr("experiments.claims.time.time", lambda now=time.time: next(times, None) or now())
+    with claimed(tmp_path / "a") as mine:
+        assert not mine
+    assert [file.name for file in tmp_path.iterdir()] == ["a.claim"] and claim.read_text() == "the first one's"
 
 
 def test_piqa(tmp_path):
