@@ -68,10 +68,10 @@ def make_accuracy(world: World) -> Callable[[Any, int], Measured]:
         says = own[:, i] > own[:, j]
         ordered = gaps != 0
         values = {
-            "accuracy": [np.mean((says == (g > 0))[o]) for says, g, o in zip(says, gaps, ordered, strict=True)],
+            "accuracy": [np.mean((s == (g > 0))[o]) for s, g, o in zip(says, gaps, ordered, strict=True) if o.any()],
             "on labels": np.mean(np.where(says, likely, 1 - likely), axis=1),
             "best on labels": np.mean(np.maximum(likely, 1 - likely), axis=1),
-            "correlation": [np.corrcoef(a, b)[0, 1] for a, b in zip(own, true, strict=True)],
+            "correlation": [np.corrcoef(a, b)[0, 1] for a, b, o in zip(own, true, ordered, strict=True) if o.any()],
         }
         return Measured({name: dataclasses.asdict(estimate(np.nan_to_num(x))) for name, x in values.items()}, [])
 
