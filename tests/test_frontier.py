@@ -89,6 +89,7 @@ def test_rewards_at_matched_kl():
     ]
     worse = compared(matched(results, frontier, kls=(1.0,)), "other", kls=(1.0,))
     assert worse[0]["holds"] and worse[0]["difference"] == 0.02
+    assert compared(table, "RLOO") == []
 
 
 def test_how_far_below_the_optimum(space):
