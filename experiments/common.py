@@ -44,7 +44,10 @@ def command_line(name: str, kind: type[Options], doc: str, args: Sequence[str] |
 
 
 def keep_config(name: str, config: Any) -> None:
-    """Write what was asked for to ``config.json`` in the directory ``config.output``."""
+    """Write what was asked for to ``config.json`` in the directory ``config.output``.
+
+    Where results are continued it is written beside them, at the end: a command that is refused leaves it as it was.
+    """
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", {"experiment": name, **dataclasses.asdict(config)})

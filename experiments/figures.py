@@ -83,8 +83,10 @@ def numbers(x: np.ndarray) -> list[float | None]:
 def compared(table: dict[str, dict[str, list]], method: str, kls: Sequence[float] = KLS) -> list[dict[str, Any]]:
     """How a method's reward at matched KL differs from each other one's, with the standard error over seeds, and
     whether it is at least the other's within that error; nothing, where the method has no points."""
+    if method not in table:
+        return []
     out = []
-    for other in (name for name in table if name != method and method in table):
+    for other in (name for name in table if name != method):
         for i, kl in enumerate(kls):
             a, b = table[method]["mean"][i], table[other]["mean"][i]
             if a is None or b is None:

@@ -94,7 +94,6 @@ def main(config: PiqaConfig) -> int:
 
     prepare()
     output, tiny = Path(config.output), config.preset == "tiny"
-    keep_config("piqa", config)
     data = config.data or piqa_path()
     if tiny:
         data = first_rows(data, 40, output / "inputs")
@@ -123,6 +122,7 @@ def main(config: PiqaConfig) -> int:
             results[run.name] = measured(str(run), model, held_out, config.beta, output / f"{run.name}.json")
             figures.append(results[run.name])
         table.append([loss, *of_one(figures)])
+    keep_config("piqa", config)
     (output / "results.json").write_text(
         json.dumps({**dataclasses.asdict(config), "figures": results}, indent=1) + "\n"
     )

@@ -256,13 +256,13 @@ def main(config: SentimentConfig) -> int:
     prepare()
     config = resolved(config)
     output = Path(config.output)
-    keep_config("sentiment", config)
     base = functools.cache(lambda: load_policy(config.model, mesh=mesh_of_all()))
     results = []
     for seed in config.seeds:
         if (result := run_seed(config, seed, base)) is None:
             return 130
         results.append(result)
+    keep_config("sentiment", config)
     runs = [output / f"seed{seed}" for seed in config.seeds]
     plot(runs, results, output / "curves.png")
     show(results, output, runs[0] / "exported")
